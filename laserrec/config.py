@@ -1,0 +1,319 @@
+"""Every setting of laserrec in one frozen tree.
+
+A config is built from a preset, then a TOML file, then single overrides (`--train.lr 1e-3`); unknown names are
+errors. Symbols in brackets are the paper's (Zhang et al. 2024, "Laser"); a default that differs from the paper says so.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from laserrec.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Split(StrEnum):
+    LEAVE_ONE_OUT = "leave_one_out"
+    TEMPORAL = "temporal"
+
+
+class DataConfig(_Section):
+    """How raw files become a data folder (`laserrec prepare`)."""
+
+    min_user_interactions: int = Field(5, ge=1)
+    """k-core: users with fewer interactions are dropped (repeated until nothing changes)."""
+    min_item_interactions: int = Field(5, ge=1)
+    """k-core: items with fewer interactions are dropped (repeated until nothing changes)."""
+    drop_untitled: bool = True
+    """Drop items without a title, and their interactions, before the k-core (paper, 4.1.1)."""
+    drop_duplicates: bool = True
+    """Keep one of several interactions with equal (user, item, timestamp)."""
+    split: Split = Split.LEAVE_ONE_OUT
+    """leave_one_out: last item = test, one before = validation (paper, 4.1.3). temporal: two global points in time."""
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    """temporal only: share of all interactions, by time, that is validation."""
+    test_fraction: float = Field(0.1, gt=0, lt=1)
+    """temporal only: share of all interactions, by time, that is test."""
+
+
+class IdModelKind(StrEnum):
+    SASREC = "sasrec"
+    BERT4REC = "bert4rec"
+
+
+class IdLoss(StrEnum):
+    CROSS_ENTROPY = "cross_entropy"
+    BCE = "bce"
+
+
+class IdModelConfig(_Section):
+    """The ID-based sequential recommender that is pretrained, frozen and read by the M-Former."""
+
+    kind: IdModelKind = IdModelKind.SASREC
+    """sasrec (causal, next item) or bert4rec (bidirectional, cloze). The paper uses bert4rec."""
+    d_id: int = Field(128, ge=2)
+    """Width of the states C_u [d_i]; the paper's BERT4Rec has 64."""
+    blocks: int = Field(2, ge=1)
+    """Transformer blocks."""
+    heads: int = Field(2, ge=1)
+    """Attention heads."""
+    dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout on embeddings, attention output and feed-forward output."""
+    max_history: int = Field(50, ge=2)
+    """Window: only the last so many items are read."""
+    loss: IdLoss = IdLoss.CROSS_ENTROPY
+    """cross_entropy: full softmax over all items. bce: one sampled negative per positive (sasrec only)."""
+    mask_probability: float = Field(0.2, gt=0, lt=1)
+    """bert4rec: share of the items that the cloze task hides."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    batch_size: int = Field(128, ge=1)
+    """Users per step."""
+    max_epochs: int = Field(200, ge=1)
+    """Upper bound; early stopping on validation NDCG@10 normally ends it before."""
+    patience: int = Field(10, ge=1)
+    """Stop after so many evaluations without a better validation NDCG@10."""
+    eval_every: int = Field(1, ge=1)
+    """Epochs between two looks at validation."""
+    seed: int = 0
+    """Seed of initialisation, order, dropout and masking."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> IdModelConfig:
+        if self.d_id % self.heads:
+            raise ValueError(f"d_id {self.d_id} is not a multiple of heads {self.heads}")
+        if self.loss == IdLoss.BCE and self.kind != IdModelKind.SASREC:
+            raise ValueError("loss 'bce' is for kind 'sasrec'; bert4rec's cloze task uses 'cross_entropy'")
+        return self
+
+
+class Precision(StrEnum):
+    AUTO = "auto"
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
+class Engine(StrEnum):
+    AUTO = "auto"
+    NATIVE = "native"
+    TRANSFORMERS = "transformers"
+
+
+class BackboneConfig(_Section):
+    """The frozen decoder LLM."""
+
+    name: str = "smollm2-135m"
+    """`smollm2-135m` (embedded default), a Hugging Face id, or a local folder."""
+    revision: str | None = None
+    """Commit or tag of a Hugging Face id."""
+    layers: int | None = Field(None, ge=1)
+    """Use only the first so many layers; None = all (paper)."""
+    precision: Precision = Precision.AUTO
+    """auto times bf16 against fp32 on this machine once and takes the faster."""
+    engine: Engine = Engine.AUTO
+    """native: laserrec's own forward for the Llama family; transformers: any decoder; auto: native where it can."""
+    trust_remote_code: bool = False
+    """Run Python code shipped with a model from the hub (ChatGLM2 needs it). Only for sources you trust."""
+
+
+class Template(StrEnum):
+    PAPER = "paper"
+    NO_SINGLE_TOKEN = "no_single_token"
+    NO_INSTRUCTION = "no_instruction"
+    ITEM_INSTRUCTION = "item_instruction"
+
+
+class Layout(StrEnum):
+    PREFIX_FIRST = "prefix_first"
+    TEXT_FIRST = "text_first"
+
+
+class PromptConfig(_Section):
+    """The text of a history and where the trained tokens stand."""
+
+    template: Template = Template.PAPER
+    """paper, or a variant of Table 6: no_single_token (1), no_instruction (2), item_instruction (3)."""
+    layout: Layout = Layout.PREFIX_FIRST
+    """prefix_first: [prefix][text][suffix] (paper, Eq. 1). text_first (not in the paper):
+    [text][prefix][suffix], where each item's text attends to itself and the instruction only, so that the frozen
+    LLM reads every item once and its keys and values are reused for all users and epochs."""
+    max_items: int = Field(20, ge=1)
+    """Only the last so many items of a history are written out."""
+    max_item_tokens: int = Field(64, ge=4)
+    """Tokens per item line; a longer line is cut at its end."""
+    attributes: tuple[str, ...] = ("brand", "category")
+    """Item columns written in brackets after the title."""
+
+
+class Prefix(StrEnum):
+    MFORMER = "mformer"
+    ONE_EXPERT = "one_expert"
+    LEARNED = "learned"
+    NONE = "none"
+
+
+class Routing(StrEnum):
+    HARD = "hard"
+    GATE_SCALED = "gate_scaled"
+
+
+class MFormerConfig(_Section):
+    """The MoE-based querying transformer that makes the prefix (paper, 3.2)."""
+
+    prefix: Prefix = Prefix.MFORMER
+    """mformer; one_expert (Table 4 w/o MoE); learned (w/o M-Former: a free prefix); none (w/o prefix)."""
+    experts: int = Field(8, ge=1)
+    """Query experts [K]."""
+    queries: int = Field(32, ge=1)
+    """Virtual tokens per expert = prefix length [L]."""
+    blocks: int = Field(12, ge=1)
+    """Transformer blocks [Z]; every other one (first, third ...) cross-attends to the ID states."""
+    d_model: int = Field(768, ge=2)
+    """Width of the virtual tokens [d_m]."""
+    heads: int = Field(12, ge=1)
+    """Attention heads."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout inside the blocks."""
+    routing: Routing = Routing.HARD
+    """hard: argmax only, the router learns from the balance loss alone (paper). gate_scaled: the chosen expert's
+    tokens are multiplied by gate / stop_gradient(gate), which gives the router the task's gradient."""
+    zero_init: bool = False
+    """Start the projection's weight at zero, so that the prefix starts as a constant (not in the paper)."""
+    state_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of training examples whose ID states are hidden, which prepares for items the ID model never saw."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> MFormerConfig:
+        if self.d_model % self.heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
+        return self
+
+
+class Pooling(StrEnum):
+    SUFFIX = "suffix"
+    MEAN = "mean"
+    EOS = "eos"
+
+
+class HeadConfig(_Section):
+    """From the LLM's outputs to an embedding."""
+
+    pooling: Pooling = Pooling.SUFFIX
+    """suffix: output at the trained last token (paper); mean: over text outputs; eos: a frozen [EOS] (Table 5)."""
+    whiten_dims: int = Field(0, ge=0)
+    """0: the LLM's output as it is (paper). n: centre and whiten to n dimensions with the covariance of the
+    untrained items' outputs, computed once before training and frozen."""
+    projection: bool = False
+    """A trained linear map behind the (whitened) output, started as the identity (not in the paper)."""
+    id_residual: bool = False
+    """Concatenate the frozen ID model's user state / item embedding to the LLM's embedding, each normalised and
+    weighted by a learnt mix, so that the score is the weighted sum of both cosines (not in the paper)."""
+
+
+class Cuts(StrEnum):
+    ALL = "all"
+    RANDOM = "random"
+
+
+class TrainConfig(_Section):
+    """Fitting Laser's trainable parts in two stages (paper, 3.3)."""
+
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate of Adam."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay; 0 is Adam (paper)."""
+    warmup_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of stage 1's steps in which the rate rises linearly from zero."""
+    cosine_decay: bool = False
+    """Let the rate fall to zero along a cosine within each stage (not in the paper)."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    batch_size: int = Field(4, ge=1)
+    """Examples per step; with cuts = all and layout = text_first: users per step."""
+    stage_one_epochs: int = Field(15, ge=0)
+    """Epochs with items re-encoded at the start of each; the best epoch on validation is kept. 0: no stage 1."""
+    stage_two_epochs: int = Field(5, ge=0)
+    """Epochs against the best epoch's fixed item embeddings. 0: no stage 2."""
+    cuts: Cuts = Cuts.ALL
+    """all: every position of a training sequence is a target each epoch (paper); random: one per user and epoch."""
+    temperature: float = Field(0.05, gt=0)
+    """Softmax temperature [tau]."""
+    balance_weight: float = Field(0.01, ge=0)
+    """Weight of the load-balancing loss [lambda]."""
+    validation_users: int | None = Field(None, ge=1)
+    """Choose the epoch on so many randomly drawn validation users; None = all."""
+    checkpoint_minutes: float = Field(5.0, gt=0)
+    """Minutes between two resumable checkpoints."""
+    seed: int = 0
+    """Seed of initialisation, order, cuts and dropout."""
+
+
+class EvalConfig(_Section):
+    """The one evaluator."""
+
+    k: int = Field(10, ge=1)
+    """Cut-off of Recall@k and NDCG@k."""
+    batch_size: int = Field(64, ge=1)
+    """Users encoded and ranked at once."""
+
+
+class Config(_Section):
+    """The whole tree."""
+
+    data: DataConfig = DataConfig()
+    id_model: IdModelConfig = IdModelConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    prompt: PromptConfig = PromptConfig()
+    mformer: MFormerConfig = MFormerConfig()
+    head: HeadConfig = HeadConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+def load_config(preset: str = "small", file: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """Preset, then TOML file, then overrides (nested dicts); later ones win.
+
+    Raises UserError with the file and the setting's dotted name for anything unknown or out of range.
+    """
+    from laserrec.presets import PRESETS
+
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}; there are: {', '.join(PRESETS)}")
+    tree = PRESETS[preset]
+    source = f"preset {preset}"
+    if file is not None:
+        tree = merge(tree, _read_toml(file))
+        source = str(file)
+    try:
+        return Config.model_validate(merge(tree, overrides or {}))
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})" for e in error.errors()]
+        raise UserError(f"settings are not valid ({source} with overrides): " + "; ".join(lines)) from None
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, nested tables merged; neither is changed."""
+    out = dict(base)
+    for key, value in over.items():
+        inner = out.get(key)
+        out[key] = merge(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return out
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such config file: {file}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid TOML: {error}") from None
