@@ -154,6 +154,13 @@ class PromptConfig(_Section):
     attributes: tuple[str, ...] = ("brand", "category")
     """Item columns written in brackets after the title."""
 
+    @model_validator(mode="after")
+    def _shared_text_has_one_instruction(self) -> PromptConfig:
+        if self.layout == Layout.TEXT_FIRST and self.template == Template.ITEM_INSTRUCTION:
+            raise ValueError("template item_instruction needs layout prefix_first: with text_first users and items "
+                             "share one reading of the text")
+        return self
+
 
 class Prefix(StrEnum):
     MFORMER = "mformer"
@@ -210,14 +217,13 @@ class HeadConfig(_Section):
 
     pooling: Pooling = Pooling.SUFFIX
     """suffix: output at the trained last token (paper); mean: over text outputs; eos: a frozen [EOS] (Table 5)."""
+    suffix_from_eos: bool = False
+    """Start the suffix as the LLM's [EOS] embedding instead of at random (not in the paper)."""
     whiten_dims: int = Field(0, ge=0)
     """0: the LLM's output as it is (paper). n: centre and whiten to n dimensions with the covariance of the
     untrained items' outputs, computed once before training and frozen."""
     projection: bool = False
     """A trained linear map behind the (whitened) output, started as the identity (not in the paper)."""
-    id_residual: bool = False
-    """Concatenate the frozen ID model's user state / item embedding to the LLM's embedding, each normalised and
-    weighted by a learnt mix, so that the score is the weighted sum of both cosines (not in the paper)."""
 
 
 class Cuts(StrEnum):
@@ -278,6 +284,12 @@ class Config(_Section):
     head: HeadConfig = HeadConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _layout_fits(self) -> Config:
+        if self.prompt.layout == Layout.TEXT_FIRST and self.head.pooling == Pooling.MEAN:
+            raise ValueError("head.pooling mean needs prompt.layout prefix_first: text_first keeps no text outputs")
+        return self
 
 
 def load_config(preset: str = "small", file: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:

@@ -1,0 +1,180 @@
+"""Histories of dense items -> embeddings: text, ID states, prefix, LLM, head, in batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from laserrec.config import Layout
+from laserrec.data.prompt import PromptEncoder
+from laserrec.errors import UserError
+from laserrec.models.decoder import Past, TextCache
+from laserrec.models.laser import Laser
+from laserrec.models.mformer import Route
+
+_READ_AT_ONCE = 64
+"""Item texts per pass when the cache is filled."""
+
+
+class Catalogue:
+    """Item texts by dense item, as tokens and, for layout text_first, as the frozen LLM's keys and values.
+
+    Items 1..n_known are the ID model's; later ones (`add`) have text alone.
+    """
+
+    def __init__(self, laser: Laser, items: pl.DataFrame, n_known: int):
+        self.laser, self.n_known = laser, n_known
+        self.prompt = PromptEncoder(laser.backbone.tokenizer, laser.config.prompt)
+        self.tokens: list[np.ndarray] = []
+        self.shared = laser.config.prompt.layout == Layout.TEXT_FIRST
+        if self.shared and not laser.backbone.native:
+            raise UserError("prompt.layout text_first needs the native decoder (Llama, Mistral, Qwen2, Qwen3) and "
+                            f"backbone {laser.backbone.name!r} runs on transformers'; use layout prefix_first")
+        self._rows: list[np.ndarray] = []
+        self._cache: TextCache | None = None
+        if self.shared:
+            self._read_instruction()
+        self.add(items)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, items: pl.DataFrame, progress: Callable[[int], None] | None = None) -> None:
+        """Append items (rows with title and the attributes) behind the last dense item."""
+        new = self.prompt.item_tokens(items)
+        self.tokens += new
+        if self.shared:
+            self._read(new, progress)
+
+    def _read_instruction(self) -> None:
+        ids = torch.as_tensor(self.prompt.instruction, dtype=torch.long)[None]
+        self._instruction_rows = np.arange(ids.shape[1])
+        shape = self.laser.backbone.decoder.shape
+        if ids.shape[1] == 0:
+            empty = torch.zeros(shape.layers, 0, shape.kv_dim, dtype=self.laser.backbone.decoder.dtype)
+            self._cache = TextCache(empty, empty)
+        else:
+            keys, values = self.laser.backbone.decoder.encode_text(self.laser.backbone.embed(ids))
+            self._cache = TextCache(keys[:, 0], values[:, 0])
+
+    def _read(self, new: list[np.ndarray], progress: Callable[[int], None] | None) -> None:
+        """Each item's block after the instruction: it sees the instruction and itself. Sorted by length for speed."""
+        blocks = [self.prompt.block(tokens) for tokens in new]
+        lengths = np.array([len(b) for b in blocks], dtype=np.int64)
+        start = self._cache.keys.shape[1]
+        ends = start + np.cumsum(lengths)
+        total = int(ends[-1]) if len(ends) else start
+        old, layers = self._cache, self._cache.keys.shape[0]
+        keys, values = (torch.empty(layers, total, old.keys.shape[2], dtype=old.keys.dtype) for _ in range(2))
+        keys[:, :start], values[:, :start] = old.keys, old.values
+        order = np.argsort(lengths, kind="stable")
+        for at in range(0, len(order), _READ_AT_ONCE):
+            chunk = order[at : at + _READ_AT_ONCE]
+            ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(blocks[i], dtype=torch.long) for i in chunk], True)
+            k, v = self.laser.backbone.decoder.encode_text(self.laser.backbone.embed(ids), self._instruction(len(chunk)))
+            for row, i in enumerate(chunk):
+                where = slice(int(ends[i] - lengths[i]), int(ends[i]))
+                keys[:, where], values[:, where] = k[:, row, : lengths[i]], v[:, row, : lengths[i]]
+            if progress:
+                progress(len(chunk))
+        self._rows += [np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)]
+        self._cache = TextCache(keys, values)
+
+    def _instruction(self, batch: int) -> Past:
+        rows = torch.as_tensor(self._instruction_rows)
+        return Past(self._cache, rows.expand(batch, -1), torch.full((batch,), len(rows)))
+
+    def past(self, histories: Sequence[np.ndarray]) -> Past:
+        """Where the LLM finds these histories' text; the last max_items of each."""
+        window = self.laser.config.prompt.max_items
+        rows = [np.concatenate([self._instruction_rows, *(self._rows[i - 1] for i in h[-window:])]) for h in histories]
+        lengths = torch.tensor([len(r) for r in rows])
+        index = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(r) for r in rows], batch_first=True)
+        return Past(self._cache, index, lengths)
+
+    def text(self, history: np.ndarray, as_item: bool) -> np.ndarray:
+        """Int32[text] token ids of one history."""
+        return self.prompt.history([self.tokens[i - 1] for i in history], as_item)
+
+    def text_length(self, history: np.ndarray) -> int:
+        """Tokens of a history's items, for batches of like length."""
+        return sum(len(self.tokens[i - 1]) for i in history[-self.laser.config.prompt.max_items :])
+
+
+class Encoder:
+    """One Laser, one frozen ID model, one catalogue."""
+
+    def __init__(self, laser: Laser, id_model: torch.nn.Module, catalogue: Catalogue):
+        self.laser, self.id_model, self.catalogue = laser, id_model.eval().requires_grad_(False), catalogue
+
+    @torch.no_grad()
+    def states(
+        self, histories: Sequence[np.ndarray]
+    ) -> tuple[Float[Tensor, "batch items d_id"], Bool[Tensor, "batch items"]]:
+        """The frozen ID model's states C_u and which of them are real. Items it never saw are left out."""
+        window = self.id_model.max_history
+        known = [h[h <= self.catalogue.n_known][-window:] for h in histories]
+        width = max(1, max(len(h) for h in known))
+        padded = torch.zeros(len(known), width, dtype=torch.long)
+        for row, h in enumerate(known):
+            padded[row, : len(h)] = torch.as_tensor(h, dtype=torch.long)
+        mask = padded > 0
+        some = mask.any(dim=1)
+        states = torch.zeros(len(known), width, self.id_model.d_id)
+        if bool(some.any()):
+            states[some] = self.id_model.states(padded[some]).float()
+        return states, mask
+
+    def outputs(
+        self, histories: Sequence[np.ndarray], as_item: bool = False, hide_states: Tensor | None = None
+    ) -> tuple[Float[Tensor, "batch d_llm"], Route | None]:
+        """The LLM's pooled outputs for one batch, with gradient to what Laser trains.
+        hide_states: Bool[batch], rows whose ID states are hidden (mformer.state_dropout)."""
+        states, mask = self.states(histories)
+        if hide_states is not None:
+            mask = mask & ~hide_states[:, None]
+        if self.catalogue.shared:
+            return self.laser.read_past(self.catalogue.past(histories), states, mask)
+        return self.laser([self.catalogue.text(h, as_item) for h in histories], states, mask)
+
+    def embed(
+        self, histories: Sequence[np.ndarray], as_item: bool = False, hide_states: Tensor | None = None
+    ) -> tuple[Float[Tensor, "batch d_out"], Route | None]:
+        """Embeddings of one batch, with gradient."""
+        outputs, route = self.outputs(histories, as_item, hide_states)
+        return self.laser.head(outputs), route
+
+    @torch.no_grad()
+    def encode(
+        self,
+        histories: Sequence[np.ndarray],
+        batch_size: int,
+        as_item: bool = False,
+        raw: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Float[Tensor, "histories d_out"]:
+        """Embeddings of any number of histories, in the order given, without gradient or dropout.
+        raw: the LLM's outputs before the head."""
+        training = self.laser.training
+        self.laser.eval()
+        order = np.argsort([self.catalogue.text_length(h) for h in histories], kind="stable")
+        parts = []
+        for at in range(0, len(order), batch_size):
+            chunk = [histories[i] for i in order[at : at + batch_size]]
+            parts.append((self.outputs if raw else self.embed)(chunk, as_item)[0])
+            if progress:
+                progress(len(chunk))
+        self.laser.train(training)
+        out = torch.cat(parts)
+        return out[torch.as_tensor(np.argsort(order, kind="stable"))]
+
+    def encode_items(self, batch_size: int, first: int = 1, raw: bool = False,
+                     progress: Callable[[int], None] | None = None) -> Float[Tensor, "items d_out"]:
+        """Embeddings of the catalogue's items from dense item `first` on; each is a history of itself (paper, 3.1.1)."""
+        histories = [np.array([i], dtype=np.int32) for i in range(first, len(self.catalogue) + 1)]
+        return self.encode(histories, batch_size, as_item=True, raw=raw, progress=progress)

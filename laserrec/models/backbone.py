@@ -1,0 +1,166 @@
+"""Load a frozen decoder LLM: the embedded default, a Hugging Face id, or a local folder."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from laserrec.config import BackboneConfig, Engine, Precision
+from laserrec.errors import UserError
+from laserrec.models.decoder import NativeDecoder, native_reason
+from laserrec.models.fetch import DEFAULT_NAME, fetch_default
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Backbone:
+    """A frozen LLM. It is no nn.Module on purpose: nothing of it can get into an adapter's state_dict."""
+
+    decoder: nn.Module
+    """embeds [batch seq d_llm] -> final outputs [batch seq d_llm]; pad on the right."""
+    embedding: Float[Tensor, "vocabulary d_llm"]
+    tokenizer: object
+    name: str
+    revision: str | None
+    sha256: str
+    """Over the weight files."""
+    config: BackboneConfig
+
+    @property
+    def d_llm(self) -> int:
+        return self.embedding.shape[1]
+
+    @property
+    def native(self) -> bool:
+        return isinstance(self.decoder, NativeDecoder)
+
+    def embed(self, tokens: Int[Tensor, "*batch seq"]) -> Float[Tensor, "*batch seq d_llm"]:
+        """Token embeddings, without gradient."""
+        return self.embedding[tokens]
+
+    def tensor_hash(self) -> str:
+        """sha256 over the weights in memory, to see that training left them alone."""
+        digest = hashlib.sha256(self.embedding.detach().float().cpu().numpy().tobytes())
+        tensors = {**dict(self.decoder.named_parameters()), **dict(self.decoder.named_buffers())}
+        for name in sorted(tensors):
+            digest.update(name.encode())
+            digest.update(tensors[name].detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class TransformersDecoder(nn.Module):
+    """Any decoder of transformers behind the native decoder's interface."""
+
+    def __init__(self, model: nn.Module, layers: int | None):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        if layers is not None:
+            stack_name, stack = _layer_stack(model)
+            setattr(*stack_name, stack[:layers])
+        self.dtype = next(model.parameters()).dtype
+
+    def forward(self, embeds: Float[Tensor, "batch seq d_llm"]) -> Float[Tensor, "batch seq d_llm"]:
+        """Causal pass; pad on the right. Outputs after the final norm, float32."""
+        out = self.model(inputs_embeds=embeds.to(self.dtype), use_cache=False)
+        return out.last_hidden_state.float()
+
+
+def _layer_stack(model: nn.Module) -> tuple[tuple[nn.Module, str], nn.ModuleList]:
+    wanted = getattr(model.config, "num_hidden_layers", None) or getattr(model.config, "num_layers", None)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            parent, _, name = path.rpartition(".")
+            return (model.get_submodule(parent), name), module
+    raise UserError(f"backbone.layers: {type(model).__name__} has no list of {wanted} layers to cut; leave it unset")
+
+
+def load_backbone(config: BackboneConfig) -> Backbone:
+    """Raises UserError when the model is not there, is not a decoder, or can't use the engine asked for."""
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    path = str(fetch_default()) if config.name == DEFAULT_NAME else config.name
+    dtype = torch.bfloat16 if resolve_precision(config.precision) == Precision.BF16 else torch.float32
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    hf_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModel.from_pretrained(path, dtype=dtype, **options)
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"backbone {config.name!r} could not be loaded: {first}. Give `{DEFAULT_NAME}`, a Hugging Face id that "
+            "this machine can reach, or a folder with config.json, tokenizer and safetensors"
+        ) from None
+    model.requires_grad_(False).eval()
+    if config.layers is not None and config.layers > model.config.num_hidden_layers:
+        raise UserError(f"backbone.layers is {config.layers}, but {config.name} has {model.config.num_hidden_layers}")
+    embedding = model.get_input_embeddings().weight.detach()
+    decoder = _decoder(model, config, dtype)
+    return Backbone(decoder, embedding, tokenizer, config.name, config.revision, _files_sha256(path), config)
+
+
+def _decoder(model: nn.Module, config: BackboneConfig, dtype: torch.dtype) -> nn.Module:
+    reason = native_reason(model.config)
+    if config.engine == Engine.NATIVE and reason:
+        raise UserError(f"backbone.engine = native can't run {config.name}: {reason}; use auto or transformers")
+    if config.engine == Engine.TRANSFORMERS or reason:
+        if reason:
+            log.info("backbone %s runs on transformers' own forward: %s", config.name, reason)
+        return TransformersDecoder(model, config.layers)
+    return NativeDecoder(model, dtype, config.layers)
+
+
+def _files_sha256(path: str) -> str:
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(path, "config.json")
+        if not isinstance(found, str):
+            return ""
+        folder = Path(found).parent
+    digest = hashlib.sha256()
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest() if files else ""
+
+
+def resolve_precision(precision: Precision) -> Precision:
+    """auto -> the faster of bf16 and fp32 on this machine, measured once per process."""
+    return _measured_precision() if precision == Precision.AUTO else precision
+
+
+@cache
+def _measured_precision() -> Precision:
+    if torch.cuda.is_available():
+        return Precision.BF16 if torch.cuda.is_bf16_supported() else Precision.FP32
+    seconds = {p: _product_seconds(d) for p, d in
+               ((Precision.BF16, torch.bfloat16), (Precision.FP32, torch.float32))}
+    # 1.2: bf16 must pay for its rounding clearly, and a noisy tie should not flip between runs.
+    chosen = Precision.BF16 if seconds[Precision.BF16] * 1.2 < seconds[Precision.FP32] else Precision.FP32
+    log.info("precision probe: bf16 %.2f ms, fp32 %.2f ms -> %s",
+             1e3 * seconds[Precision.BF16], 1e3 * seconds[Precision.FP32], chosen)
+    return chosen
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Fastest of several products of the default backbone's MLP size."""
+    a, b = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        best = min(best, time.perf_counter() - start)
+    return best

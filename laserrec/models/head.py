@@ -1,0 +1,50 @@
+"""From the LLM's pooled output to an embedding: nothing at all in the paper, whitening and a projection as options."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laserrec.config import HeadConfig
+
+
+class Head(nn.Module):
+    """Outputs -> embeddings. Scores are cosines of embeddings (Eq. 3), so their length means nothing.
+
+    A frozen LLM's last-token outputs lie in a narrow cone (cosines near .98), where a softmax over cosines hardly
+    tells items apart; `fit_whitening` turns the cone into a ball once, before training.
+    """
+
+    def __init__(self, config: HeadConfig, d_llm: int):
+        super().__init__()
+        d_out = config.whiten_dims or d_llm
+        if config.whiten_dims:
+            self.register_buffer("mean", torch.zeros(d_llm))
+            self.register_buffer("whitening", torch.eye(d_llm, d_out))
+        self.whiten = bool(config.whiten_dims)
+        self.projection = nn.Linear(d_out, d_out, bias=False) if config.projection else None
+        if self.projection is not None:
+            nn.init.eye_(self.projection.weight)
+
+    @property
+    def needs_whitening(self) -> bool:
+        return self.whiten
+
+    @torch.no_grad()
+    def fit_whitening(self, outputs: Float[Tensor, "n_items d_llm"]) -> None:
+        """Centre and whiten by these outputs' covariance, keeping its largest directions (PCA whitening; for text
+        embeddings: Su et al. 2021, "Whitening Sentence Representations for Better Semantics and Faster Retrieval")."""
+        x = outputs.double()
+        mean = x.mean(dim=0)
+        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+        keep = self.whitening.shape[1]
+        values, vectors = values[-keep:].flip(0).clamp(min=1e-8), vectors[:, -keep:].flip(1)
+        # The sign of an eigenvector is arbitrary; fix it so that two machines agree.
+        sign = torch.sign(vectors[vectors.abs().argmax(dim=0), torch.arange(keep)])
+        self.mean.copy_(mean)
+        self.whitening.copy_(vectors * sign / values.sqrt())
+
+    def forward(self, outputs: Float[Tensor, "batch d_llm"]) -> Float[Tensor, "batch d_out"]:
+        x = (outputs - self.mean) @ self.whitening if self.whiten else outputs
+        return x if self.projection is None else self.projection(x)

@@ -1,0 +1,89 @@
+"""Laser: [prefix][text][suffix] through a frozen LLM -> an embedding (paper, 3.1.2; Eq. 1-2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from laserrec.config import Config, Pooling, Prefix
+from laserrec.models.backbone import Backbone
+from laserrec.models.decoder import Past
+from laserrec.models.head import Head
+from laserrec.models.mformer import MFormer, Route
+
+
+class Laser(nn.Module):
+    """All that Laser trains. The frozen LLM is held beside it and is in neither parameters nor state_dict.
+
+    Parameters: `d_id`: width of the ID model's states.
+    """
+
+    def __init__(self, config: Config, backbone: Backbone, d_id: int):
+        super().__init__()
+        self.config, self.backbone = config, backbone
+        mformer, d_llm = config.mformer, backbone.d_llm
+        token_std = float(backbone.embedding.float().std())
+        self.mformer = self.learned_prefix = None
+        if mformer.prefix in (Prefix.MFORMER, Prefix.ONE_EXPERT):
+            base = self._token_start(mformer.queries) if mformer.zero_init else None
+            self.mformer = MFormer(mformer, d_id, d_llm, token_std, base)
+        elif mformer.prefix == Prefix.LEARNED:
+            self.learned_prefix = nn.Parameter(torch.randn(mformer.queries, d_llm) * token_std)
+        eos = backbone.embedding[self._eos_id()].float()
+        self.suffix = nn.Parameter((eos if config.head.suffix_from_eos else torch.randn(d_llm) * token_std)[None].clone())
+        if config.head.pooling == Pooling.EOS:
+            self.suffix.data.copy_(eos)
+            self.suffix.requires_grad_(False)
+        self.head = Head(config.head, d_llm)
+
+    def _eos_id(self) -> int:
+        eos = self.backbone.tokenizer.eos_token_id
+        return 0 if eos is None else int(eos)
+
+    def _token_start(self, count: int) -> Float[Tensor, "count d_llm"]:
+        """Embeddings of the instruction's first words, repeated as needed: a prefix that reads as text."""
+        from laserrec.data.prompt import INSTRUCTIONS, Template
+
+        ids = self.backbone.tokenizer(INSTRUCTIONS[Template.PAPER], add_special_tokens=False)["input_ids"]
+        return self.backbone.embedding[torch.tensor((ids * count)[:count])].float()
+
+    def prefix(
+        self, states: Float[Tensor, "batch items d_id"], mask: Bool[Tensor, "batch items"]
+    ) -> tuple[Float[Tensor, "batch queries d_llm"], Route | None]:
+        """The prefix P and how it was routed; no tokens at all for prefix = none."""
+        if self.mformer is not None:
+            return self.mformer(states, mask)
+        if self.learned_prefix is not None:
+            return self.learned_prefix.expand(states.shape[0], -1, -1), None
+        return states.new_zeros(states.shape[0], 0, self.backbone.d_llm), None
+
+    def forward(
+        self, tokens: Sequence[np.ndarray], states: Float[Tensor, "batch items d_id"], mask: Bool[Tensor, "batch items"]
+    ) -> tuple[Float[Tensor, "batch d_llm"], Route | None]:
+        """Pooled LLM outputs for texts given as token ids, layout prefix_first.
+
+        Rows are padded on the right of the suffix, where a causal decoder's earlier outputs can't see it: an
+        embedding doesn't depend on its batch.
+        """
+        prefix, route = self.prefix(states, mask)
+        embed = self.backbone.embed
+        rows = [torch.cat([p, embed(torch.as_tensor(t, dtype=torch.long)).to(p.dtype), self.suffix])
+                for p, t in zip(prefix, tokens, strict=True)]
+        lengths = torch.tensor([len(row) for row in rows])
+        outputs = self.backbone.decoder(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        if self.config.head.pooling == Pooling.MEAN:
+            real = torch.arange(outputs.shape[1]) < lengths[:, None] - 1  # all but the suffix
+            return (outputs * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True), route
+        return outputs[torch.arange(len(rows)), lengths - 1], route
+
+    def read_past(
+        self, past: Past, states: Float[Tensor, "batch items d_id"], mask: Bool[Tensor, "batch items"]
+    ) -> tuple[Float[Tensor, "batch d_llm"], Route | None]:
+        """Pooled LLM outputs for texts that were read before, layout text_first."""
+        prefix, route = self.prefix(states, mask)
+        suffix = self.suffix.expand(prefix.shape[0], 1, -1)
+        return self.backbone.decoder(torch.cat([prefix, suffix], dim=1), past)[:, -1], route

@@ -1,0 +1,280 @@
+"""Fit Laser's trainable parts in two stages (paper, 3.3.2), resumable at any step.
+
+Stage 1: item embeddings are encoded anew at every epoch's start; the epoch that is best on validation is kept.
+Stage 2: training goes on from there against that epoch's item embeddings, which stay fixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from laserrec import checkpoint
+from laserrec.config import Config, Cuts
+from laserrec.data.sequences import Cases, Dataset
+from laserrec.encoder import Encoder
+from laserrec.errors import UserError
+from laserrec.evaluate import rank_cases
+from laserrec.losses import item_contrast, load_balance, total_loss
+from laserrec.metrics import Metrics
+from laserrec.progress import Progress
+
+_POOL_BATCHES = 32
+"""Batches that are sorted by length together: alike enough to waste little padding, mixed enough to stay random."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Predict `target` from `history`, both of one user's training sequence."""
+
+    history: np.ndarray
+    target: int
+
+
+def epoch_examples(sequences: dict[int, np.ndarray], cuts: Cuts, seed: tuple[int, ...]) -> list[Example]:
+    """This epoch's examples: every position that has a history (all), or one random such position per user."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for sequence in sequences.values():
+        if len(sequence) < 2:
+            continue
+        positions = range(1, len(sequence)) if cuts == Cuts.ALL else [int(rng.integers(1, len(sequence)))]
+        examples += [Example(sequence[:p], int(sequence[p])) for p in positions]
+    return examples
+
+
+def batches(lengths: np.ndarray, batch_size: int, seed: tuple[int, ...]) -> list[np.ndarray]:
+    """Random batches of examples of like length, in random order. Int64[batch] indices each."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    pool = batch_size * _POOL_BATCHES
+    out: list[np.ndarray] = []
+    for at in range(0, len(order), pool):
+        chunk = order[at : at + pool]
+        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        out += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+    rng.shuffle(out)
+    return out
+
+
+@dataclass
+class Place:
+    """Where a fit stands; with the tensors it is all that a resume needs."""
+
+    stage: int = 1
+    epoch: int = 1
+    step: int = 0
+    """Batches of this epoch that are done."""
+    loss_sum: float = 0.0
+    best: float = -1.0
+    """Validation NDCG of the best epoch so far."""
+    seconds: float = 0.0
+    """Time spent in earlier runs."""
+
+
+class Fit:
+    """One fit in one folder. `run` returns the log's entries; the best weights are then in `encoder.laser`."""
+
+    def __init__(self, encoder: Encoder, dataset: Dataset, config: Config, folder: Path, progress: bool = True):
+        self.encoder, self.laser, self.dataset, self.config = encoder, encoder.laser, dataset, config
+        self.folder, self.show = folder, progress
+        self.place, self.log = Place(), []
+        self.items: Tensor = torch.empty(0)
+        self.best_items: Tensor = torch.empty(0)
+        self.best_state: dict[str, Tensor] = {}
+        self.validation = self._validation_cases()
+        self.fingerprint = _fingerprint(dataset, config)
+        self._started = self._saved = time.monotonic()
+
+    # -- the whole way ------------------------------------------------------------------------------------------
+
+    def run(self) -> list[dict[str, Any]]:
+        """Both stages from wherever the folder's checkpoint stands. Ctrl-C saves a checkpoint and is raised again."""
+        self._new_optimizer()
+        if not self._restore():
+            torch.manual_seed(self.config.train.seed)
+            self._prepare_items()
+        try:
+            for stage in (1, 2):
+                if self.place.stage == stage:
+                    self._stage()
+        except KeyboardInterrupt:
+            self._save()
+            raise
+        self.laser.load_state_dict(self.best_state)
+        return self.log
+
+    def _epochs(self) -> int:
+        train = self.config.train
+        return train.stage_one_epochs if self.place.stage == 1 else train.stage_two_epochs
+
+    def _stage(self) -> None:
+        while self.place.epoch <= self._epochs():
+            self._epoch()
+        if self.place.stage == 1:
+            # Without stage 1 the untrained items stay, which is Table 4's "w/o training stage 1".
+            if self.best_state:
+                self.laser.load_state_dict(self.best_state)
+                self.items = self.best_items
+            else:
+                self._keep(self._validate())
+            self.place = Place(stage=2, best=self.place.best, seconds=self.place.seconds)
+            self._new_optimizer()
+            self._save()
+
+    def _prepare_items(self) -> None:
+        if self.laser.head.needs_whitening:
+            self.laser.head.fit_whitening(self._encode_items(raw=True))
+        self.items = self._encode_items()
+        metrics = self._validate()
+        self._note(epoch=0, loss=None, metrics=metrics, tokens=0)
+
+    # -- one epoch ----------------------------------------------------------------------------------------------
+
+    def _epoch(self) -> None:
+        place, train = self.place, self.config.train
+        key = (train.seed, place.stage, place.epoch)
+        examples = epoch_examples(self.dataset.train_sequences, train.cuts, key)
+        lengths = np.array([self.encoder.catalogue.text_length(e.history) for e in examples])
+        plan = batches(lengths, train.batch_size, key)
+        title = f"stage {place.stage} epoch {place.epoch}/{self._epochs()}"
+        with Progress(title, len(plan), self.show, done=place.step) as bar:
+            for index in plan[place.step :]:
+                self._set_rate(len(plan))
+                loss = self._train_step([examples[i] for i in index])
+                place.step += 1
+                place.loss_sum += loss
+                bar.advance(loss=place.loss_sum / place.step)
+                if time.monotonic() - self._saved > 60 * train.checkpoint_minutes:
+                    self._save()
+        if place.stage == 1:
+            self.items = self._encode_items()
+        metrics = self._validate()
+        if metrics.ndcg > place.best:
+            self._keep(metrics)
+        self._note(place.epoch, place.loss_sum / max(1, len(plan)), metrics, int(lengths.sum()))
+        place.epoch, place.step, place.loss_sum = place.epoch + 1, 0, 0.0
+        self._save()
+
+    def _train_step(self, examples: list[Example]) -> float:
+        train = self.config.train
+        self.laser.train()
+        hide = None
+        if self.config.mformer.state_dropout:
+            hide = torch.rand(len(examples)) < self.config.mformer.state_dropout
+        users, route = self.encoder.embed([e.history for e in examples], hide_states=hide)
+        targets = torch.tensor([e.target - 1 for e in examples])
+        contrast = item_contrast(users, self.items, targets, train.temperature)
+        loss = total_loss(contrast, None if route is None else load_balance(route), train.balance_weight)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._trained(), train.max_grad_norm)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.laser.parameters() if p.requires_grad]
+
+    def _new_optimizer(self) -> None:
+        train = self.config.train
+        self.optimizer = torch.optim.AdamW(self._trained(), lr=train.lr, weight_decay=train.weight_decay)
+
+    def _set_rate(self, steps_per_epoch: int) -> None:
+        train, place = self.config.train, self.place
+        done = (place.epoch - 1) * steps_per_epoch + place.step
+        total = self._epochs() * steps_per_epoch
+        scale = 0.5 * (1 + math.cos(math.pi * done / total)) if train.cosine_decay else 1.0
+        warmup = train.warmup_fraction * total if place.stage == 1 else 0.0
+        if done < warmup:
+            scale = min(scale, (done + 1) / warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.lr * scale
+
+    # -- items and validation -----------------------------------------------------------------------------------
+
+    def _encode_items(self, raw: bool = False) -> Tensor:
+        with Progress("encoding items", len(self.encoder.catalogue), self.show) as bar:
+            return self.encoder.encode_items(self.config.eval.batch_size, raw=raw, progress=bar.advance)
+
+    def _validation_cases(self) -> Cases:
+        cases = self.dataset.cases("validation")
+        wanted = self.config.train.validation_users
+        if wanted is None or wanted >= len(cases):
+            return cases
+        rng = np.random.default_rng(0)  # the same users for every seed, so that seeds can be compared
+        return cases.take(np.sort(rng.choice(len(cases), wanted, replace=False)))
+
+    def _validate(self) -> Metrics:
+        size, k = self.config.eval.batch_size, self.config.eval.k
+        items = torch.nn.functional.normalize(self.items, dim=-1)
+        with Progress("validating", len(self.validation), self.show) as bar:
+            users = self.encoder.encode(self.validation.histories, size, progress=bar.advance)
+        users = torch.nn.functional.normalize(users, dim=-1)
+        ranks = rank_cases(_scores_in_order(users, items, size), self.validation, size, len(items)).plain
+        return Metrics.from_ranks(ranks, k=k)
+
+    def _keep(self, metrics: Metrics) -> None:
+        self.place.best = metrics.ndcg
+        self.best_items = self.items.clone()
+        self.best_state = {name: tensor.clone() for name, tensor in self.laser.state_dict().items()}
+
+    def _note(self, epoch: int, loss: float | None, metrics: Metrics, tokens: int) -> None:
+        entry = {"stage": self.place.stage, "epoch": epoch, "loss": loss, "text_tokens": tokens,
+                 "seconds": round(self._elapsed(), 1), **{f"validation_{k}": v for k, v in metrics.as_dict().items()}}
+        self.log.append(entry)
+
+    def _elapsed(self) -> float:
+        return self.place.seconds + time.monotonic() - self._started
+
+    # -- resume -------------------------------------------------------------------------------------------------
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
+
+    def _save(self) -> None:
+        tensors = {"items": self.items, "best_items": self.best_items, "rng": torch.get_rng_state()}
+        tensors |= {f"laser.{k}": v for k, v in self.laser.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
+        tensors |= {f"optimizer.{k}": v for k, v in checkpoint.optimizer_tensors(self.optimizer).items()}
+        place = {**vars(self.place), "seconds": self._elapsed()}
+        checkpoint.save(self._file, tensors, {"place": place, "log": self.log, "fingerprint": self.fingerprint})
+        self._saved = time.monotonic()
+
+    def _restore(self) -> bool:
+        if not self._file.exists():
+            return False
+        tensors, facts = checkpoint.load(self._file)
+        if facts["fingerprint"] != self.fingerprint:
+            raise UserError(f"{self._file} belongs to a fit with other settings or data; give another folder for the "
+                            "new fit, or delete this file to start over")
+        self.place, self.log = Place(**facts["place"]), facts["log"]
+        self.items, self.best_items = tensors["items"], tensors["best_items"]
+        self.laser.load_state_dict(checkpoint.part(tensors, "laser"))
+        self.best_state = checkpoint.part(tensors, "best")
+        checkpoint.restore_optimizer(self.optimizer, checkpoint.part(tensors, "optimizer"))
+        torch.set_rng_state(tensors["rng"])
+        return True
+
+
+def _scores_in_order(users: Tensor, items: Tensor, size: int):
+    """The evaluator asks in order, `size` users at a time; hand it the next rows' cosines."""
+    rows: Iterator[Tensor] = iter(users.split(size))
+    return lambda histories: next(rows) @ items.T
+
+
+def _fingerprint(dataset: Dataset, config: Config) -> str:
+    """What a resumed fit must share with the first: data and every setting but those of display and pace."""
+    tree = config.model_dump(mode="json")
+    tree["train"].pop("checkpoint_minutes")
+    return hashlib.sha256(json.dumps([dataset.fingerprint, tree], sort_keys=True).encode()).hexdigest()
