@@ -1,0 +1,147 @@
+"""The ID-based sequential recommenders: SASRec (Kang & McAuley 2018) and BERT4Rec (Sun et al. 2019).
+
+Both share one body. Positions count back from the newest item, as in the left-padded originals, but batches are
+padded on the right and padding is masked, so an output doesn't depend on its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from laserrec.config import IdLoss, IdModelConfig, IdModelKind
+
+
+def pad_histories(histories: Sequence[np.ndarray], max_history: int) -> Int[Tensor, "batch seq"]:
+    """The last `max_history` items of each, padded with 0 on the right."""
+    cut = [torch.as_tensor(h[-max_history:].astype(np.int64)) for h in histories]
+    return nn.utils.rnn.pad_sequence(cut, batch_first=True)
+
+
+class _Block(nn.Module):
+    def __init__(self, config: IdModelConfig):
+        super().__init__()
+        d = config.d_id
+        self.heads, self.rate = config.heads, config.dropout
+        self.attention_norm, self.feed_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.feed = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(4 * d, d))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Float[Tensor, "batch seq d_id"], mask: Bool[Tensor, "batch one seq_or_one seq"]) -> Tensor:
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        rate = self.rate if self.training else 0.0
+        y = F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=rate)
+        x = x + self.dropout(self.out(y.transpose(1, 2).flatten(-2)))
+        return x + self.dropout(self.feed(self.feed_norm(x)))
+
+
+class IdModel(nn.Module):
+    """Body and interface of both: item ids in, states [d_id] and scores of all items out.
+
+    Row 0 of the item table is padding, rows 1..n_items the items, row n_items + 1 BERT4Rec's mask token.
+    """
+
+    causal: bool
+
+    def __init__(self, config: IdModelConfig, n_items: int):
+        super().__init__()
+        self.config, self.n_items = config, n_items
+        self.max_history, self.d_id = config.max_history, config.d_id
+        self.item = nn.Embedding(n_items + 2, config.d_id, padding_idx=0)
+        self.position = nn.Embedding(config.max_history + 1, config.d_id)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(config.d_id)
+        self.bias = nn.Parameter(torch.zeros(n_items))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.item.weight[0].zero_()
+
+    def states(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_id"]:
+        """C_u: one state per item of the history (SASRec: of the items up to it; BERT4Rec: of all given items)."""
+        real = items > 0
+        back = real.sum(dim=1, keepdim=True) - 1 - torch.arange(items.shape[1], device=items.device)
+        x = self.embedding_dropout(self.item(items) + self.position(back.clamp(min=0)))
+        mask = real[:, None, None, :].expand(-1, 1, items.shape[1], -1)
+        if self.causal:
+            mask = mask & torch.ones(items.shape[1], items.shape[1], dtype=torch.bool, device=items.device).tril()
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    def item_embeddings(self) -> Float[Tensor, "n_items d_id"]:
+        return self.item.weight[1 : self.n_items + 1]
+
+    def logits(self, states: Float[Tensor, "*batch d_id"]) -> Float[Tensor, "*batch n_items"]:
+        return states @ self.item_embeddings().T + self.bias
+
+    def scores(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch n_items"]:
+        """Of the next item after each history (0 = padding on the right)."""
+        return self.logits(self.next_item_state(items))
+
+    def score(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch n_items"]:
+        """`scores` for the evaluator."""
+        return self.scores(pad_histories(histories, self.max_history))
+
+
+class SASRec(IdModel):
+    """Causal self-attention; every position predicts the next item."""
+
+    causal = True
+
+    def next_item_state(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch d_id"]:
+        return self.states(items)[torch.arange(len(items)), (items > 0).sum(dim=1) - 1]
+
+    def loss(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+        """Mean over all positions of a training sequence that have a next item."""
+        inputs = items[:, :-1].masked_fill(items[:, 1:] == 0, 0)  # a sequence's last item is a target only
+        targets = items[:, 1:]
+        real = targets > 0
+        states, targets = self.states(inputs)[real], targets[real]
+        if self.config.loss == IdLoss.CROSS_ENTROPY:
+            return F.cross_entropy(self.logits(states), targets - 1)
+        negatives = torch.randint(1, self.n_items + 1, targets.shape)
+        positive, negative = (self._pair_logits(states, i) for i in (targets, negatives))
+        return F.softplus(-positive).mean() + F.softplus(negative).mean()
+
+    def _pair_logits(self, states: Tensor, items: Tensor) -> Tensor:
+        return (states * self.item(items)).sum(dim=-1) + self.bias[items - 1]
+
+
+class BERT4Rec(IdModel):
+    """Bidirectional self-attention; hidden items are predicted from both sides (cloze)."""
+
+    causal = False
+
+    def next_item_state(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch d_id"]:
+        """The state of a mask token put behind the history."""
+        length = (items > 0).sum(dim=1)
+        masked = F.pad(items, (0, 1))
+        masked[torch.arange(len(items)), length] = self.n_items + 1
+        return self.states(masked)[torch.arange(len(items)), length]
+
+    def loss(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+        """Cloze over random positions; in half of the sequences the last item alone is hidden, since that is the
+        task at inference (the original adds such samples too)."""
+        real = items > 0
+        hidden = (torch.rand(items.shape) < self.config.mask_probability) & real
+        last = F.one_hot(real.sum(dim=1) - 1, items.shape[1]).bool()
+        last_only = torch.rand(len(items), 1) < 0.5
+        hidden = torch.where(last_only | ~hidden.any(dim=1, keepdim=True), last, hidden)
+        states = self.states(items.masked_fill(hidden, self.n_items + 1))[hidden]
+        return F.cross_entropy(self.logits(states), items[hidden] - 1)
+
+
+def make_id_model(config: IdModelConfig, n_items: int) -> IdModel:
+    """A fresh model; seed torch first."""
+    return {IdModelKind.SASREC: SASRec, IdModelKind.BERT4REC: BERT4Rec}[config.kind](config, n_items)
