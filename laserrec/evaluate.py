@@ -18,7 +18,7 @@ from torch import Tensor
 
 from laserrec.data.sequences import Cases, Dataset
 from laserrec.io import write_parquet
-from laserrec.metrics import Metrics, mean_ranks
+from laserrec.metrics import Metrics, mean_ranks, ranks_without
 
 Scorer = Callable[[Sequence[np.ndarray]], Tensor]
 """Histories (dense items, oldest first) -> Float[batch n_items]; column j is item j + 1."""
@@ -43,19 +43,13 @@ def rank_cases(score: Scorer, cases: Cases, batch_size: int, n_items: int,
         if scores.shape != (len(histories), n_items):
             raise ValueError(f"scores have shape {tuple(scores.shape)}, not {(len(histories), n_items)}")
         targets = torch.as_tensor(cases.targets[at : at + batch_size].astype(np.int64)) - 1
-        plain.append(mean_ranks(scores, targets).numpy())
-        filtered.append(mean_ranks(scores, targets, seen_mask(histories, n_items)).numpy())
+        ranks = mean_ranks(scores, targets)
+        seen = [torch.as_tensor(h.astype(np.int64)) - 1 for h in histories]
+        plain.append(ranks.numpy())
+        filtered.append(ranks_without(ranks, scores, targets, seen).numpy())
         if progress:
             progress(len(histories))
     return Ranks(np.concatenate(plain), np.concatenate(filtered)) if plain else Ranks(np.zeros(0), np.zeros(0))
-
-
-def seen_mask(histories: Sequence[np.ndarray], n_items: int) -> Tensor:
-    """Bool[batch n_items]: True where the column's item stands in the history."""
-    mask = torch.zeros(len(histories), n_items, dtype=torch.bool)
-    for row, history in enumerate(histories):
-        mask[row, torch.as_tensor(history.astype(np.int64)) - 1] = True
-    return mask
 
 
 @dataclass(frozen=True)

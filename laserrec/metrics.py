@@ -10,31 +10,42 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
 def mean_ranks(
-    scores: Float[Tensor, "batch items"],
-    targets: Int[Tensor, "batch"],
-    excluded: Bool[Tensor, "batch items"] | None = None,
-) -> Float[Tensor, "batch"]:
+    scores: Float[Tensor, "batch items"], targets: Int[Tensor, batch]
+) -> Float[Tensor, batch]:
     """Rank of column `targets[i]` in row i, 1 = best, under the tie rule above; float64.
 
-    excluded: items that are not ranked. An excluded target can never be recommended: its rank is the last, `items`.
     Raises ValueError for a NaN score.
     """
     if bool(torch.isnan(scores).any()):
         raise ValueError("scores contain NaN; a rank among them would mean nothing")
     own = scores.gather(1, targets[:, None])
-    better, equal = scores > own, scores == own
-    if excluded is not None:
-        better, equal = better & ~excluded, equal & ~excluded
-    ranks = 1.0 + better.sum(dim=1).double() + (equal.sum(dim=1).double() - 1) / 2
-    if excluded is not None:
-        lost = excluded.gather(1, targets[:, None])[:, 0]
-        ranks = torch.where(lost, torch.full_like(ranks, scores.shape[1]), ranks)
-    return ranks
+    better = torch.count_nonzero(scores > own, dim=1).double()
+    equal = torch.count_nonzero(scores == own, dim=1).double()
+    return 1.0 + better + (equal - 1) / 2
+
+
+def ranks_without(
+    ranks: Float[Tensor, batch],
+    scores: Float[Tensor, "batch items"],
+    targets: Int[Tensor, batch],
+    excluded: list[Int[Tensor, excluded]],
+) -> Float[Tensor, batch]:
+    """`mean_ranks` had row i's columns `excluded[i]` not been ranked. An excluded target can never be recommended:
+    its rank is the last, `items`."""
+    out = ranks.clone()
+    for row, (target, gone) in enumerate(zip(targets.tolist(), excluded, strict=True)):
+        gone = gone.unique()
+        if bool((gone == target).any()):
+            out[row] = scores.shape[1]
+            continue
+        own, others = scores[row, target], scores[row, gone]
+        out[row] -= (others > own).sum() + (others == own).sum() / 2
+    return out
 
 
 @dataclass(frozen=True)
