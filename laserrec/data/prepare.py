@@ -1,107 +1,138 @@
-"""Clean, number and split (paper, 4.1.1 and 4.1.3): raw frames -> a data folder.
+"""Clean, number and split (paper, 4.1.1 and 4.1.3): raw frames -> a data folder (schema in `data.sequences`).
 
-Time order: by timestamp where there is one, ties by the source's order, then by item_id. Without timestamps the
-source's order alone. The same input gives the same folder byte for byte, so nothing in it depends on clock or path.
+Time order: by timestamp where there is one; equal timestamps by the source's order (its position column, else the
+rows' order); what is still equal by item_id. Without timestamps by the source's order alone.
+The same input gives the same folder byte for byte: nothing in it depends on clock, path, seed or thread. With
+timestamps that never tie within a user, the rows' order does not matter either.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
 
 from laserrec.config import DataConfig, Split
-from laserrec.data.readers import Raw
+from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, check_on_error
+from laserrec.data.sources import Source, read_source
 from laserrec.errors import UserError
-from laserrec.io import new_folder, write_json, write_parquet
+from laserrec.io import json_text, new_folder, parquet_bytes, write_bytes
 
 _FORMAT = 1
 _TABLES = ("items", "users", "interactions")
 
 
-def prepare(raw: Raw, config: DataConfig, out: Path, overwrite: bool = False) -> dict:
-    """Write the data folder `out` and return its report (also report.json). A folder that already holds the same
-    result is left as it is ("reused": true in what is returned).
+def prepare_source(source: Source, out: Path | str, config: DataConfig | None = None, *, format: str = "auto",
+                   columns: Mapping[str, str] | None = None, on_error: str = "raise", overwrite: bool = False) -> dict:
+    """`read_source`, then `prepare`: files of any known format -> the data folder `out`; returns `prepare`'s report."""
+    check_on_error(on_error)
+    raw = read_source(source, format, columns, on_error)
+    return prepare(raw.interactions, raw.items, config or DataConfig(), out, overwrite=overwrite, notes=raw.notes)
 
-    Raises UserError when nothing is left after cleaning, when a temporal split lacks timestamps, or when `out` is
-    something else and overwrite is False.
+
+def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig, out: Path | str, *,
+            overwrite: bool = False, notes: Mapping[str, int] | None = None) -> dict:
+    """Write the data folder `out` and return its report (also report.json) with "sha256", "folder" and "reused".
+
+    interactions: user_id, item_id String, timestamp, order Int64; items: item_id, title, brand, category String (the
+    frames of `raw.Raw`). `notes`: the reader's counts, copied into the report.
+    A folder that holds this very result already is left untouched and "reused" is True. An interrupted call leaves
+    `out` as it was.
+    Raises UserError when nothing is left after cleaning, when a temporal split lacks timestamps or a part would be
+    empty, and when `out` holds something else: without `overwrite` always, with it unless that is a data folder.
     """
-    out = Path(out)
-    acts, items, steps = _clean(raw, config)
-    acts, split_facts = _split(_in_order(acts), config)
-    tables = _number(acts, items)
-    report = {"steps": steps, "skipped_lines": raw.skipped_lines, "split": split_facts, **_statistics(tables)}
-    with new_folder(out.with_name(f".{out.name}.new")) as folder:
-        for name, table in zip(_TABLES, tables, strict=True):
-            write_parquet(folder / f"{name}.parquet", table)
-        digest = hashlib.sha256()
-        for name in _TABLES:
-            digest.update((folder / f"{name}.parquet").read_bytes())
-        write_json(folder / "meta.json", {"format": _FORMAT, "sha256": digest.hexdigest(),
-                                          "settings": config.model_dump(mode="json"), "table1": report["table1"]})
-        write_json(folder / "report.json", report)
-    return {**report, **_take_place(out, overwrite), "sha256": digest.hexdigest()}
+    _check_frames(interactions, items)
+    interactions, items, steps = _clean(interactions, items, config)
+    interactions, facts = _split(_with_positions(interactions), config)
+    tables = _number(interactions, items)
+    report = {**dict(notes or {}), "steps": steps, "split": facts, **_statistics(*tables)}
+    files = {f"{name}.parquet": parquet_bytes(table) for name, table in zip(_TABLES, tables, strict=True)}
+    sha256 = hashlib.sha256(b"".join(files.values())).hexdigest()
+    meta = {"format": _FORMAT, "sha256": sha256, "settings": config.model_dump(mode="json"),
+            "table1": report["table1"]}
+    files["meta.json"] = json_text(meta).encode("utf-8")
+    files["report.json"] = json_text(report).encode("utf-8")
+    reused = _holds(Path(out), files, overwrite)
+    if not reused:
+        with new_folder(out) as folder:
+            for name, data in files.items():
+                write_bytes(folder / name, data)
+    return {**report, "sha256": sha256, "folder": str(out), "reused": reused}
 
 
-def _take_place(out: Path, overwrite: bool) -> dict:
-    import shutil
-
-    new = out.with_name(f".{out.name}.new")
-    if out.exists():
-        same = (out / "meta.json").is_file() and (out / "meta.json").read_bytes() == (new / "meta.json").read_bytes()
-        if same:
-            shutil.rmtree(new)
-            return {"reused": True}
-        if not overwrite:
-            shutil.rmtree(new)
-            known = (out / "meta.json").is_file()
-            what = "a data folder made from other input or settings" if known else "not a data folder"
-            raise UserError(f"{out} is there already and is {what}; name another folder or say --overwrite")
-        if not (out / "meta.json").is_file() and any(out.iterdir()):
-            shutil.rmtree(new)
-            raise UserError(f"{out} holds files that are no data folder; they are not overwritten, name another folder")
-        shutil.rmtree(out)
-    new.rename(out)
-    return {"reused": False}
+def _holds(out: Path, files: dict[str, bytes], overwrite: bool) -> bool:
+    """True when `out` holds exactly these files; UserError when it holds something that may not be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if all((out / name).is_file() and (out / name).read_bytes() == data for name, data in files.items()):
+        return True
+    if not all((out / name).is_file() for name in ("meta.json", "interactions.parquet")):
+        raise UserError(f"{out} is there already and is no data folder; it is never overwritten, name another folder")
+    if not overwrite:
+        raise UserError(f"{out} is a data folder made from other input or settings, or changed since; name another "
+                        "folder, or replace it: --overwrite")
+    return False
 
 
-# -- cleaning ---------------------------------------------------------------------------------------------------
-
-
-def _clean(raw: Raw, config: DataConfig) -> tuple[pl.DataFrame, pl.DataFrame, list[dict]]:
-    acts, items, steps = raw.interactions, raw.items, []
-
-    def note(reason: str, before: pl.DataFrame, after: pl.DataFrame) -> None:
-        steps.append({"dropped": reason, "interactions": before.height - after.height,
-                      "users": before["user_id"].n_unique() - after["user_id"].n_unique(),
-                      "items": before["item_id"].n_unique() - after["item_id"].n_unique()})
-
-    if acts.height == 0:
+def _check_frames(interactions: pl.DataFrame, items: pl.DataFrame) -> None:
+    for name, frame, schema in (("interactions", interactions, INTERACTION_SCHEMA), ("items", items, ITEM_SCHEMA)):
+        if dict(frame.schema) != schema:
+            raise UserError(f"{name}: columns are {dict(frame.schema)}, not {schema}; bring frames of your own into "
+                            "this form with laserrec.data.raw.from_frames")
+    if interactions.is_empty():
         raise UserError("there are no interactions at all; look at the source files")
-    known = acts.join(items.select("item_id"), on="item_id", how="semi", maintain_order="left")
-    note("item has no metadata row", acts, known)
-    acts = known
+    if interactions["timestamp"].null_count() not in (0, interactions.height):
+        row = int(interactions["timestamp"].is_null().arg_max() or 0) + 1
+        raise UserError(f"interactions: row {row} has no timestamp while others have one; give all of them or none")
+    if items["item_id"].is_duplicated().any():
+        twice = items.filter(items["item_id"].is_duplicated())["item_id"][0]
+        raise UserError(f"items: item_id {twice!r} stands in more than one row; keep one")
+
+
+# -- cleaning -----------------------------------------------------------------------------------------------------
+
+
+def _clean(acts: pl.DataFrame, items: pl.DataFrame,
+           config: DataConfig) -> tuple[pl.DataFrame, pl.DataFrame, list[dict]]:
+    """What is kept, sorted by user and time, and one record per step: what was dropped and why."""
+    steps = [{"step": "read", **_sizes(acts), "items_in_metadata": items.height}]
+
+    def drop(why: str, kept: pl.DataFrame) -> pl.DataFrame:
+        before, after = _sizes(acts), _sizes(kept)
+        steps.append({"step": why, **after, "dropped": {key: before[key] - after[key] for key in after}})
+        return kept
+
+    # Sorted first, so that "the first of several duplicates" does not depend on the rows' order.
+    acts = acts.sort("user_id", "timestamp", "order", "item_id")
     if config.drop_untitled:
+        acts = drop("item has no row in the metadata (untitled)", acts.join(items, "item_id", "semi",
+                                                                            maintain_order="left"))
         titled = items.filter(pl.col("title").is_not_null())
-        kept = acts.join(titled.select("item_id"), on="item_id", how="semi", maintain_order="left")
-        note("item has no title", acts, kept)
-        acts = kept
-    if config.drop_duplicates and acts["timestamp"].null_count() == 0:
-        kept = acts.unique(["user_id", "item_id", "timestamp"], keep="first", maintain_order=True)
-        note("same user, item and timestamp as another interaction", acts, kept)
-        acts = kept
-    kept = k_core(acts, config.min_user_interactions, config.min_item_interactions)
-    note(f"k-core (user >= {config.min_user_interactions}, item >= {config.min_item_interactions})", acts, kept)
-    if kept.height == 0:
+        acts = drop("item has no title", acts.join(titled, "item_id", "semi", maintain_order="left"))
+    if config.drop_duplicates:
+        # Without timestamps the source's place takes their part, else a repeat purchase would count as a duplicate.
+        when = "order" if acts["timestamp"].null_count() else "timestamp"
+        acts = drop(f"same user, item and {when.replace('order', 'position')} as another interaction",
+                    acts.unique(["user_id", "item_id", when], keep="first", maintain_order=True))
+    acts = drop(f"k-core (user >= {config.min_user_interactions}, item >= {config.min_item_interactions})",
+                k_core(acts, config.min_user_interactions, config.min_item_interactions))
+    if acts.is_empty():
         raise UserError(f"nothing is left after cleaning: {json.dumps(steps)}. Lower data.min_user_interactions and "
-                        "data.min_item_interactions, or check that item ids of both files match")
-    return kept, items.join(kept.select("item_id").unique(), on="item_id", how="semi"), steps
+                        "data.min_item_interactions, or check that the item ids of both files match")
+    # A left join: an item without metadata (kept when drop_untitled is off) has null texts.
+    return acts, acts.select(pl.col("item_id").unique()).join(items, "item_id", "left"), steps
+
+
+def _sizes(acts: pl.DataFrame) -> dict[str, int]:
+    return {"interactions": acts.height, "users": acts["user_id"].n_unique(), "items": acts["item_id"].n_unique()}
 
 
 def k_core(acts: pl.DataFrame, min_user: int, min_item: int) -> pl.DataFrame:
-    """The largest part in which every user and item has enough interactions; order kept."""
+    """The largest part of `acts` (user_id, item_id, ...) in which every user has min_user rows and every item
+    min_item; rows keep their order. Repeats until nothing changes, since each removal can undercut others."""
     while True:
         kept = acts.filter((pl.len().over("user_id") >= min_user) & (pl.len().over("item_id") >= min_item))
         if kept.height == acts.height:
@@ -109,68 +140,82 @@ def k_core(acts: pl.DataFrame, min_user: int, min_item: int) -> pl.DataFrame:
         acts = kept
 
 
-def _in_order(acts: pl.DataFrame) -> pl.DataFrame:
-    acts = acts.sort(["user_id", "timestamp", "order", "item_id"], nulls_last=True)
+def _with_positions(acts: pl.DataFrame) -> pl.DataFrame:
+    acts = acts.sort("user_id", "timestamp", "order", "item_id")
     return acts.with_columns(pl.int_range(pl.len()).over("user_id").cast(pl.Int32).alias("position"))
 
 
-# -- splits -----------------------------------------------------------------------------------------------------
+# -- splits -------------------------------------------------------------------------------------------------------
 
 
 def _split(acts: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, dict]:
-    split = _leave_one_out if config.split == Split.LEAVE_ONE_OUT else _temporal
-    return split(acts, config)
+    if config.split == Split.LEAVE_ONE_OUT:
+        return _leave_one_out(acts)
+    return _temporal(acts, config)
 
 
-def _leave_one_out(acts: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, dict]:
-    """Users with fewer than three interactions can't give up two; they stay in training whole."""
+def _leave_one_out(acts: pl.DataFrame) -> tuple[pl.DataFrame, dict]:
+    """Last = test, one before = validation (paper, 4.1.3). Who has fewer than three stays in training whole."""
     count, place = pl.len().over("user_id"), pl.col("position")
-    name = (pl.when(count < 3).then(pl.lit("train")).when(place == count - 1).then(pl.lit("test"))
-            .when(place == count - 2).then(pl.lit("validation")).otherwise(pl.lit("train")))
+    part = (pl.when((count >= 3) & (place == count - 1)).then(pl.lit("test"))
+            .when((count >= 3) & (place == count - 2)).then(pl.lit("validation")).otherwise(pl.lit("train")))
     short = acts.group_by("user_id").len().filter(pl.col("len") < 3).height
-    return acts.with_columns(name.alias("split")), {"kind": "leave_one_out", "users_too_short_to_split": short}
+    return acts.with_columns(part.alias("split")), {"kind": "leave_one_out", "users_too_short_to_split": short}
 
 
 def _temporal(acts: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, dict]:
-    """Two global points in time; everything at or after a point belongs to the later part, so ties don't straddle."""
+    """Two global points in time, quantiles over all interactions. What happens at a point itself belongs to the
+    later part, so equal times never straddle a border (the shares then differ a little from those asked for)."""
     if acts["timestamp"].null_count():
-        raise UserError("data.split temporal needs a timestamp for every interaction; this source has order alone, "
-                        "use leave_one_out")
-    times = acts["timestamp"].sort()
-    held = config.validation_fraction + config.test_fraction
-    if held >= 1:
-        raise UserError(f"data.validation_fraction + data.test_fraction is {held}, which leaves no training data")
-    validation_from = int(times[int(len(times) * (1 - held))])
-    test_from = int(times[int(len(times) * (1 - config.test_fraction))])
-    name = (pl.when(pl.col("timestamp") >= test_from).then(pl.lit("test"))
+        raise UserError("data.split temporal needs a timestamp for every interaction and this source has order alone; "
+                        "use leave_one_out, or map a timestamp column")
+    times, total = acts["timestamp"].sort(), acts.height
+    test = max(1, round(total * config.test_fraction))
+    held_out = test + max(1, round(total * config.validation_fraction))
+    if held_out >= total:
+        raise UserError(f"data.validation_fraction {config.validation_fraction} and data.test_fraction "
+                        f"{config.test_fraction} leave no training data of {total} interactions; lower them")
+    validation_from, test_from = int(times[total - held_out]), int(times[total - test])
+    part = (pl.when(pl.col("timestamp") >= test_from).then(pl.lit("test"))
             .when(pl.col("timestamp") >= validation_from).then(pl.lit("validation")).otherwise(pl.lit("train")))
-    acts = acts.with_columns(name.alias("split"))
-    cold = acts.filter((pl.col("split") != "train") & (pl.col("position") == 0)).height
+    acts = acts.with_columns(part.alias("split"))
+    parts = {name: acts.filter(pl.col("split") == name) for name in ("train", "validation", "test")}
+    empty = [name for name, rows in parts.items() if rows.is_empty()]
+    if empty:
+        raise UserError(f"data.split temporal: {' and '.join(empty)} would be empty, too many interactions share one "
+                        f"time (validation from {validation_from}, test from {test_from}); change the fractions")
+    unseen = acts.filter(pl.col("split") != "train").join(parts["train"], "item_id", "anti")
+    no_history = int(((acts["split"] != "train") & (acts["position"] == 0)).sum())
     return acts, {"kind": "temporal", "validation_from": validation_from, "test_from": test_from,
-                  "held_out_without_history": cold}
+                  "held_out_without_history": no_history,
+                  "held_out_of_items_unseen_in_train": unseen.height,
+                  "items_unseen_in_train": unseen["item_id"].n_unique()}
 
 
-# -- numbering and report ---------------------------------------------------------------------------------------
+# -- numbering and statistics ---------------------------------------------------------------------------------------
 
 
 def _number(acts: pl.DataFrame, items: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """Dense integers from 1, in the order of the sorted ids."""
+    """items, users, interactions of the folder. Dense numbers from 1 in the order of the sorted ids (by bytes)."""
     items = items.sort("item_id").with_row_index("item", 1).with_columns(pl.col("item").cast(pl.Int32))
     users = acts.select("user_id").unique().sort("user_id").with_row_index("user", 1)
     users = users.with_columns(pl.col("user").cast(pl.Int32))
     numbered = acts.join(items.select("item_id", "item"), on="item_id").join(users, on="user_id")
     numbered = numbered.select("user", "item", "position", "timestamp", "split").sort("user", "position")
-    return items, users, numbered
+    return items.select("item", *ITEM_SCHEMA), users.select("user", "user_id"), numbered
 
 
-def _statistics(tables: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]) -> dict:
-    items, users, acts = tables
+def _statistics(items: pl.DataFrame, users: pl.DataFrame, acts: pl.DataFrame) -> dict:
+    """Table 1's columns (paper) and what else helps to judge a data set."""
     lengths = acts.group_by("user").len()["len"]
     last = acts.filter(pl.col("position") == pl.len().over("user") - 1).select("user", "item", last="position")
     repeats = acts.join(last, on=["user", "item"]).filter(pl.col("position") < pl.col("last"))["user"].n_unique()
     table1 = {"users": users.height, "items": items.height, "interactions": acts.height,
-              "avg_n": round(acts.height / users.height, 4), "density": acts.height / (users.height * items.height)}
-    quantiles = {str(q): int(lengths.quantile(q, "nearest")) for q in (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)}
-    return {"table1": table1, "history_length_quantiles": quantiles, "users_whose_last_item_is_a_repeat": repeats,
-            "items_without": {c: items[c].null_count() for c in ("title", "brand", "category")},
-            "interactions_per_split": dict(sorted(acts["split"].value_counts().iter_rows()))}
+              "avg_history_length": round(acts.height / users.height, 4),
+              "density": float(f"{acts.height / (users.height * items.height):.6g}")}
+    quantiles = {str(q): int(lengths.quantile(q, "nearest")) for q in (0.0, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)}
+    counts = {name: int((acts["split"] == name).sum()) for name in ("train", "validation", "test")}
+    return {"table1": table1, "interactions_per_split": counts, "history_length_quantiles": quantiles,
+            "users_whose_last_item_is_a_repeat": repeats,
+            "share_of_items_without": {c: round(items[c].null_count() / items.height, 6)
+                                       for c in ("title", "brand", "category")}}

@@ -1,267 +1,367 @@
-"""Raw files and frames -> two polars frames, whatever the source.
+"""One reader per published format; each returns `Raw` (two polars frames with fixed columns).
 
-interactions: user_id String, item_id String, timestamp Int64 (null where the source has none), order Int64 (the
-source's own order: its position column, else the row number)
-items: item_id, title, brand, category String (null where unknown)
+JSON lines are parsed in chunks, so that memory holds the few columns kept and never the reviews' texts. Every broken
+line is a UserError naming file and line, or with on_error = "skip" is left out and counted.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from laserrec.data.raw import Raw, Table, check_on_error, from_tables
 from laserrec.errors import UserError
 
-INTERACTION_SCHEMA = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "order": pl.Int64}
-ITEM_SCHEMA = {"item_id": pl.String, "title": pl.String, "brand": pl.String, "category": pl.String}
+_CHUNK_ROWS = 200_000
+_JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
+_SKIP_HINT = "Mend the line, or leave broken lines out: --on-error skip"
 
 
-@dataclass(frozen=True)
-class Raw:
-    """What a reader returns."""
-
-    interactions: pl.DataFrame
-    items: pl.DataFrame
-    skipped_lines: int = 0
-    """Broken lines left out (on_error = skip)."""
+# -- Amazon -------------------------------------------------------------------------------------------------------
 
 
-# -- JSON lines: Amazon 2018 and 2023 ---------------------------------------------------------------------------
+def read_amazon_2018(reviews: Path | str, metadata: Path | str, on_error: str = "raise") -> Raw:
+    """Amazon reviews 2018 (Ni, Li, McAuley 2019) as published: one JSON object a line, plain or .gz.
 
-
-def read_amazon_2018(reviews: Path, metadata: Path, on_error: str = "raise") -> Raw:
-    """Amazon reviews 2018 (Ni et al. 2019) as published: one JSON object a line, plain or .gz.
-    Reviews: reviewerID, asin, unixReviewTime (seconds). Metadata: asin, title, brand, category or main_cat."""
+    Reviews: reviewerID, asin, unixReviewTime (seconds). Metadata: asin, title, brand, category (a path, joined with
+    spaces) or else main_cat.
+    """
     def review(o: dict) -> tuple:
-        return str(o["reviewerID"]), str(o["asin"]), int(o["unixReviewTime"])
+        return _id(o, "reviewerID"), _id(o, "asin"), _integer(o, "unixReviewTime")
 
     def item(o: dict) -> tuple:
-        return str(o["asin"]), _text(o.get("title")), _text(o.get("brand")), _text(o.get("category") or o.get("main_cat"))
+        category = o.get("category") or o.get("main_cat")
+        return _id(o, "asin"), _text(o.get("title")), _text(o.get("brand")), _text(category)
 
     return _amazon(reviews, metadata, review, item, on_error)
 
 
-def read_amazon_2023(reviews: Path, metadata: Path, on_error: str = "raise") -> Raw:
-    """Amazon reviews 2023 (Hou et al. 2024), JSON lines, plain or .gz. Reviews: user_id, parent_asin (else asin),
-    timestamp (milliseconds). Metadata: parent_asin, title, store (read as brand), categories or main_category."""
+def read_amazon_2023(reviews: Path | str, metadata: Path | str, on_error: str = "raise") -> Raw:
+    """Amazon reviews 2023 (Hou et al. 2024), JSON lines, plain or .gz.
+
+    Reviews: user_id, parent_asin (else asin), timestamp (milliseconds). Metadata: parent_asin (else asin), title,
+    store (read as brand), categories (a path, joined with spaces) or else main_category.
+    """
     def review(o: dict) -> tuple:
-        return str(o["user_id"]), str(o.get("parent_asin") or o["asin"]), int(o["timestamp"])
+        return _id(o, "user_id"), _id(o, "parent_asin", "asin"), _integer(o, "timestamp")
 
     def item(o: dict) -> tuple:
         category = o.get("categories") or o.get("main_category")
-        return str(o.get("parent_asin") or o["asin"]), _text(o.get("title")), _text(o.get("store")), _text(category)
+        return _id(o, "parent_asin", "asin"), _text(o.get("title")), _text(o.get("store")), _text(category)
 
     return _amazon(reviews, metadata, review, item, on_error)
 
 
-def _amazon(reviews: Path, metadata: Path, review: Callable, item: Callable, on_error: str) -> Raw:
-    rows, bad_reviews = _json_rows(reviews, review, on_error)
-    interactions = pl.DataFrame(rows, schema=list(INTERACTION_SCHEMA.items())[:3], orient="row")
-    rows, bad_items = _json_rows(metadata, item, on_error)
-    items = pl.DataFrame(rows, schema=ITEM_SCHEMA, orient="row")
-    return _raw(interactions, items, bad_reviews + bad_items)
+def _amazon(reviews: Path | str, metadata: Path | str, review: Callable, item: Callable, on_error: str) -> Raw:
+    acts = _json_table(Path(reviews), review, {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64},
+                       on_error)
+    texts = dict.fromkeys(("item_id", "title", "brand", "category"), pl.String)
+    return from_tables(acts, _json_table(Path(metadata), item, texts, on_error), on_error=on_error)
 
 
-def _json_rows(path: Path, row: Callable[[dict], tuple], on_error: str) -> tuple[list[tuple], int]:
-    rows, skipped = [], 0
-    for number, line in _lines(path):
-        try:
-            value = json.loads(line)
-            if not isinstance(value, dict):
-                raise ValueError("not a JSON object")
-            rows.append(row(value))
-        except (ValueError, KeyError, TypeError) as error:
-            if on_error == "skip":
-                skipped += 1
-                continue
-            reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-            hint = ""
-            if line.startswith(("{'", '{"')) and "'" in line[:3]:
-                hint = " (a Python literal as in the 2014 files; convert it to JSON)"
-            raise UserError(f"{path}:{number}: {reason}{hint}. Mend the line, or skip broken lines "
-                            "with --on-error skip") from None
-    return rows, skipped
+def _id(o: dict, *names: str) -> str:
+    """The first of `names` that holds something."""
+    value = next((o[name] for name in names if o.get(name) not in (None, "")), None)
+    if value is None or isinstance(value, (list, dict, bool)) or not str(value).strip():
+        raise ValueError(f"no {' or '.join(names)} in it (there are: {', '.join(o)})")
+    return str(value)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
+def _integer(o: dict, name: str) -> int:
+    if o.get(name) is None:
+        raise ValueError(f"no {name} in it (there are: {', '.join(o)})")
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number + 1}: not UTF-8 ({error.reason}); convert the file") from None
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{path}:{number + 1}: gzip data ends or breaks here ({error}); download it again") from None
+        value = int(o[name])
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{name} is no whole number: {str(o[name])[:40]!r}") from None
+    if abs(value) >= 2**63:
+        raise ValueError(f"{name} is out of range: {value}")
+    return value
 
 
 def _text(value: Any) -> str | None:
-    """A list (Amazon's category path) is joined; empty is unknown."""
     if isinstance(value, list):
-        value = " ".join(str(v) for v in value)
-    text = " ".join(str(value).split()) if value is not None else ""
-    return text or None
+        return " ".join(str(v) for v in value if v is not None)
+    return None if value is None else str(value)
 
 
-# -- tables: CSV, Parquet, RecBole, MovieLens ---------------------------------------------------------------------
+# -- JSON lines ---------------------------------------------------------------------------------------------------
 
 
-def read_tables(interactions: Path, items: Path, columns: dict[str, str] | None = None) -> Raw:
-    """CSV (.csv, .tsv, .gz), JSON lines or Parquet files. `columns` maps our names to the file's: {"user_id":
-    "customer", "title": "name"}. Interactions need user_id and item_id, and may have timestamp and position;
-    items need item_id and title, and may have brand and category."""
-    return from_frames(_read_table(Path(interactions)), _read_table(Path(items)), columns,
-                       names=(str(interactions), str(items)))
+def _json_table(path: Path, row: Callable[[dict], tuple], schema: dict[str, Any], on_error: str) -> Table:
+    """One tuple per line in `schema`'s columns, collected chunk by chunk."""
+    check_on_error(on_error)
+    skipped: list[str] = []
+    rows = _json_rows(path, row, on_error, skipped)
+    chunks = []
+    while chunk := list(islice(rows, _CHUNK_ROWS)):
+        chunks.append(pl.DataFrame(chunk, schema=schema, orient="row"))
+    if not chunks:
+        raise UserError(skipped[0] if skipped else f"{path} is empty")
+    return Table(pl.concat(chunks), str(path), lambda n: f"{path}:{_nth_line(path, n)}", len(skipped))
 
 
-def read_recbole(interactions: Path, items: Path, columns: dict[str, str] | None = None) -> Raw:
-    """RecBole atomic files: tab-separated, header `name:type`. Usual names (title, item_name, brand, categories,
-    class, genre) are found; others are mapped with `columns`."""
-    frames = [_strip_types(_read_table(Path(p), separator="\t")) for p in (interactions, items)]
-    found = set(frames[1].columns)
-    guess = {"title": ("title", "item_name", "movie_title", "name"), "brand": ("brand", "store"),
-             "category": ("category", "categories", "class", "genre")}
-    mapped = {ours: next(t for t in theirs if t in found) for ours, theirs in guess.items() if found & set(theirs)}
-    return from_frames(*frames, {**mapped, **(columns or {})}, names=(str(interactions), str(items)))
+def _json_rows(path: Path, row: Callable[[dict], tuple], on_error: str, skipped: list[str]) -> Iterator[tuple]:
+    for number, line in lines(path):
+        try:
+            yield row(json_object(line))
+        except ValueError as error:
+            message = f"{path}:{number}: {_reason(error)}. {_SKIP_HINT}"
+            if on_error == "raise":
+                raise UserError(message) from None
+            skipped.append(message)
 
 
-def _strip_types(frame: pl.DataFrame) -> pl.DataFrame:
-    return frame.rename({name: name.split(":")[0] for name in frame.columns})
+def _reason(error: ValueError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start + 1}"
+    # json knows only this line, so its own message would say "line 1".
+    return f"not JSON: {error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def read_movielens(folder: Path) -> Raw:
-    """MovieLens: ml-1m's .dat files, or the .csv files of the later sets. Genres are the category."""
-    folder = Path(folder)
-    if (folder / "ratings.csv").is_file():
-        ratings, movies = _read_table(folder / "ratings.csv"), _read_table(folder / "movies.csv")
-    else:
-        ratings = _read_dat(folder / "ratings.dat", ["userId", "movieId", "rating", "timestamp"])
-        movies = _read_dat(folder / "movies.dat", ["movieId", "title", "genres"])
-    columns = {"user_id": "userId", "item_id": "movieId", "category": "genres"}
-    movies = movies.with_columns(pl.col("genres").cast(pl.String).str.replace_all("|", " ", literal=True))
-    return from_frames(ratings, movies, columns, names=("ratings", "movies"))
+def json_object(line: bytes) -> dict:
+    text = line.decode("utf-8-sig")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        if re.match(r"\s*\{\s*u?'", text):
+            raise ValueError("a Python literal as in the 2014 files, not JSON; convert the file with "
+                             "json.dumps(ast.literal_eval(line))") from None
+        raise
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object {...}")
+    if "\\ud" in text or "\\uD" in text:  # half a surrogate pair can be written in JSON but not in UTF-8
+        value = {k: _whole_characters(v) for k, v in value.items()}
+    return value
 
 
-def _read_dat(path: Path, names: list[str]) -> pl.DataFrame:
-    if not path.is_file():
-        raise UserError(f"no such file: {path}; expected MovieLens' ratings and movies as .csv or .dat")
-    rows = []
-    for number, line in enumerate(path.read_bytes().decode("latin-1").splitlines(), 1):
-        fields = line.split("::")
-        if len(fields) != len(names):
-            raise UserError(f"{path}:{number}: {len(fields)} fields, not {len(names)} separated by '::'")
-        rows.append(fields)
-    return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
+def _whole_characters(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return [_whole_characters(v) for v in value] if isinstance(value, list) else value
 
 
-def _read_table(path: Path, separator: str | None = None) -> pl.DataFrame:
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(1-based number, bytes) of every line that is not blank; .gz is unpacked on the way."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}:{number + 1}: the gzip data breaks off here ({error}); get the file again") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from None
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
+
+
+def _nth_line(path: Path, row: int) -> int:
+    return next((number for number, _ in islice(lines(path), row, None)), 0)
+
+
+# -- CSV, Parquet, JSON lines with a column map -----------------------------------------------------------------------
+
+
+def read_tables(interactions: Path | str, items: Path | str, columns: Mapping[str, str] | None = None,
+                on_error: str = "raise") -> Raw:
+    """Files by their endings: .csv, .tsv, .jsonl, .ndjson, .json (objects line by line), each also .gz, or .parquet.
+
+    Columns and `columns` as in `raw.from_frames`.
+    """
+    return from_tables(read_table(Path(interactions), on_error), read_table(Path(items), on_error), columns, on_error)
+
+
+def read_table(path: Path, on_error: str = "raise", separator: str | None = None) -> Table:
+    """One file as it is: all columns, text files' values as text."""
+    check_on_error(on_error)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        try:
+            return Table(pl.read_parquet(path), str(path))
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise UserError(f"{path} is not readable as Parquet: {str(error).splitlines()[0]}") from None
+    if name.endswith(_JSON_ENDINGS):
+        return _any_json_table(path, on_error)
+    if not separator and not name.endswith((".csv", ".tsv", ".txt")):
+        raise UserError(f"{path}: unknown ending; there are .csv, .tsv, .jsonl, .json, each also .gz, and .parquet")
+    return _read_delimited(path, separator or ("\t" if name.endswith(".tsv") else ","), on_error)
+
+
+def _any_json_table(path: Path, on_error: str) -> Table:
+    """All keys of all lines as text columns (lists joined)."""
+    skipped: list[str] = []
+    rows = _json_rows(path, lambda o: ({k: _text(v) for k, v in o.items()},), on_error, skipped)
+    chunks = []
+    while chunk := [o for (o,) in islice(rows, _CHUNK_ROWS)]:
+        keys = dict.fromkeys(k for o in chunk for k in o)
+        chunks.append(pl.DataFrame(chunk, schema=dict.fromkeys(keys, pl.String)))
+    if not chunks:
+        raise UserError(skipped[0] if skipped else f"{path} is empty")
+    return Table(pl.concat(chunks, how="diagonal"), str(path), lambda n: f"{path}:{_nth_line(path, n)}", len(skipped))
+
+
+def _read_delimited(path: Path, separator: str, on_error: str) -> Table:
+    """polars reads it; where polars gives up, a slow reading finds the lines at fault, which polars doesn't name."""
+    quote = None if separator == "\t" and path.name.removesuffix(".gz").endswith((".inter", ".item")) else '"'
     try:
-        if name.endswith(".parquet"):
-            return pl.read_parquet(path)
-        if name.endswith((".jsonl", ".ndjson", ".json")):
-            return pl.DataFrame([json.loads(line) for _, line in _lines(path)], infer_schema_length=None)
-        separator = separator or ("\t" if name.endswith(".tsv") else ",")
-        return pl.read_csv(path, separator=separator, infer_schema=False, quote_char='"' if separator == "," else None)
-    except (pl.exceptions.PolarsError, json.JSONDecodeError, OSError) as error:
-        raise UserError(f"{path} could not be read: {str(error).splitlines()[0]}") from None
+        frame = pl.read_csv(path, separator=separator, infer_schema=False, quote_char=quote)
+        frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
+        return Table(frame, str(path), lambda n: f"{path}:{_nth_record(path, separator, quote, n)}")
+    except (pl.exceptions.PolarsError, OSError):
+        rows, skipped, first = _slow_delimited(path, separator, quote, on_error)
+    header, *body = [fields for _, fields in rows]
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}:1: a column name stands twice in the header: {', '.join(header)}")
+    frame = pl.DataFrame([[f or None for f in fields] for fields in body], orient="row",
+                         schema=dict.fromkeys(header, pl.String))
+    if frame.is_empty() and first:
+        raise UserError(first)
+    return Table(frame, str(path), lambda n: f"{path}:{rows[n + 1][0]}", skipped)
 
 
-def from_frames(interactions: Any, items: Any, columns: dict[str, str] | None = None,
-                names: tuple[str, str] = ("interactions", "items")) -> Raw:
-    """Polars or pandas frames with the columns of `read_tables`. Ids may be of any type; they become strings."""
-    columns = columns or {}
-    interactions, items = to_polars(interactions), to_polars(items)
-    acts = _pick(interactions, {"user_id", "item_id"}, {"timestamp", "position"}, columns, names[0])
-    goods = _pick(items, {"item_id", "title"}, {"brand", "category"}, columns, names[1])
-    for frame, name, keys in ((acts, names[0], ("user_id", "item_id")), (goods, names[1], ("item_id",))):
-        for key in keys:
-            _no_nulls(frame, key, name)
-    acts = acts.with_columns(_timestamp(acts, names[0]).alias("timestamp"))
-    if "position" in acts.columns:
-        order = acts["position"].cast(pl.Float64, strict=False)
-        if order.null_count():
-            raise UserError(f"{names[0]}: row {_first(order.is_null())}, column position: not a number")
-        acts = acts.with_columns((order.rank("dense")).cast(pl.Int64).alias("order"))
-    return _raw(acts, goods, 0)
+def _slow_delimited(path: Path, separator: str, quote: str | None, on_error: str) -> tuple[list, int, str | None]:
+    rows: list[tuple[int, list[str]]] = []
+    skipped, first = 0, None
+    for number, fields in _records(path, separator, quote):
+        why = fields if isinstance(fields, str) else None
+        if why is None and rows and len(fields) != len(rows[0][1]):
+            why = f"{len(fields)} fields, the header has {len(rows[0][1])}"
+        if why is None:
+            rows.append((number, fields))
+            continue
+        message = f"{path}:{number}: {why}. {_SKIP_HINT}"
+        if on_error == "raise" or not rows:
+            raise UserError(message)
+        skipped, first = skipped + 1, first or message
+    if not rows:
+        raise UserError(f"{path} is empty; its first line should name the columns")
+    return rows, skipped, first
 
 
-def to_polars(frame: Any) -> pl.DataFrame:
-    """A polars or pandas frame as polars."""
-    if isinstance(frame, pl.DataFrame):
-        return frame
-    if isinstance(frame, pl.LazyFrame):
-        return frame.collect()
-    if type(frame).__module__.split(".")[0] == "pandas":
-        return pl.from_pandas(frame)
-    raise UserError(f"expected a polars or pandas frame, not {type(frame).__name__}")
+def _records(path: Path, separator: str, quote: str | None) -> Iterator[tuple[int, list[str] | str]]:
+    """(line number, fields) per record, or (line number, what is wrong)."""
+    bad: list[int] = []
+
+    def text() -> Iterator[str]:
+        for number, line in lines(path):
+            last[0] = number
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                bad.append(number)
+
+    last = [0]
+    options = {"quotechar": quote} if quote else {"quoting": csv.QUOTE_NONE}
+    reader = csv.reader(text(), delimiter=separator, **options)
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            yield last[0], str(error)
+            continue
+        yield from ((number, "not UTF-8") for number in bad)
+        bad.clear()
+        if fields is None:
+            return
+        yield last[0], fields
 
 
-def _pick(frame: pl.DataFrame, needed: set[str], optional: set[str], columns: dict[str, str], name: str) -> pl.DataFrame:
-    source = {ours: columns.get(ours, ours) for ours in needed | optional}
-    missing = sorted(ours for ours in needed if source[ours] not in frame.columns)
-    missing += sorted(o for o in optional if o in columns and columns[o] not in frame.columns and name != "items")
-    if missing and (set(missing) & needed):
-        wanted = ", ".join(f"{m} (looked for {source[m]!r})" for m in missing)
-        raise UserError(f"{name}: column {wanted} is missing; there are: {', '.join(frame.columns)}. "
-                        f"Map it: --columns {missing[0]}=YOUR_COLUMN")
-    have = [ours for ours in sorted(source) if source[ours] in frame.columns]
-    return frame.select(pl.col(source[ours]).alias(ours) for ours in have)
+def _nth_record(path: Path, separator: str, quote: str | None, row: int) -> int:
+    return next((number for number, _ in islice(_records(path, separator, quote), row + 1, None)), 0)
 
 
-def _no_nulls(frame: pl.DataFrame, column: str, name: str) -> None:
-    empty = frame[column].is_null() | (frame[column].cast(pl.String).str.strip_chars() == "")
-    if empty.any():
-        raise UserError(f"{name}: row {_first(empty)}, column {column}: empty id")
+# -- RecBole and MovieLens ------------------------------------------------------------------------------------------
+
+_RECBOLE_NAMES = {
+    "interactions.user_id": ("user_id", "session_id"),
+    "interactions.item_id": ("item_id", "product_id", "movie_id", "business_id", "artist_id"),
+    "interactions.timestamp": ("timestamp", "time", "date"),
+    "items.item_id": ("item_id", "product_id", "movie_id", "business_id", "artist_id"),
+    "items.title": ("title", "item_name", "movie_title", "product_name", "artist_name", "name"),
+    "items.brand": ("brand", "store", "manufacturer"),
+    "items.category": ("category", "categories", "class", "genre", "genres", "tags"),
+}
 
 
-def _first(mask: pl.Series) -> int:
-    """1-based data row of the first True."""
-    return int(mask.arg_max() or 0) + 1
+def read_recbole(interactions: Path | str, items: Path | str, columns: Mapping[str, str] | None = None,
+                 on_error: str = "raise") -> Raw:
+    """RecBole's atomic files `.inter` and `.item`: tab-separated, header `name:type`.
+
+    The names RecBole's own data sets use are found (title, item_name, movie_title ...; categories, class, genre ...);
+    `columns` maps others by their names without the type. Times in `.inter` may be floats (see `raw`).
+    """
+    acts, goods = (_without_types(read_table(Path(p), on_error, separator="\t")) for p in (interactions, items))
+    if "item_id_list" in acts.frame.columns:
+        raise UserError(f"{acts.name}: holds augmented sequences (item_id_list); give the .inter file with one "
+                        "interaction a line")
+    found, override = {}, dict(columns or {})
+    for ours, theirs in _RECBOLE_NAMES.items():
+        kind, _, column = ours.partition(".")
+        have = (acts if kind == "interactions" else goods).frame.columns
+        name = next((name for name in theirs if name in have), None)
+        if name and column not in override:
+            found[ours] = name
+    return from_tables(acts, goods, {**found, **override}, on_error)
 
 
-def _timestamp(frame: pl.DataFrame, name: str) -> pl.Series:
-    """Numbers as they are (any unit, fractions cut), dates and times as epoch milliseconds."""
-    if "timestamp" not in frame.columns:
-        return pl.Series([None] * frame.height, dtype=pl.Int64)
-    raw = frame["timestamp"]
-    if raw.dtype.is_temporal():
-        return raw.cast(pl.Datetime("ms")).dt.epoch("ms")
-    parsed = raw.cast(pl.Float64, strict=False).cast(pl.Int64) if not raw.dtype.is_integer() else raw.cast(pl.Int64)
-    if raw.dtype == pl.String and parsed.null_count() == frame.height and frame.height:
-        parsed = raw.str.to_datetime(strict=False, time_unit="ms").dt.epoch("ms")
-    if parsed.null_count():
-        row = _first(parsed.is_null())
-        raise UserError(f"{name}: row {row}, column timestamp: {raw[row - 1]!r} is neither a number nor an ISO date")
-    return parsed
+def _without_types(table: Table) -> Table:
+    names = [name.split(":")[0] for name in table.frame.columns]
+    if len(set(names)) < len(names):
+        raise UserError(f"{table.name}:1: a column name stands twice in the header: {', '.join(names)}")
+    frame = table.frame.rename(dict(zip(table.frame.columns, names, strict=True)))
+    return Table(frame, table.name, table.locate, table.skipped)
 
 
-def _raw(interactions: pl.DataFrame, items: pl.DataFrame, skipped: int) -> Raw:
-    """Common last step: types, order of appearance, text of strings, later duplicates of an item dropped."""
-    if "order" not in interactions.columns:
-        interactions = interactions.with_row_index("order")
-    if "timestamp" not in interactions.columns:
-        interactions = interactions.with_columns(pl.lit(None, pl.Int64).alias("timestamp"))
-    for column in ITEM_SCHEMA:
-        if column not in items.columns:
-            items = items.with_columns(pl.lit(None, pl.String).alias(column))
-    nested = [c for c, t in items.schema.items() if isinstance(t, pl.List)]
-    items = items.with_columns(pl.col(c).cast(pl.List(pl.String)).list.join(" ") for c in nested)
-    items = items.select(pl.col(c).cast(pl.String) for c in ITEM_SCHEMA)
-    folded = [pl.col(c).str.replace_all(r"\s+", " ").str.strip_chars() for c in ("title", "brand", "category")]
-    items = items.with_columns(folded).with_columns(
-        pl.when(pl.col(c) != "").then(pl.col(c)).alias(c) for c in ("title", "brand", "category"))
-    interactions = interactions.select(pl.col(c).cast(t) for c, t in INTERACTION_SCHEMA.items())
-    return Raw(interactions, items.unique("item_id", keep="first", maintain_order=True), skipped)
+def read_movielens(folder: Path | str, on_error: str = "raise") -> Raw:
+    """A MovieLens folder: ratings.csv and movies.csv (ml-latest, ml-20m ...) or ratings.dat and movies.dat (ml-1m,
+    ml-10m; UTF-8 or Latin-1). The genres are the category, every rating is an interaction, times are seconds."""
+    folder = Path(folder)
+    if (folder / "ratings.csv").is_file():
+        ratings, movies = read_table(folder / "ratings.csv", on_error), read_table(folder / "movies.csv", on_error)
+    elif (folder / "ratings.dat").is_file():
+        ratings = _read_dat(folder / "ratings.dat", ["userId", "movieId", "rating", "timestamp"], on_error)
+        movies = _read_dat(folder / "movies.dat", ["movieId", "title", "genres"], on_error)
+    else:
+        raise UserError(f"{folder} holds neither ratings.csv nor ratings.dat; give the unpacked MovieLens folder")
+    columns = {"user_id": "userId", "item_id": "movieId"}
+    if "genres" in movies.frame.columns:
+        columns["category"] = "genres"
+        genres = pl.col("genres").str.replace_all("|", " ", literal=True).replace("(no genres listed)", None)
+        movies = Table(movies.frame.with_columns(genres), movies.name, movies.locate, movies.skipped)
+    return from_tables(ratings, movies, columns, on_error)
+
+
+def _read_dat(path: Path, names: list[str], on_error: str) -> Table:
+    rows, numbers, skipped = [], [], 0
+    for number, line in lines(path):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            text = line.decode("latin-1")
+        fields = text.rstrip("\r\n").split("::")
+        if len(fields) == len(names):
+            rows.append(fields)
+            numbers.append(number)
+            continue
+        if on_error == "raise":
+            raise UserError(f"{path}:{number}: {len(fields)} fields, not {len(names)} separated by '::'. {_SKIP_HINT}")
+        skipped += 1
+    frame = pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
+    return Table(frame, str(path), lambda n: f"{path}:{numbers[n]}", skipped)

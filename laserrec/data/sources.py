@@ -1,0 +1,124 @@
+"""Which reader fits which files, and the data set that comes with the project."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from laserrec.data.raw import Raw
+from laserrec.data.readers import (
+    json_object,
+    lines,
+    read_amazon_2018,
+    read_amazon_2023,
+    read_movielens,
+    read_recbole,
+    read_tables,
+)
+from laserrec.errors import UserError
+
+FORMATS = ("auto", "amazon2018", "amazon2023", "recbole", "csv", "parquet", "movielens")
+BUNDLED = ("amazon-scientific",)
+_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".inter", ".item")
+Source = str | Path | Sequence[str | Path]
+
+
+def read_source(source: Source, format: str = "auto", columns: Mapping[str, str] | None = None,
+                on_error: str = "raise") -> Raw:
+    """Read `source`: two files [interactions, items], a folder that holds them, or a bundled data set's name.
+
+    In a folder the items are in the file whose name starts with meta, items, item or products or ends in .item.
+    `format` is one of FORMATS; csv and parquet both read every ending that `readers.read_tables` knows.
+    Raises UserError when the files can't be told apart or the format is unknown.
+    """
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}; there are: {', '.join(FORMATS)}")
+    if isinstance(source, (str, Path)):
+        folder = _folder(source)
+        if format == "movielens" or (format == "auto" and _is_movielens(folder)):
+            _refuse_columns("movielens", columns)
+            return read_movielens(folder, on_error)
+        pair = _pair_in(folder)
+    else:
+        pair = [Path(p) for p in source]
+        if len(pair) != 2:
+            raise UserError(f"give two files, interactions and items; {len(pair)} were given")
+        if format == "movielens":
+            raise UserError("format movielens reads a folder; give the folder's path")
+    for path in pair:
+        if not path.is_file():
+            raise UserError(f"no such file: {path}")
+    format = _guess(*pair) if format == "auto" else format
+    if format == "recbole":
+        return read_recbole(*pair, columns, on_error)
+    if format in ("csv", "parquet"):
+        return read_tables(*pair, columns, on_error)
+    _refuse_columns(format, columns)
+    return (read_amazon_2018 if format == "amazon2018" else read_amazon_2023)(*pair, on_error)
+
+
+def bundled(name: str = "amazon-scientific") -> Path:
+    """The folder of a data set that comes with the project's source tree (`data/`); UserError where it is missing."""
+    if name not in BUNDLED:
+        raise UserError(f"no bundled data set {name!r}; there are: {', '.join(BUNDLED)}")
+    folder = Path(__file__).resolve().parents[2] / "data" / name
+    if not folder.is_dir():
+        raise UserError(f"data set {name} comes with the source tree only (folder data/{name}); clone the project")
+    return folder
+
+
+def _folder(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if str(source) in BUNDLED:
+        return bundled(str(source))
+    if path.is_file():
+        raise UserError(f"{path} is one file; give interactions and items, or the folder that holds both")
+    raise UserError(f"no such folder: {path}; bundled data sets are: {', '.join(BUNDLED)}")
+
+
+def _pair_in(folder: Path) -> list[Path]:
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.removesuffix(".gz").endswith(_ENDINGS))
+    items = [p for p in files if _names_items(p)]
+    acts = [p for p in files if not _names_items(p)]
+    if any(p.name.endswith(".inter") for p in acts):
+        acts = [p for p in acts if p.name.endswith(".inter")]
+    if len(items) == 1 and len(acts) == 1:
+        return [*acts, *items]
+    raise UserError(f"{folder}: can't tell interactions and items apart among: "
+                    f"{', '.join(p.name for p in files) or 'no data files'}; give the two files")
+
+
+def _names_items(path: Path) -> bool:
+    return path.name.lower().startswith(("meta", "item", "product")) or path.name.endswith(".item")
+
+
+def _is_movielens(folder: Path) -> bool:
+    return any((folder / f"ratings{e}").is_file() and (folder / f"movies{e}").is_file() for e in (".csv", ".dat"))
+
+
+def _guess(interactions: Path, items: Path) -> str:
+    if interactions.name.endswith(".inter"):
+        return "recbole"
+    ending = interactions.name.removesuffix(".gz").rpartition(".")[2]
+    if ending in ("csv", "tsv", "parquet"):
+        return "parquet" if ending == "parquet" else "csv"
+    if ending not in ("jsonl", "ndjson", "json"):
+        raise UserError(f"{interactions}: format not known by its ending; name one of {', '.join(FORMATS[1:])}")
+    keys = set()
+    for _, line in lines(interactions):
+        try:
+            keys = set(json_object(line))
+        except (json.JSONDecodeError, ValueError):
+            continue
+        break
+    if "reviewerID" in keys:
+        return "amazon2018"
+    return "amazon2023" if keys & {"parent_asin", "asin"} else "csv"
+
+
+def _refuse_columns(format: str, columns: Mapping[str, str] | None) -> None:
+    if columns:
+        raise UserError(f"format {format} has fixed columns; a column map goes with csv, parquet and recbole")
