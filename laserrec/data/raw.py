@@ -124,7 +124,7 @@ def _pick(table: Table, kind: str, columns: dict[str, str]) -> Table:
     have = table.frame.columns
     missing = [name for name in chosen if chosen[name] not in have and (name in needed or name in asked)]
     if missing:
-        wanted = ", ".join(f"{name} (looked for {chosen[name]!r})" for name in missing)
+        wanted = ", ".join(f"{name} (looked for {chosen[name]!r})" if name in asked else name for name in missing)
         raise UserError(f"{table.name}: no column for {wanted}; there are: {', '.join(have) or 'none'}. "
                         f"Map it: --columns {missing[0]}=YOUR_COLUMN, in Python columns={{'{missing[0]}': ...}}")
     frame = table.frame.select(pl.col(theirs).alias(name) for name, theirs in chosen.items() if theirs in have)

@@ -1,0 +1,71 @@
+"""A data folder in memory against lists written by hand."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from laserrec.config import DataConfig
+from laserrec.data.prepare import prepare
+from laserrec.data.raw import from_frames
+from laserrec.data.sequences import Dataset
+from laserrec.errors import UserError
+
+HISTORIES = {"ann": "abcd", "bob": "ab", "eve": "dcbaa"}
+LOOSE = DataConfig(min_user_interactions=1, min_item_interactions=1)
+
+
+def make(folder, config=LOOSE, times=None):
+    rows = [(u, i, n) for u, items in HISTORIES.items() for n, i in enumerate(items)]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "position"], orient="row")
+    frame = frame.with_columns(pl.Series("timestamp", times)) if times else frame
+    raw = from_frames(frame, pl.DataFrame({"item_id": list("abcd"), "title": list("ABCD")}))
+    prepare(raw.interactions, raw.items, config, folder)
+    return Dataset.load(folder)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make(tmp_path / "out")
+
+
+def as_text(data, items):
+    return "".join(data.items["item_id"][int(i) - 1] for i in items)
+
+
+def test_train_sequences(data):
+    assert {data.users["user_id"][u - 1]: as_text(data, s) for u, s in data.train_sequences.items()} == {
+        "ann": "ab", "bob": "ab", "eve": "dcb"}
+    assert all(s.dtype == np.int32 for s in data.train_sequences.values())
+
+
+def test_cases_hold_everything_before_the_target(data):
+    def flat(split):
+        cases = data.cases(split)
+        return [(data.users["user_id"][u - 1], as_text(data, h), as_text(data, [t]))
+                for u, h, t in zip(cases.users.tolist(), cases.histories, cases.targets.tolist(), strict=True)]
+
+    assert flat("validation") == [("ann", "ab", "c"), ("eve", "dcb", "a")]
+    assert flat("test") == [("ann", "abc", "d"), ("eve", "dcba", "a")]
+    part = data.cases("test").take(np.array([1]))
+    assert (len(part), as_text(data, part.histories[0])) == (1, "dcba")
+    with pytest.raises(UserError, match="'validation' or 'test', not 'train'"):
+        data.cases("train")
+
+
+def test_temporal_cases_leave_out_targets_without_a_history(tmp_path):
+    # ann: a b c d, bob: a b, eve: d c b a a
+    times = [1, 2, 3, 8, 9, 10, 1, 2, 3, 4, 5]
+    config = DataConfig(**{**LOOSE.model_dump(), "split": "temporal", "validation_fraction": 0.1, "test_fraction": 0.2})
+    data = make(tmp_path / "out", config, times)
+    cases = data.cases("test")
+    assert [as_text(data, h) for h in cases.histories] == ["a"]
+    assert as_text(data, cases.targets) == "b"
+    assert [as_text(data, h) for h in data.cases("validation").histories] == ["abc"]
+
+
+def test_a_folder_that_is_none_is_refused(data, tmp_path):
+    with pytest.raises(UserError, match=r"not a data folder \(meta\.json, items\.parquet, .*laserrec prepare"):
+        Dataset.load(tmp_path)
+    (tmp_path / "out" / "users.parquet").unlink()
+    with pytest.raises(UserError, match=r"\(users\.parquet missing\)"):
+        Dataset.load(tmp_path / "out")

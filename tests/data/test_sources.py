@@ -1,0 +1,85 @@
+"""Files and folders find their reader."""
+
+import json
+
+import polars as pl
+import pytest
+
+from laserrec.data.sources import bundled, read_source
+from laserrec.errors import UserError
+
+
+@pytest.fixture
+def make(tmp_path):
+    """name -> text, written into one folder, which is returned."""
+    def write(**files):
+        for name, text in files.items():
+            (tmp_path / name.replace("__", ".")).write_text(text, encoding="utf-8")
+        return tmp_path
+    return write
+
+
+AMAZON_2018 = json.dumps({"reviewerID": "u", "asin": "a", "unixReviewTime": 5}) + "\n"
+AMAZON_2023 = json.dumps({"user_id": "u", "asin": "z", "parent_asin": "a", "timestamp": 5}) + "\n"
+PLAIN = json.dumps({"user_id": "u", "item_id": "a", "timestamp": 5}) + "\n"
+CSV = "user_id,item_id,timestamp\nu,a,5\n"
+FOLDERS = {
+    "amazon2018": {"Scientific__json": AMAZON_2018, "meta_Scientific__json": '{"asin": "a", "title": "Drill"}\n'},
+    "amazon2023": {"Scientific__jsonl": AMAZON_2023,
+                   "meta_Scientific__jsonl": '{"parent_asin": "a", "title": "Drill"}\n'},
+    "json": {"log__jsonl": PLAIN, "items__jsonl": '{"item_id": "a", "title": "Drill"}\n'},
+    "csv": {"interactions__csv": CSV, "items__csv": "item_id,title\na,Drill\n"},
+    "recbole": {"x__inter": "user_id:token\titem_id:token\ttimestamp:float\nu\ta\t5.0\n",
+                "x__item": "item_id:token\ttitle:token_seq\na\tDrill\n", "x__user": "user_id:token\nu\n"},
+    "movielens": {"ratings__csv": "userId,movieId,rating,timestamp\nu,a,4.0,5\n",
+                  "movies__csv": "movieId,title,genres\na,Drill,Drama\n", "tags__csv": "userId,movieId,tag\nu,a,x\n"},
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_is_recognised(make, kind):
+    folder = make(**FOLDERS[kind])
+    raw = read_source(folder)
+    assert raw.interactions.rows() == [("u", "a", 5, 0)]
+    assert raw.items.select("item_id", "title").rows() == [("a", "Drill")]
+    if kind != "movielens":
+        names = [folder / name.replace("__", ".") for name in list(FOLDERS[kind])[:2]]
+        assert read_source(names).interactions.equals(raw.interactions)
+    if kind != "json":
+        assert read_source(folder, kind).items.equals(raw.items)
+
+
+def test_parquet_is_recognised(tmp_path):
+    pl.DataFrame({"user_id": ["u"], "sku": ["a"]}).write_parquet(tmp_path / "log.parquet")
+    pl.DataFrame({"sku": ["a"], "title": ["Drill"]}).write_parquet(tmp_path / "products.parquet")
+    assert read_source(tmp_path, columns={"item_id": "sku"}).interactions["item_id"].to_list() == ["a"]
+
+
+def test_what_cannot_be_told_is_an_error(make, tmp_path):
+    with pytest.raises(UserError, match="unknown format 'amazon'; there are: auto, amazon2018"):
+        read_source(tmp_path, "amazon")
+    with pytest.raises(UserError, match="among: no data files; give the two files"):
+        read_source(tmp_path)
+    folder = make(a__csv=CSV, b__csv=CSV)
+    with pytest.raises(UserError, match=r"can't tell interactions and items apart among: a\.csv, b\.csv"):
+        read_source(folder)
+    with pytest.raises(UserError, match="is one file; give interactions and items"):
+        read_source(folder / "a.csv")
+    with pytest.raises(UserError, match="give two files"):
+        read_source([folder / "a.csv"])
+    with pytest.raises(UserError, match=r"no such file: .*items\.csv"):
+        read_source([folder / "a.csv", folder / "items.csv"])
+    with pytest.raises(UserError, match="no such folder"):
+        read_source(tmp_path / "none")
+    with pytest.raises(UserError, match="format not known by its ending"):
+        read_source([make(a__xlsx="x") / "a.xlsx", folder / "b.csv"])
+    with pytest.raises(UserError, match="amazon2018 has fixed columns"):
+        read_source([folder / "a.csv", folder / "b.csv"], "amazon2018", {"user_id": "x"})
+
+
+def test_the_bundled_data_set_is_read_by_name_or_folder():
+    raw = read_source("amazon-scientific")
+    assert (raw.interactions.height, raw.items.height) == (59427, 4385)
+    assert raw.interactions.equals(read_source(bundled(), "csv").interactions)
+    with pytest.raises(UserError, match="no bundled data set"):
+        bundled("other")
