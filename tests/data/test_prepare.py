@@ -104,6 +104,14 @@ def test_a_repeat_purchase_is_no_duplicate_and_is_reported(tmp_path):
     assert prepare(untimed, goods(a="A", b="B"), LOOSE, tmp_path / "y")["table1"]["interactions"] == 6
 
 
+def test_of_duplicates_the_first_by_position_stays_whatever_the_rows_order(tmp_path):
+    frame = pl.DataFrame({"user_id": "u", "item_id": ["a", "b", "a"], "timestamp": [5, 5, 5], "position": [0, 1, 2]})
+    for name, rows in (("x", frame), ("y", frame.reverse())):
+        raw = from_frames(rows, goods(a="A", b="B"))
+        prepare(raw.interactions, raw.items, LOOSE, tmp_path / name)
+        assert [i for i, _ in history(tmp_path / name, "u")] == ["a", "b"]
+
+
 def test_nothing_left_is_an_error_with_the_steps(tmp_path):
     with pytest.raises(UserError, match=r"nothing is left after cleaning: .*k-core.*min_user_interactions"):
         prepare(acts(("u", "a", 1)), goods(a="A"), DataConfig(), tmp_path / "out")

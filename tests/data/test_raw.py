@@ -1,5 +1,6 @@
 """Frames with the caller's columns -> Raw: ids, times, positions, texts, column maps."""
 
+import time
 from datetime import UTC, date, datetime
 
 import pandas as pd
@@ -53,13 +54,17 @@ def test_times_keep_their_unit_and_their_order():
     assert times(12.25, float("nan"), float("inf")) == [12250, None, None]
 
 
-def test_dates_become_utc_milliseconds():
+def test_dates_become_utc_milliseconds(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")  # the machine's own zone must not matter
+    time.tzset()
     moment = datetime(2020, 1, 1, 12, tzinfo=UTC)
     expected = int(moment.timestamp() * 1000)
     assert times("2020-01-01T12:00:00", "2020-01-01 14:00:00+02:00", "2020-01-01T12:00:00.5Z", "soon") == [
         expected, expected, expected + 500, None]
     assert times(moment) == [expected]
     assert times(date(2020, 1, 1)) == [1577836800000]
+    monkeypatch.undo()
+    time.tzset()
 
 
 @pytest.mark.parametrize(("columns", "message"), [
@@ -137,8 +142,9 @@ def test_text_cleaning(text, expected):
 
 def test_of_several_rows_of_an_item_the_fullest_stays_whatever_their_order():
     rows = [("a", None, "brand", "cat"), ("a", "Drill", None, None), ("a", "Saw", "Z", None), ("a", "Saw", "B", None),
-            ("b", "Nail", None, None)]
+            ("b", "Nail", None, None), ("c", None, "brand", "cat"), ("c", "Bolt", None, None)]
     for order in (rows, rows[::-1]):
         raw = from_frames(acts(), pl.DataFrame(order, schema=ITEM_SCHEMA, orient="row"))
-        assert sorted(raw.items.rows()) == [("a", "Saw", "B", None), ("b", "Nail", None, None)]
-        assert raw.notes["duplicate_item_rows"] == 3
+        assert sorted(raw.items.rows()) == [("a", "Saw", "B", None), ("b", "Nail", None, None),
+                                            ("c", "Bolt", None, None)]
+        assert raw.notes["duplicate_item_rows"] == 4

@@ -156,7 +156,7 @@ def test_tsv_parquet_and_jsonl_read_alike(tmp_path):
     (b'u1,a,5\n"u\n2",b\nu3,a,8\n', r"i\.csv:4, column timestamp"),
 ])
 def test_a_broken_csv_line_is_named_or_skipped(tmp_path, body, message):
-    path = write(tmp_path / "i.csv", b"user_id,item_id,timestamp\n" + body)
+    path = write(tmp_path / "i.csv", b"\xef\xbb\xbfuser_id,item_id,timestamp\n" + body)
     items = write(tmp_path / "items.csv", ITEMS)
     with pytest.raises(UserError, match=message):
         read_tables(path, items)
