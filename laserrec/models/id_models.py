@@ -1,7 +1,8 @@
 """The ID-based sequential recommenders: SASRec (Kang & McAuley 2018) and BERT4Rec (Sun et al. 2019).
 
-Both share one body. Positions count back from the newest item, as in the left-padded originals, but batches are
-padded on the right and padding is masked, so an output doesn't depend on its batch.
+Both share one body. Batches are padded on the right and padding is masked, so an output doesn't depend on its batch.
+Positions count from the window's first item: counted back from the newest (the left-padded originals), all but the
+last position of a short training sequence would be trained at places that are never asked for.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from laserrec.config import IdLoss, IdModelConfig, IdModelKind
+from laserrec.errors import UserError
 
 
 def pad_histories(histories: Sequence[np.ndarray], max_history: int) -> Int[Tensor, "batch seq"]:
-    """The last `max_history` items of each, padded with 0 on the right."""
+    """The last `max_history` items of each, padded with 0 on the right. Raises UserError for an empty history."""
+    for row, history in enumerate(histories):
+        if len(history) == 0:
+            raise UserError(f"history {row} (counted from 0) is empty; a sequence model needs at least one item")
     cut = [torch.as_tensor(h[-max_history:].astype(np.int64)) for h in histories]
     return nn.utils.rnn.pad_sequence(cut, batch_first=True)
 
@@ -70,8 +75,7 @@ class IdModel(nn.Module):
     def states(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_id"]:
         """C_u: one state per item of the history (SASRec: of the items up to it; BERT4Rec: of all given items)."""
         real = items > 0
-        back = real.sum(dim=1, keepdim=True) - 1 - torch.arange(items.shape[1], device=items.device)
-        x = self.embedding_dropout(self.item(items) + self.position(back.clamp(min=0)))
+        x = self.embedding_dropout(self.item(items) + self.position.weight[: items.shape[1]])
         mask = real[:, None, None, :].expand(-1, 1, items.shape[1], -1)
         if self.causal:
             mask = mask & torch.ones(items.shape[1], items.shape[1], dtype=torch.bool, device=items.device).tril()

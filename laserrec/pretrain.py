@@ -1,0 +1,164 @@
+"""Train the ID-based recommender to convergence: early stopping on validation NDCG, test never touched."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from laserrec import checkpoint
+from laserrec.batching import batches
+from laserrec.config import IdModelConfig
+from laserrec.data.sequences import Dataset
+from laserrec.errors import UserError
+from laserrec.evaluate import rank_cases
+from laserrec.io import write_text
+from laserrec.metrics import Metrics
+from laserrec.models.id_models import IdModel, make_id_model, pad_histories
+from laserrec.models.id_store import load_id_model, save_id_model
+from laserrec.progress import Progress
+
+_CHECKPOINT_SECONDS = 60.0
+
+
+@dataclass
+class _Place:
+    epoch: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+    worse: int = 0
+    """Evaluations since the best one."""
+    seconds: float = 0.0
+
+
+class _Pretraining:
+    def __init__(self, dataset: Dataset, config: IdModelConfig, folder: Path, show: bool):
+        self.dataset, self.config, self.folder, self.show = dataset, config, folder, show
+        self.sequences = [s for s in dataset.train_sequences.values() if len(s) > 1]
+        if not self.sequences:
+            raise UserError("no user has two training interactions; there is nothing to learn a sequence from")
+        torch.manual_seed(config.seed)
+        self.model = make_id_model(config, dataset.n_items)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.place, self.log, self.best = _Place(), [], copy.deepcopy(self.model.state_dict())
+        self._boundary: tuple[dict, dict] = ({}, {})
+        tree = [dataset.fingerprint, config.model_dump(mode="json")]
+        self.fingerprint = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+        self._started = self._saved = time.monotonic()
+
+    def run(self) -> IdModel:
+        self._restore()
+        try:
+            while self.place.epoch < self.config.max_epochs and self.place.worse < self.config.patience:
+                self._epoch()
+        except KeyboardInterrupt:
+            if self._boundary[0]:
+                self._save(self._boundary)  # an epoch takes seconds: the broken one is run again
+            raise
+        self.model.load_state_dict(self.best)
+        return self.model
+
+    def _epoch(self) -> None:
+        self._boundary = self._state()
+        config, place = self.config, self.place
+        self.model.train()
+        plan = batches(np.array([len(s) for s in self.sequences]), config.batch_size, (config.seed, place.epoch + 1))
+        total = 0.0
+        with Progress(f"{config.kind} epoch {place.epoch + 1} (best {place.best:.4f})", len(plan), self.show) as bar:
+            for done, index in enumerate(plan, 1):
+                loss = self.model.loss(pad_histories([self.sequences[i] for i in index], config.max_history))
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimizer.step()
+                total += float(loss.detach())
+                bar.advance(loss=total / done)
+        place.epoch += 1
+        entry: dict[str, Any] = {"epoch": place.epoch, "loss": total / len(plan)}
+        if place.epoch % config.eval_every == 0 or place.epoch == config.max_epochs:
+            entry |= self._validate()
+        self.log.append(entry)
+        self._write_log()
+        if time.monotonic() - self._saved > _CHECKPOINT_SECONDS:
+            self._save(self._state())
+
+    def _validate(self) -> dict[str, Any]:
+        self.model.eval()
+        cases = self.dataset.cases("validation")
+        metrics = Metrics.from_ranks(rank_cases(self.model.score, cases, 256, self.dataset.n_items).plain)
+        if metrics.ndcg > self.place.best:
+            self.place.best, self.place.best_epoch, self.place.worse = metrics.ndcg, self.place.epoch, 0
+            self.best = copy.deepcopy(self.model.state_dict())
+        else:
+            self.place.worse += 1
+        return {f"validation_{name}": value for name, value in metrics.as_dict().items()}
+
+    def _write_log(self) -> None:
+        write_text(self.folder / "log.jsonl", "".join(json.dumps(e) + "\n" for e in self.log))
+
+    # -- resume: at epoch boundaries ----------------------------------------------------------------------------
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
+
+    def _state(self) -> tuple[dict, dict]:
+        tensors = {f"model.{k}": v.clone() for k, v in self.model.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        tensors |= {f"optimizer.{k}": v.clone() for k, v in checkpoint.optimizer_tensors(self.optimizer).items()}
+        tensors["rng"] = torch.get_rng_state()
+        seconds = self.place.seconds + time.monotonic() - self._started
+        return tensors, {"place": {**vars(self.place), "seconds": seconds}, "log": list(self.log),
+                         "fingerprint": self.fingerprint}
+
+    def _save(self, state: tuple[dict, dict]) -> None:
+        checkpoint.save(self._file, *state)
+        self._saved = time.monotonic()
+
+    def _restore(self) -> None:
+        if not self._file.exists():
+            return
+        tensors, facts = checkpoint.load(self._file)
+        if facts["fingerprint"] != self.fingerprint:
+            raise UserError(f"{self._file} belongs to a training with other settings or data; name another folder, or "
+                            "delete this file to start over")
+        self.model.load_state_dict(checkpoint.part(tensors, "model"))
+        self.best = checkpoint.part(tensors, "best")
+        checkpoint.restore_optimizer(self.optimizer, checkpoint.part(tensors, "optimizer"))
+        torch.set_rng_state(tensors["rng"])
+        self.place, self.log = _Place(**facts["place"]), facts["log"]
+
+    def metrics(self) -> dict[str, Any]:
+        best = next((e for e in self.log if e["epoch"] == self.place.best_epoch), {})
+        seconds = self.place.seconds + time.monotonic() - self._started
+        return {**{k: v for k, v in best.items() if k.startswith("validation_")}, "best_epoch": self.place.best_epoch,
+                "epochs": self.place.epoch, "seconds": round(seconds, 1)}
+
+
+def pretrain_id_model(
+    dataset: Dataset, config: IdModelConfig, out: Path | str, progress: bool = True
+) -> dict[str, Any]:
+    """Train into folder `out` and return its metrics. A finished folder with the same settings and data is reused;
+    an unfinished one is resumed, with the result of an uninterrupted run.
+
+    Raises UserError for a folder of other settings or data. Ctrl-C leaves a checkpoint.
+    """
+    out = Path(out)
+    if (out / "config.json").is_file():
+        found = load_id_model(out, dataset)
+        if found.model.config != config:
+            raise UserError(f"{out} holds an ID model with other settings; name another folder or delete it")
+        return {**found.metrics, "reused": True}
+    out.mkdir(parents=True, exist_ok=True)
+    training = _Pretraining(dataset, config, out, progress)
+    model, metrics = training.run(), training.metrics()
+    training._write_log()
+    save_id_model(out, model, dataset, metrics)
+    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    return {**metrics, "reused": False}
