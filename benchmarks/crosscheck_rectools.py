@@ -43,8 +43,8 @@ TOLERANCE = 0.03
 THEIRS = {
     "sasrec": {"n_factors": 128, "n_blocks": 2, "n_heads": 2, "dropout_rate": 0.5, "session_max_len": 20,
                "loss": "softmax", "lr": 1e-3, "batch_size": 128},
-    "bert4rec": {"n_factors": 128, "n_blocks": 2, "n_heads": 2, "dropout_rate": 0.5, "session_max_len": 20,
-                 "loss": "softmax", "lr": 1e-3, "batch_size": 128, "mask_prob": 0.2},
+    "bert4rec": {"n_factors": 128, "n_blocks": 2, "n_heads": 2, "dropout_rate": 0.2, "session_max_len": 20,
+                 "loss": "softmax", "lr": 1e-3, "batch_size": 128, "mask_prob": 0.4},
 }
 STOPPING = {"max_epochs": 300, "eval_every": 2, "patience": 8}
 

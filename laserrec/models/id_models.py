@@ -33,23 +33,32 @@ def _rows_and_lengths(items: Int[Tensor, "batch seq"]) -> tuple[Int[Tensor, batc
 
 
 class _Block(nn.Module):
-    """Attention, then a feed-forward of width d_id as in SASRec; each added to its input and normalised (post-norm,
-    which needs a third of the epochs that pre-norm needs and ends no worse)."""
+    """Attention, then a feed-forward of width d_id as in SASRec, each with a residual path.
 
-    def __init__(self, config: IdModelConfig):
+    SASRec normalises behind the sum (on amazon-scientific: fewer epochs than in front of it, and a better validation
+    NDCG); BERT4Rec in front, since behind the sum its cloze task hardly gets off the ground.
+    """
+
+    def __init__(self, config: IdModelConfig, pre_norm: bool):
         super().__init__()
         d = config.d_id
-        self.heads, self.rate = config.heads, config.dropout
+        self.heads, self.rate, self.pre_norm = config.heads, config.dropout, pre_norm
         self.attention_norm, self.feed_norm = nn.LayerNorm(d), nn.LayerNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.feed = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(d, d))
+        self.feed = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(d, d))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Float[Tensor, "batch seq d_id"], mask: Bool[Tensor, "batch one seq_or_one seq"]) -> Tensor:
+    def _attend(self, x: Tensor, mask: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         rate = self.rate if self.training else 0.0
         y = F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=rate)
-        x = self.attention_norm(x + self.dropout(self.out(y.transpose(1, 2).flatten(-2))))
+        return self.dropout(self.out(y.transpose(1, 2).flatten(-2)))
+
+    def forward(self, x: Float[Tensor, "batch seq d_id"], mask: Bool[Tensor, "batch one seq_or_one seq"]) -> Tensor:
+        if self.pre_norm:
+            x = x + self._attend(self.attention_norm(x), mask)
+            return x + self.dropout(self.feed(self.feed_norm(x)))
+        x = self.attention_norm(x + self._attend(x, mask))
         return self.feed_norm(x + self.dropout(self.feed(x)))
 
 
@@ -68,7 +77,8 @@ class IdModel(nn.Module):
         self.item = nn.Embedding(n_items + 2, config.d_id, padding_idx=0)
         self.position = nn.Embedding(config.max_history + 1, config.d_id)
         self.embedding_dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(_Block(config, pre_norm=not self.causal) for _ in range(config.blocks))
+        self.norm = nn.Identity() if self.causal else nn.LayerNorm(config.d_id)
         self.bias = nn.Parameter(torch.zeros(n_items))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -87,7 +97,7 @@ class IdModel(nn.Module):
             mask = mask & torch.ones(items.shape[1], items.shape[1], dtype=torch.bool, device=items.device).tril()
         for block in self.blocks:
             x = block(x, mask)
-        return x
+        return self.norm(x)
 
     def item_embeddings(self) -> Float[Tensor, "n_items d_id"]:
         return self.item.weight[1 : self.n_items + 1]
