@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from laserrec.config import IdLoss, IdModelConfig, IdModelKind
 from laserrec.errors import UserError
 
+_LAST_ALONE = 0.15
+"""BERT4Rec: share of sequences that hide their last item alone. At a half, training learns too little from the rest:
+validation NDCG@10 on amazon-scientific was .047 against .053."""
+
 
 def pad_histories(histories: Sequence[np.ndarray], max_history: int) -> Int[Tensor, "batch seq"]:
     """The last `max_history` items of each, padded with 0 on the right. Raises UserError for an empty history."""
@@ -33,7 +37,7 @@ def _rows_and_lengths(items: Int[Tensor, "batch seq"]) -> tuple[Int[Tensor, batc
 
 
 class _Block(nn.Module):
-    """Attention, then a feed-forward of width d_id as in SASRec, each with a residual path.
+    """Attention, then a feed-forward (d_id wide inside for SASRec, 4 d_id for BERT4Rec, as published), both residual.
 
     SASRec normalises behind the sum (on amazon-scientific: fewer epochs than in front of it, and a better validation
     NDCG); BERT4Rec in front, since behind the sum its cloze task hardly gets off the ground.
@@ -41,11 +45,11 @@ class _Block(nn.Module):
 
     def __init__(self, config: IdModelConfig, pre_norm: bool):
         super().__init__()
-        d = config.d_id
+        d, inner = config.d_id, config.d_id * (4 if pre_norm else 1)
         self.heads, self.rate, self.pre_norm = config.heads, config.dropout, pre_norm
         self.attention_norm, self.feed_norm = nn.LayerNorm(d), nn.LayerNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.feed = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(d, d))
+        self.feed = nn.Sequential(nn.Linear(d, inner), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(inner, d))
         self.dropout = nn.Dropout(config.dropout)
 
     def _attend(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -152,12 +156,12 @@ class BERT4Rec(IdModel):
         return self.states(masked)[rows, length]
 
     def loss(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-        """Cloze over random positions; in half of the sequences the last item alone is hidden, since that is the
-        task at inference (the original adds such samples too)."""
+        """Cloze over random positions; in some sequences the last item alone is hidden, since that is the task at
+        inference (the original adds such samples too)."""
         real = items > 0
         hidden = (torch.rand(items.shape, device=items.device) < self.config.mask_probability) & real
         last = F.one_hot(real.sum(dim=1) - 1, items.shape[1]).bool()
-        last_only = torch.rand(len(items), 1, device=items.device) < 0.5
+        last_only = torch.rand(len(items), 1, device=items.device) < _LAST_ALONE
         hidden = torch.where(last_only | ~hidden.any(dim=1, keepdim=True), last, hidden)
         states = self.states(items.masked_fill(hidden, self.n_items + 1))[hidden]
         return F.cross_entropy(self.logits(states), items[hidden] - 1)

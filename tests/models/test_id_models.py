@@ -133,7 +133,7 @@ def test_cloze_hides_what_it_asks_for(monkeypatch):
     long = length > 4
     last_hidden = hidden[torch.arange(len(given)), length - 1]
     last_alone = (last_hidden & (hidden.sum(dim=1) == 1))[long].float().mean()
-    assert 0.3 < last_alone < 0.8, "the task of inference must be practised, and the cloze too"
+    assert 0.08 < last_alone < 0.5, "the task of inference must be practised, and the cloze too"
 
 
 @pytest.mark.parametrize(("kind", "loss"), [("sasrec", "cross_entropy"), ("sasrec", "bce"),
