@@ -19,8 +19,8 @@ from laserrec.config import IdLoss, IdModelConfig, IdModelKind
 from laserrec.errors import UserError
 
 _LAST_ALONE = 0.15
-"""BERT4Rec: share of sequences that hide their last item alone. At a half, training learns too little from the rest:
-validation NDCG@10 on amazon-scientific was .047 against .053."""
+"""BERT4Rec: share of sequences that hide their last item alone. A half leaves too little cloze to learn from: a smaller
+share and a wider feed-forward, changed together, raised validation NDCG@10 on amazon-scientific from .047 to .053."""
 
 
 def pad_histories(histories: Sequence[np.ndarray], max_history: int) -> Int[Tensor, "batch seq"]:
