@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from laserrec.models.mformer import Route
 def item_contrast(
     users: Float[Tensor, "batch d"],
     items: Float[Tensor, "n_items d"],
-    targets: Int[Tensor, "batch"],
+    targets: Int[Tensor, batch],
     temperature: float,
 ) -> Float[Tensor, ""]:
     """Full-softmax contrast of each user with all items (Eq. 8), mean over the batch.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from laserrec import checkpoint
+from laserrec.batching import batches
 from laserrec.config import Config, Cuts
 from laserrec.data.sequences import Cases, Dataset
 from laserrec.encoder import Encoder
@@ -28,9 +29,6 @@ from laserrec.evaluate import rank_cases
 from laserrec.losses import item_contrast, load_balance, total_loss
 from laserrec.metrics import Metrics
 from laserrec.progress import Progress
-
-_POOL_BATCHES = 32
-"""Batches that are sorted by length together: alike enough to waste little padding, mixed enough to stay random."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +49,6 @@ def epoch_examples(sequences: dict[int, np.ndarray], cuts: Cuts, seed: tuple[int
         positions = range(1, len(sequence)) if cuts == Cuts.ALL else [int(rng.integers(1, len(sequence)))]
         examples += [Example(sequence[:p], int(sequence[p])) for p in positions]
     return examples
-
-
-def batches(lengths: np.ndarray, batch_size: int, seed: tuple[int, ...]) -> list[np.ndarray]:
-    """Random batches of examples of like length, in random order. Int64[batch] indices each."""
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(lengths))
-    pool = batch_size * _POOL_BATCHES
-    out: list[np.ndarray] = []
-    for at in range(0, len(order), pool):
-        chunk = order[at : at + pool]
-        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-        out += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
-    rng.shuffle(out)
-    return out
 
 
 @dataclass

@@ -87,6 +87,15 @@ class Dataset:
         for test it includes the validation item (paper, 4.1.3)."""
         if split not in SPLITS[1:]:
             raise UserError(f"split is 'validation' or 'test', not {split!r}")
+        if split not in self._cases:
+            self._cases[split] = self._make_cases(split)
+        return self._cases[split]
+
+    @cached_property
+    def _cases(self) -> dict[str, Cases]:
+        return {}
+
+    def _make_cases(self, split: str) -> Cases:
         full = _by_user(self.interactions)
         rows = self.interactions.filter((pl.col("split") == split) & (pl.col("position") > 0))
         users, positions = rows["user"].to_numpy(), rows["position"].to_numpy()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -51,7 +51,7 @@ class Past:
 
     cache: TextCache
     index: Int[Tensor, "batch past"]
-    length: Int[Tensor, "batch"]
+    length: Int[Tensor, batch]
 
 
 def native_reason(config) -> str | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ class Route:
     mask: Bool[Tensor, "batch items"]
     scores: Float[Tensor, "batch experts"]
     """r_j (Eq. 7); 1/K for a user without known items."""
-    expert: Int[Tensor, "batch"]
+    expert: Int[Tensor, batch]
     """argmax of scores."""
 
 
