@@ -1,0 +1,210 @@
+"""LaserRecommender: fit, recommend, encode, add items, save and load. The caller's own ids go in and come out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laserrec.config import Config, load_config
+from laserrec.data.prepare import prepare
+from laserrec.data.raw import ITEM_SCHEMA, from_frames, to_polars
+from laserrec.data.sequences import Dataset
+from laserrec.encoder import Catalogue, Encoder
+from laserrec.errors import UserError
+from laserrec.histories import Histories, read_histories
+from laserrec.model_folder import build_laser, load_model, save_model
+from laserrec.models.backbone import Backbone, load_backbone
+from laserrec.models.id_models import IdModel
+from laserrec.models.id_store import load_id_model
+from laserrec.pretrain import pretrain_id_model
+from laserrec.train import Fit
+
+_ITEM_COLUMNS = ("item_id", "title", "brand", "category")
+
+
+class LaserRecommender:
+    """A fitted model with its catalogue. Make one with `fit`, `fit_dataset` or `from_pretrained`."""
+
+    def __init__(self, encoder: Encoder, items: pl.DataFrame, embeddings: Float[Tensor, "n_items d_out"], facts: dict):
+        self.encoder, self.items, self.facts = encoder, items, facts
+        self.embeddings = embeddings
+        self._index = {item_id: i for i, item_id in enumerate(items["item_id"].to_list(), 1)}
+
+    # -- make ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def fit(cls, interactions: Any, items: Any, config: Config | None = None, folder: Path | str | None = None,
+            columns: Mapping[str, str] | None = None, progress: bool = True) -> LaserRecommender:
+        """Prepare, pretrain the ID model and fit Laser on polars or pandas frames.
+
+        interactions: user_id, item_id, and timestamp or position (else row order); items: item_id, title, and brand,
+        category if known. `columns` maps these names to yours. With `folder` all steps are kept there (data, id_model,
+        model) and an interrupted fit is resumed by the same call. Raises UserError for bad input.
+        """
+        config = config or load_config()
+        if folder is None:
+            with tempfile.TemporaryDirectory(prefix="laserrec-") as scratch:
+                return cls.fit(interactions, items, config, scratch, columns, progress)
+        folder = Path(folder)
+        raw = from_frames(interactions, items, columns)
+        prepare(raw.interactions, raw.items, config.data, folder / "data", notes=raw.notes)
+        dataset = Dataset.load(folder / "data")
+        pretrain_id_model(dataset, config.id_model, folder / "id_model", progress)
+        id_model = load_id_model(folder / "id_model", dataset).model
+        return cls.fit_dataset(dataset, id_model, config, folder / "model", progress)
+
+    @classmethod
+    def fit_dataset(cls, dataset: Dataset, id_model: IdModel, config: Config, folder: Path | str,
+                    progress: bool = True, backbone: Backbone | None = None) -> LaserRecommender:
+        """Fit on a data folder with a pretrained ID model, into a model folder. A finished folder of the same settings
+        is loaded; an unfinished one is resumed. Raises UserError for a folder of other settings or data."""
+        folder = Path(folder)
+        backbone = backbone or load_backbone(config.backbone)
+        torch.manual_seed(config.train.seed)
+        laser = build_laser(config, backbone, id_model.d_id)
+        fingerprint = Fit.fingerprint_of(dataset, id_model, config)
+        if (folder / "model.json").is_file():
+            return cls._finished(folder, fingerprint, backbone)
+        encoder = Encoder(laser, id_model, Catalogue(laser, dataset.items, dataset.n_items, progress))
+        fit = Fit(encoder, dataset, config, folder, fingerprint, progress)
+        log = fit.run()
+        facts = {"fingerprint": fingerprint, "data": dataset.meta, "training": fit.summary()}
+        model = cls(encoder, dataset.items, fit.best_items, facts)
+        save_model(folder, model.encoder, model.items, model.embeddings, facts, log)
+        fit.discard_checkpoint()
+        return model
+
+    @classmethod
+    def _finished(cls, folder: Path, fingerprint: str, backbone: Backbone) -> LaserRecommender:
+        model = cls.from_pretrained(folder, backbone)
+        if model.facts.get("fingerprint") != fingerprint:
+            raise UserError(f"{folder} holds a model with other settings, data or ID model; name another folder or "
+                            "delete it")
+        return model
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, backbone: Backbone | None = None) -> LaserRecommender:
+        """Load a model folder. Raises UserError if it is none, or if the backbone's weights are not those it was
+        trained with."""
+        return cls(*load_model(Path(folder), backbone))
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the adapter, the ID model and the catalogue with its embeddings; the LLM is named, not copied."""
+        save_model(Path(folder), self.encoder, self.items, self.embeddings, self.facts, None)
+
+    # -- use ----------------------------------------------------------------------------------------------------
+
+    def recommend(self, histories: Any, k: int = 10, exclude_seen: bool = False,
+                  candidates: Sequence[str] | None = None, unknown: str = "error") -> Any:
+        """The k best next items of each history.
+
+        histories: {user_id: [item_id, ...]} or [[item_id, ...], ...] (user_id is then the place, from 0), oldest
+        first; or a frame with user_id and item_id, in time order within a user. Users need not be known.
+        exclude_seen: leave out items of the history. candidates: recommend only these item ids. unknown: "error", or
+        "drop" to leave out history items that are not in the catalogue.
+        Returns a frame user_id, item_id, score (cosine), rank (from 1): polars, or pandas if pandas went in.
+        Raises UserError for an unknown item, an empty history, or k < 1.
+        """
+        if k < 1:
+            raise UserError(f"k is {k}; it must be at least 1")
+        asked = self._read(histories, unknown)
+        allowed = self._candidate_mask(candidates)
+        users, ids, scores, ranks = [], [], [], []
+        size, names = self.encoder.laser.config.eval.batch_size, np.array(self.items["item_id"].to_list(), dtype=object)
+        matrix = torch.nn.functional.normalize(self.embeddings, dim=-1)
+        for at in range(0, len(asked.rows), size):
+            rows = asked.rows[at : at + size]
+            batch = torch.nn.functional.normalize(self.encoder.encode(rows, size), dim=-1) @ matrix.T
+            self._hide(batch, rows, allowed, exclude_seen)
+            top = batch.topk(min(k, batch.shape[1]), dim=1)
+            for user, values, index in zip(asked.users[at : at + size], top.values, top.indices, strict=True):
+                real = int((values > -torch.inf).sum())
+                users += [user] * real
+                ids += names[index[:real].numpy()].tolist()
+                scores += values[:real].tolist()
+                ranks += range(1, real + 1)
+        frame = pl.DataFrame({"user_id": users, "item_id": ids, "score": scores, "rank": ranks},
+                             schema={"user_id": asked.user_type, "item_id": pl.String, "score": pl.Float32,
+                                     "rank": pl.Int32})
+        return frame.to_pandas() if asked.pandas else frame
+
+    def encode_users(self, histories: Any, unknown: str = "error") -> np.ndarray:
+        """Float32[users d_out], in the histories' order; compare with `encode_items` by cosine."""
+        return self.encoder.encode(self._read(histories, unknown).rows, self.encoder.laser.config.eval.batch_size).numpy()
+
+    def encode_items(self, item_ids: Sequence[str] | None = None) -> np.ndarray:
+        """Float32[items d_out] of these items, or of the whole catalogue in the order of `items`."""
+        if item_ids is None:
+            return self.embeddings.numpy().copy()
+        rows = torch.tensor([i - 1 for i in self._dense(list(map(str, item_ids)), "item_ids")], dtype=torch.long)
+        return self.embeddings[rows].numpy()
+
+    def add_items(self, frame: Any) -> int:
+        """Add items (item_id, title, and brand, category if known) to the catalogue and encode them; they can be
+        recommended and stand in histories at once. Nothing is retrained: the ID model doesn't know them, their text
+        does the work. Returns how many. Raises UserError for a missing title, a repeated or an existing id."""
+        new = self._checked_items(to_polars(frame))
+        first = len(self.encoder.catalogue) + 1
+        self.encoder.catalogue.add(new)
+        embeddings = self.encoder.encode_items(self.encoder.laser.config.eval.batch_size, first=first)
+        self.embeddings = torch.cat([self.embeddings, embeddings])
+        new = new.with_columns(pl.Series("item", range(first, first + new.height), dtype=pl.Int32))
+        self.items = pl.concat([self.items, new.select(self.items.columns)])
+        self._index |= {item_id: first + i for i, item_id in enumerate(new["item_id"].to_list())}
+        return new.height
+
+    def score(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch n_items"]:
+        """Cosines for the evaluator: dense items in, one column per item of the catalogue out."""
+        users = torch.nn.functional.normalize(self.encoder.encode(histories, len(histories)), dim=-1)
+        return users @ torch.nn.functional.normalize(self.embeddings, dim=-1).T
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _read(self, histories: Any, unknown: str) -> Histories:
+        return read_histories(histories, self._index, unknown)
+
+    def _dense(self, item_ids: Sequence[str], what: str) -> list[int]:
+        missing = [i for i in item_ids if i not in self._index]
+        if missing:
+            raise UserError(f"{what}: {len(missing)} unknown item ids, first {missing[:3]}; add them with add_items")
+        return [self._index[i] for i in item_ids]
+
+    def _candidate_mask(self, candidates: Sequence[str] | None) -> Tensor | None:
+        if candidates is None:
+            return None
+        mask = torch.zeros(len(self._index), dtype=torch.bool)
+        mask[torch.tensor(self._dense(list(map(str, candidates)), "candidates"), dtype=torch.long) - 1] = True
+        return mask
+
+    @staticmethod
+    def _hide(scores: Tensor, rows: Sequence[np.ndarray], allowed: Tensor | None, exclude_seen: bool) -> None:
+        if allowed is not None:
+            scores[:, ~allowed] = -torch.inf
+        if exclude_seen:
+            for i, history in enumerate(rows):
+                scores[i, torch.as_tensor(history.astype(np.int64)) - 1] = -torch.inf
+
+    def _checked_items(self, frame: pl.DataFrame) -> pl.DataFrame:
+        missing = [c for c in ("item_id", "title") if c not in frame.columns]
+        if missing:
+            raise UserError(f"new items: column {', '.join(missing)} is missing; there are: {', '.join(frame.columns)}")
+        frame = frame.select(
+            (pl.col(c) if c in frame.columns else pl.lit(None)).cast(pl.String).alias(c) for c in ITEM_SCHEMA)
+        ids = frame["item_id"].to_list()
+        known = [i for i in ids if i in self._index]
+        if known:
+            raise UserError(f"new items: {len(known)} ids are in the catalogue already, first {known[:3]}")
+        if len(set(ids)) < len(ids) or None in ids:
+            raise UserError("new items: an item_id is repeated or empty")
+        untitled = frame.filter(pl.col("title").is_null() | (pl.col("title").str.strip_chars() == ""))
+        if untitled.height:
+            raise UserError(f"new items: {untitled.height} have no title, first {untitled['item_id'].to_list()[:3]}")
+        return frame
