@@ -16,6 +16,7 @@ from laserrec.errors import UserError
 from laserrec.models.decoder import Past, TextCache
 from laserrec.models.laser import Laser
 from laserrec.models.mformer import Route
+from laserrec.progress import Progress
 
 _READ_AT_ONCE = 64
 """Item texts per pass when the cache is filled."""
@@ -27,7 +28,7 @@ class Catalogue:
     Items 1..n_known are the ID model's; later ones (`add`) have text alone.
     """
 
-    def __init__(self, laser: Laser, items: pl.DataFrame, n_known: int):
+    def __init__(self, laser: Laser, items: pl.DataFrame, n_known: int, progress: bool = False):
         self.laser, self.n_known = laser, n_known
         self.prompt = PromptEncoder(laser.backbone.tokenizer, laser.config.prompt)
         self.tokens: list[np.ndarray] = []
@@ -39,7 +40,8 @@ class Catalogue:
         self._cache: TextCache | None = None
         if self.shared:
             self._read_instruction()
-        self.add(items)
+        with Progress("reading item texts", items.height, progress) as bar:
+            self.add(items, bar.advance)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -76,7 +78,8 @@ class Catalogue:
         for at in range(0, len(order), _READ_AT_ONCE):
             chunk = order[at : at + _READ_AT_ONCE]
             ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(blocks[i], dtype=torch.long) for i in chunk], True)
-            k, v = self.laser.backbone.decoder.encode_text(self.laser.backbone.embed(ids), self._instruction(len(chunk)))
+            embeds, instruction = self.laser.backbone.embed(ids), self._instruction(len(chunk))
+            k, v = self.laser.backbone.decoder.encode_text(embeds, instruction)
             for row, i in enumerate(chunk):
                 where = slice(int(ends[i] - lengths[i]), int(ends[i]))
                 keys[:, where], values[:, where] = k[:, row, : lengths[i]], v[:, row, : lengths[i]]
@@ -175,6 +178,6 @@ class Encoder:
 
     def encode_items(self, batch_size: int, first: int = 1, raw: bool = False,
                      progress: Callable[[int], None] | None = None) -> Float[Tensor, "items d_out"]:
-        """Embeddings of the catalogue's items from dense item `first` on; each is a history of itself (paper, 3.1.1)."""
+        """Embeddings of the items from dense item `first` on; each is a history of itself (paper, 3.1.1)."""
         histories = [np.array([i], dtype=np.int32) for i in range(first, len(self.catalogue) + 1)]
         return self.encode(histories, batch_size, as_item=True, raw=raw, progress=progress)

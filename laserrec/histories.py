@@ -60,8 +60,8 @@ def _dense(user: Any, items: Sequence[Any], index: Mapping[str, int], unknown: s
     ids = [str(i) for i in items]
     missing = [i for i in ids if i not in index]
     if missing and unknown == "error":
-        raise UserError(f'history of user {user!r}: {len(missing)} unknown item ids, first {missing[:3]}; add them with '
-                        'add_items, or leave them out with unknown = "drop"')
+        raise UserError(f"history of user {user!r}: {len(missing)} unknown item ids, first {missing[:3]}; "
+                        'add them with add_items, or leave them out with unknown = "drop"')
     dense = [index[i] for i in ids if i in index]
     if not dense:
         left = "no item of it is in the catalogue" if ids else "it is empty"

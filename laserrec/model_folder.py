@@ -28,11 +28,6 @@ from laserrec.models.laser import Laser
 _FORMAT = 1
 
 
-def build_laser(config: Config, backbone: Backbone, d_id: int) -> Laser:
-    """A fresh Laser; seed torch first."""
-    return Laser(config, backbone, d_id)
-
-
 def save_model(folder: Path, encoder: Encoder, items: pl.DataFrame, embeddings: Tensor, facts: dict,
                log: list[dict] | None) -> None:
     """Every file whole or not at all; model.json comes last, so that a folder with it is complete."""
@@ -68,12 +63,14 @@ def load_model(folder: Path, backbone: Backbone | None = None) -> tuple[Encoder,
     backbone = backbone or load_backbone(config.backbone)
     expected = note["backbone"]["sha256"]
     if backbone.sha256 != expected:
-        raise UserError(f"{folder} was trained with backbone {note['backbone']['name']} of sha256 {expected[:12]}..., but "
-                        f"{backbone.name} here has {backbone.sha256[:12]}...; the adapter means nothing to other weights")
+        raise UserError(
+            f"{folder} was trained with backbone {note['backbone']['name']} of sha256 {expected[:12]}..., but "
+            f"{backbone.name} here has {backbone.sha256[:12]}...; the adapter means nothing to other weights"
+        )
     id_facts = json.loads((folder / "id_model" / "config.json").read_text(encoding="utf-8"))
     id_model = make_id_model(IdModelConfig.model_validate(id_facts["id_model"]), id_facts["n_items"])
     id_model.load_state_dict(checkpoint.load(folder / "id_model" / "model.safetensors")[0])
-    laser = build_laser(config, backbone, id_model.d_id)
+    laser = Laser(config, backbone, id_model.d_id)
     laser.load_state_dict(checkpoint.load(folder / "adapter.safetensors")[0])
     laser.eval()
     items = pl.read_parquet(folder / "items.parquet")

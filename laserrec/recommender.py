@@ -20,14 +20,13 @@ from laserrec.data.sequences import Dataset
 from laserrec.encoder import Catalogue, Encoder
 from laserrec.errors import UserError
 from laserrec.histories import Histories, read_histories
-from laserrec.model_folder import build_laser, load_model, save_model
+from laserrec.model_folder import load_model, save_model
 from laserrec.models.backbone import Backbone, load_backbone
 from laserrec.models.id_models import IdModel
 from laserrec.models.id_store import load_id_model
+from laserrec.models.laser import Laser
 from laserrec.pretrain import pretrain_id_model
-from laserrec.train import Fit
-
-_ITEM_COLUMNS = ("item_id", "title", "brand", "category")
+from laserrec.train import Fit, fit_fingerprint
 
 
 class LaserRecommender:
@@ -69,8 +68,8 @@ class LaserRecommender:
         folder = Path(folder)
         backbone = backbone or load_backbone(config.backbone)
         torch.manual_seed(config.train.seed)
-        laser = build_laser(config, backbone, id_model.d_id)
-        fingerprint = Fit.fingerprint_of(dataset, id_model, config)
+        laser = Laser(config, backbone, id_model.d_id)
+        fingerprint = fit_fingerprint(dataset, id_model, config)
         if (folder / "model.json").is_file():
             return cls._finished(folder, fingerprint, backbone)
         encoder = Encoder(laser, id_model, Catalogue(laser, dataset.items, dataset.n_items, progress))
@@ -138,7 +137,8 @@ class LaserRecommender:
 
     def encode_users(self, histories: Any, unknown: str = "error") -> np.ndarray:
         """Float32[users d_out], in the histories' order; compare with `encode_items` by cosine."""
-        return self.encoder.encode(self._read(histories, unknown).rows, self.encoder.laser.config.eval.batch_size).numpy()
+        rows = self._read(histories, unknown).rows
+        return self.encoder.encode(rows, self.encoder.laser.config.eval.batch_size).numpy()
 
     def encode_items(self, item_ids: Sequence[str] | None = None) -> np.ndarray:
         """Float32[items d_out] of these items, or of the whole catalogue in the order of `items`."""

@@ -69,7 +69,8 @@ class Place:
 class Fit:
     """One fit in one folder. `run` returns the log's entries; the best weights are then in `encoder.laser`."""
 
-    def __init__(self, encoder: Encoder, dataset: Dataset, config: Config, folder: Path, progress: bool = True):
+    def __init__(self, encoder: Encoder, dataset: Dataset, config: Config, folder: Path, fingerprint: str,
+                 progress: bool = True):
         self.encoder, self.laser, self.dataset, self.config = encoder, encoder.laser, dataset, config
         self.folder, self.show = folder, progress
         self.place, self.log = Place(), []
@@ -77,7 +78,7 @@ class Fit:
         self.best_items: Tensor = torch.empty(0)
         self.best_state: dict[str, Tensor] = {}
         self.validation = self._validation_cases()
-        self.fingerprint = _fingerprint(dataset, config)
+        self.fingerprint = fingerprint
         self._started = self._saved = time.monotonic()
 
     # -- the whole way ------------------------------------------------------------------------------------------
@@ -220,6 +221,14 @@ class Fit:
     def _elapsed(self) -> float:
         return self.place.seconds + time.monotonic() - self._started
 
+    def summary(self) -> dict[str, Any]:
+        """The kept epoch's log entry, and what the whole fit took."""
+        trained = sum(p.numel() for p in self._trained())
+        bi_tuning = self.laser.suffix.numel() + self.config.mformer.queries * self.laser.suffix.numel()
+        best = max(self.log, key=lambda e: (e["epoch"] > 0, e[f"validation_ndcg@{self.config.eval.k}"]))
+        return {"best": best, "seconds": round(self._elapsed(), 1), "trained_parameters": trained,
+                "bi_tuning_parameters": bi_tuning}
+
     # -- resume -------------------------------------------------------------------------------------------------
 
     @property
@@ -234,6 +243,10 @@ class Fit:
         place = {**vars(self.place), "seconds": self._elapsed()}
         checkpoint.save(self._file, tensors, {"place": place, "log": self.log, "fingerprint": self.fingerprint})
         self._saved = time.monotonic()
+
+    def discard_checkpoint(self) -> None:
+        """Once the result is saved elsewhere."""
+        self._file.unlink(missing_ok=True)
 
     def _restore(self) -> bool:
         if not self._file.exists():
@@ -257,8 +270,11 @@ def _scores_in_order(users: Tensor, items: Tensor, size: int):
     return lambda histories: next(rows) @ items.T
 
 
-def _fingerprint(dataset: Dataset, config: Config) -> str:
-    """What a resumed fit must share with the first: data and every setting but those of display and pace."""
+def fit_fingerprint(dataset: Dataset, id_model: torch.nn.Module, config: Config) -> str:
+    """What a resumed fit must share with the first: data, ID model and every setting but the pace of checkpoints."""
     tree = config.model_dump(mode="json")
     tree["train"].pop("checkpoint_minutes")
-    return hashlib.sha256(json.dumps([dataset.fingerprint, tree], sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([dataset.fingerprint, tree], sort_keys=True).encode())
+    for name, tensor in sorted(id_model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -34,7 +34,8 @@ class Laser(nn.Module):
         elif mformer.prefix == Prefix.LEARNED:
             self.learned_prefix = nn.Parameter(torch.randn(mformer.queries, d_llm) * token_std)
         eos = backbone.embedding[self._eos_id()].float()
-        self.suffix = nn.Parameter((eos if config.head.suffix_from_eos else torch.randn(d_llm) * token_std)[None].clone())
+        start = eos if config.head.suffix_from_eos else torch.randn(d_llm) * token_std
+        self.suffix = nn.Parameter(start[None].clone())
         if config.head.pooling == Pooling.EOS:
             self.suffix.data.copy_(eos)
             self.suffix.requires_grad_(False)

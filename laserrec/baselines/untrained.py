@@ -1,0 +1,39 @@
+"""Nearest neighbour with the LLM as it is: no prefix, [EOS] as the suffix, nothing trained.
+
+The same text, layout and layers as the Laser that it stands beside. `whitened` adds PCA whitening by the items' own
+outputs, which needs no training either and is the stronger rival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laserrec.config import Config, HeadConfig, MFormerConfig, Pooling, Prefix
+from laserrec.encoder import Encoder
+from laserrec.models.laser import Laser
+
+_WHITE_DIMS = 512
+
+
+class UntrainedLLM:
+    """Cosine of untrained outputs of history and item. `encoder`: its LLM, texts and batch size are used."""
+
+    def __init__(self, encoder: Encoder, whitened: bool):
+        config = encoder.laser.config
+        dims = min(_WHITE_DIMS, encoder.laser.backbone.d_llm) if whitened else 0
+        plain = {"mformer": MFormerConfig(prefix=Prefix.NONE), "head": HeadConfig(pooling=Pooling.EOS, whiten_dims=dims)}
+        laser = Laser(Config(**{**dict(config), **plain}), encoder.laser.backbone, encoder.id_model.d_id)
+        self.encoder = Encoder(laser, encoder.id_model, encoder.catalogue)
+        outputs = self.encoder.encode_items(config.eval.batch_size, raw=True)
+        if whitened:
+            laser.head.fit_whitening(outputs)
+        self.items = torch.nn.functional.normalize(laser.head(outputs), dim=-1)
+
+    def score(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch n_items"]:
+        users = self.encoder.encode(histories, len(histories))
+        return torch.nn.functional.normalize(users, dim=-1) @ self.items.T

@@ -1,0 +1,26 @@
+"""The config tree as command-line flags: every field optional, checked only after preset and file are merged in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from laserrec.config import Config
+
+
+def _partial(model: type[BaseModel]) -> type[BaseModel]:
+    """The same fields without defaults' cross-checks; a field that was not given stays unset."""
+    fields: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            part = _partial(annotation)
+            fields[name] = (part, Field(default=part()))
+        else:
+            fields[name] = (annotation | None, Field(default=None, description=info.description))
+    return create_model(f"{model.__name__}Flags", __config__=ConfigDict(frozen=True, extra="forbid"), **fields)
+
+
+Settings = _partial(Config)
+"""`Settings().model_dump(exclude_unset=True)` is the nested dict of the flags that were given."""
