@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from laserrec import __version__
+from laserrec.cli_output import print_recommendations, print_results
 from laserrec.config import Config, load_config
 from laserrec.errors import UserError
 from laserrec.io import write_json
@@ -193,15 +194,6 @@ def evaluate(data: Path, models: list[str], *, split: Literal["validation", "tes
     _finish(rows, json_file)
 
 
-def print_results(rows: list[dict], k: int, title: str) -> None:
-    """The one results table."""
-    table = Table("model", f"Recall@{k}", f"NDCG@{k}", "MRR", "users", "seconds", title=title)
-    for row in rows:
-        table.add_row(str(row["model"]), *(f"{row[m]:.4f}" for m in (f"recall@{k}", f"ndcg@{k}", "mrr")),
-                      f"{row['users']:,}", f"{row['seconds']:.1f}")
-    out_console.print(table)
-
-
 @app.command
 def recommend(model: Path, *, history: str | None = None, histories: Path | None = None, out: Path | None = None,
               k: int = 10, exclude_seen: bool = False, unknown: Literal["error", "drop"] = "error",
@@ -242,17 +234,7 @@ def recommend(model: Path, *, history: str | None = None, histories: Path | None
         write_frame(out, frame)
         out_console.print(f"{frame.height:,} recommendations for {frame['user_id'].n_unique():,} users in {out}")
         return
-    print_recommendations(frame, loaded)
-
-
-def print_recommendations(frame: Any, model: Any) -> None:
-    """Rank, score, id and title."""
-    titles = dict(zip(model.items["item_id"].to_list(), model.items["title"].to_list(), strict=True))
-    table = Table("user", "rank", "score", "item", "title", title="recommended next")
-    for row in frame.iter_rows(named=True):
-        table.add_row(str(row["user_id"]), str(row["rank"]), f"{row['score']:.3f}", row["item_id"],
-                      titles[row["item_id"]] or "")
-    out_console.print(table)
+    print_recommendations(frame, loaded.items)
 
 
 @backbone_app.command

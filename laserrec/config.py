@@ -224,6 +224,9 @@ class HeadConfig(_Section):
     untrained items' outputs, computed once before training and frozen."""
     projection: bool = False
     """A trained linear map behind the (whitened) output, started as the identity (not in the paper)."""
+    id_share: float = Field(0.0, ge=0, lt=1)
+    """0: the LLM's output alone (paper). Else the frozen ID model's user state / item embedding stands beside it, so
+    that the score starts as (1 - id_share) x text cosine + id_share x ID cosine; the share is then trained."""
 
 
 class Cuts(StrEnum):
@@ -252,6 +255,12 @@ class TrainConfig(_Section):
     """Epochs against the best epoch's fixed item embeddings. 0: no stage 2."""
     cuts: Cuts = Cuts.ALL
     """all: every position of a training sequence is a target each epoch (paper); random: one per user and epoch."""
+    item_gradient: bool = False
+    """Stage 1: items pass the head anew at every step, with gradient to it; their LLM outputs stay the epoch's (not
+    in the paper, where an epoch's item embeddings are fixed)."""
+    reencode_items: bool = True
+    """Stage 1: encode items with the trained prefix and suffix after each epoch (paper). False: items keep the
+    untrained prefix and suffix, so that users train against a target that stands still (not in the paper)."""
     temperature: float = Field(0.05, gt=0)
     """Softmax temperature [tau]."""
     balance_weight: float = Field(0.01, ge=0)

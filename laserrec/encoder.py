@@ -14,6 +14,7 @@ from laserrec.config import Layout
 from laserrec.data.prompt import PromptEncoder
 from laserrec.errors import UserError
 from laserrec.models.decoder import Past, TextCache
+from laserrec.models.id_models import pad_histories
 from laserrec.models.laser import Laser
 from laserrec.models.mformer import Route
 from laserrec.progress import Progress
@@ -145,12 +146,34 @@ class Encoder:
             return self.laser.read_past(self.catalogue.past(histories), states, mask)
         return self.laser([self.catalogue.text(h, as_item) for h in histories], states, mask)
 
+    @torch.no_grad()
+    def id_part(self, histories: Sequence[np.ndarray], as_item: bool = False,
+                hide_states: Tensor | None = None) -> Float[Tensor, "batch d_id"]:
+        """The ID model's state for the next item, or (as_item) the item's own embedding; zeros where it knows none."""
+        known = [h[h <= self.catalogue.n_known] for h in histories]
+        some = torch.tensor([len(h) > 0 for h in known])
+        if hide_states is not None:
+            some = some & ~hide_states
+        part = torch.zeros(len(known), self.id_model.d_id)
+        rows = [h for h, real in zip(known, some.tolist(), strict=True) if real]
+        if rows and as_item:
+            part[some] = self.id_model.item_embeddings()[torch.tensor([int(h[-1]) - 1 for h in rows])]
+        elif rows:
+            part[some] = self.id_model.next_item_state(pad_histories(rows, self.id_model.max_history)).float()
+        return part
+
     def embed(
         self, histories: Sequence[np.ndarray], as_item: bool = False, hide_states: Tensor | None = None
     ) -> tuple[Float[Tensor, "batch d_out"], Route | None]:
         """Embeddings of one batch, with gradient."""
         outputs, route = self.outputs(histories, as_item, hide_states)
-        return self.laser.head(outputs), route
+        id_part = self.id_part(histories, as_item, hide_states) if self.laser.head.id_share is not None else None
+        return self.laser.head(outputs, id_part), route
+
+    def embed_item_outputs(self, outputs: Float[Tensor, "items d_llm"], first: int = 1) -> Float[Tensor, "items d_out"]:
+        """The head on the LLM outputs of items `first`, first + 1 ..., with gradient to the head."""
+        items = [np.array([i], dtype=np.int32) for i in range(first, first + len(outputs))]
+        return self.laser.head(outputs, self.id_part(items, as_item=True))
 
     @torch.no_grad()
     def encode(

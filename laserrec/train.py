@@ -74,6 +74,8 @@ class Fit:
         self.encoder, self.laser, self.dataset, self.config = encoder, encoder.laser, dataset, config
         self.folder, self.show = folder, progress
         self.place, self.log = Place(), []
+        self.outputs: Tensor = torch.empty(0)
+        """Float[n_items d_llm], the LLM's outputs for the items; `items` are their embeddings."""
         self.items: Tensor = torch.empty(0)
         self.best_items: Tensor = torch.empty(0)
         self.best_state: dict[str, Tensor] = {}
@@ -118,9 +120,10 @@ class Fit:
             self._save()
 
     def _prepare_items(self) -> None:
+        self.outputs = self._item_outputs()
         if self.laser.head.needs_whitening:
-            self.laser.head.fit_whitening(self._encode_items(raw=True))
-        self.items = self._encode_items()
+            self.laser.head.fit_whitening(self.outputs)
+        self._embed_items()
         metrics = self._validate()
         self._note(epoch=0, loss=None, metrics=metrics, tokens=0)
 
@@ -143,7 +146,9 @@ class Fit:
                 if time.monotonic() - self._saved > 60 * train.checkpoint_minutes:
                     self._save()
         if place.stage == 1:
-            self.items = self._encode_items()
+            if self.config.train.reencode_items:
+                self.outputs = self._item_outputs()
+            self._embed_items()
         metrics = self._validate()
         if metrics.ndcg > place.best:
             self._keep(metrics)
@@ -159,7 +164,9 @@ class Fit:
             hide = torch.rand(len(examples)) < self.config.mformer.state_dropout
         users, route = self.encoder.embed([e.history for e in examples], hide_states=hide)
         targets = torch.tensor([e.target - 1 for e in examples])
-        contrast = item_contrast(users, self.items, targets, train.temperature)
+        learning = train.item_gradient and self.place.stage == 1
+        items = self.encoder.embed_item_outputs(self.outputs) if learning else self.items
+        contrast = item_contrast(users, items, targets, train.temperature)
         loss = total_loss(contrast, None if route is None else load_balance(route), train.balance_weight)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -187,9 +194,13 @@ class Fit:
 
     # -- items and validation -----------------------------------------------------------------------------------
 
-    def _encode_items(self, raw: bool = False) -> Tensor:
+    def _item_outputs(self) -> Tensor:
         with Progress("encoding items", len(self.encoder.catalogue), self.show) as bar:
-            return self.encoder.encode_items(self.config.eval.batch_size, raw=raw, progress=bar.advance)
+            return self.encoder.encode_items(self.config.eval.batch_size, raw=True, progress=bar.advance)
+
+    @torch.no_grad()
+    def _embed_items(self) -> None:
+        self.items = self.encoder.embed_item_outputs(self.outputs)
 
     def _validation_cases(self) -> Cases:
         cases = self.dataset.cases("validation")
@@ -236,7 +247,7 @@ class Fit:
         return self.folder / "checkpoint.safetensors"
 
     def _save(self) -> None:
-        tensors = {"items": self.items, "best_items": self.best_items, "rng": torch.get_rng_state()}
+        tensors = {"outputs": self.outputs, "items": self.items, "best_items": self.best_items, "rng": torch.get_rng_state()}
         tensors |= {f"laser.{k}": v for k, v in self.laser.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
         tensors |= {f"optimizer.{k}": v for k, v in checkpoint.optimizer_tensors(self.optimizer).items()}
@@ -256,7 +267,7 @@ class Fit:
             raise UserError(f"{self._file} belongs to a fit with other settings or data; give another folder for the "
                             "new fit, or delete this file to start over")
         self.place, self.log = Place(**facts["place"]), facts["log"]
-        self.items, self.best_items = tensors["items"], tensors["best_items"]
+        self.outputs, self.items, self.best_items = (tensors[n] for n in ("outputs", "items", "best_items"))
         self.laser.load_state_dict(checkpoint.part(tensors, "laser"))
         self.best_state = checkpoint.part(tensors, "best")
         checkpoint.restore_optimizer(self.optimizer, checkpoint.part(tensors, "optimizer"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ class Head(nn.Module):
 
     def __init__(self, config: HeadConfig, d_llm: int):
         super().__init__()
+        share = torch.tensor(config.id_share)
+        self.id_share = nn.Parameter(torch.logit(share)) if config.id_share else None
         d_out = config.whiten_dims or d_llm
         if config.whiten_dims:
             self.register_buffer("mean", torch.zeros(d_llm))
@@ -45,6 +48,18 @@ class Head(nn.Module):
         self.mean.copy_(mean)
         self.whitening.copy_(vectors * sign / values.sqrt())
 
-    def forward(self, outputs: Float[Tensor, "batch d_llm"]) -> Float[Tensor, "batch d_out"]:
+    def forward(
+        self, outputs: Float[Tensor, "batch d_llm"], id_part: Float[Tensor, "batch d_id"] | None = None
+    ) -> Float[Tensor, "batch d_out"]:
+        """`id_part`: the ID model's user state or item embedding, zeros where it knows none; read if config.id_share.
+
+        With both parts of unit length, scaled by the roots of their shares, the cosine of two embeddings is the
+        shares' weighted sum of the parts' cosines.
+        """
         x = (outputs - self.mean) @ self.whitening if self.whiten else outputs
-        return x if self.projection is None else self.projection(x)
+        x = x if self.projection is None else self.projection(x)
+        if self.id_share is None:
+            return x
+        share = self.id_share.sigmoid()
+        parts = (1 - share).sqrt() * F.normalize(x, dim=-1), share.sqrt() * F.normalize(id_part, dim=-1)
+        return torch.cat(parts, dim=-1)
