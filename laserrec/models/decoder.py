@@ -63,7 +63,7 @@ def native_reason(config) -> str | None:
         return f"rotary embedding of type {rope['rope_type']!r}"
     if getattr(config, "hidden_act", "silu") != "silu":
         return f"activation {config.hidden_act!r}"
-    if config.model_type == "qwen2" and getattr(config, "use_sliding_window", False):
+    if config.model_type in ("qwen2", "qwen3") and getattr(config, "use_sliding_window", False):
         return "sliding-window attention"
     if config.model_type == "mistral" and getattr(config, "sliding_window", None):
         return "sliding-window attention"
