@@ -1,0 +1,103 @@
+"""Loading a frozen LLM: engines, layers, precision, and the messages when it can't be."""
+
+import shutil
+
+import pytest
+import tiny
+import torch
+
+from laserrec.config import BackboneConfig, Engine, Precision
+from laserrec.errors import UserError
+from laserrec.models.backbone import TransformersDecoder, load_backbone, resolve_precision
+from laserrec.models.check import check_backbone
+
+TEXT = "red hammer (brand: blueco)"
+
+
+def read(backbone, text: str = TEXT) -> torch.Tensor:
+    return backbone.decoder(backbone.embed(torch.tensor([backbone.tokenizer(text)["input_ids"]])))
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize("family", tiny.NATIVE)
+def test_both_engines_give_the_same(llm, family, layers):
+    native, theirs = llm(family, layers=layers), llm(family, layers=layers, engine=Engine.TRANSFORMERS)
+    assert native.native and not theirs.native
+    assert native.sha256 == theirs.sha256 and native.sha256
+    torch.testing.assert_close(read(native), read(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fewer_layers_are_another_reading(llm, family):
+    settings = {"engine": Engine.TRANSFORMERS}
+    one, two, three = (read(llm(family, layers=n, **settings)) for n in (1, 2, None))
+    assert not torch.allclose(one, two) and not torch.allclose(two, three)
+    assert torch.equal(read(llm(family, layers=3, **settings)), three)
+
+
+def test_another_family_runs_on_transformers_or_says_why_not(llm, llm_folder):
+    assert isinstance(llm("gpt2").decoder, TransformersDecoder)
+    with pytest.raises(UserError, match=r"engine = native.*gpt2.*use auto or transformers"):
+        load_backbone(BackboneConfig(name=str(llm_folder("gpt2")), engine=Engine.NATIVE, precision=Precision.FP32))
+
+
+@pytest.mark.parametrize("engine", [Engine.NATIVE, Engine.TRANSFORMERS])
+def test_bf16(llm, engine):
+    rough, exact = llm(engine=engine, precision="bf16"), llm(engine=engine)
+    assert rough.decoder.dtype == rough.embedding.dtype == torch.bfloat16
+    assert read(rough).dtype == torch.float32
+    assert 0 < (read(rough) - read(exact)).abs().max() < 0.2 * read(exact).abs().max()
+
+
+def test_nothing_of_it_asks_for_a_gradient(llm):
+    for family in ("llama", "gpt2"):
+        backbone = llm(family)
+        assert not backbone.embedding.requires_grad
+        assert all(not p.requires_grad for p in backbone.decoder.parameters())
+    assert not llm("gpt2").decoder.model.training  # its dropout is off
+
+
+def test_layers_beyond_the_models_are_an_error(llm_folder):
+    for engine in Engine:
+        with pytest.raises(UserError, match=r"layers is 4.* has 3"):
+            load_backbone(BackboneConfig(name=str(llm_folder()), layers=4, engine=engine, precision=Precision.FP32))
+
+
+@pytest.mark.parametrize("broken", ["empty", "no_weights", "no_config"])
+def test_a_folder_that_is_no_model_is_an_error(llm_folder, tmp_path, broken):
+    folder = tmp_path / "model"
+    if broken == "empty":
+        folder.mkdir()
+    else:
+        shutil.copytree(llm_folder(), folder)
+        (folder / {"no_weights": "model.safetensors", "no_config": "config.json"}[broken]).unlink()
+    with pytest.raises(UserError, match=r"could not be loaded.*Hugging Face id"):
+        load_backbone(BackboneConfig(name=str(folder), precision=Precision.FP32))
+
+
+def test_a_name_that_is_nowhere_is_an_error():
+    with pytest.raises(UserError, match="'nobody/nothing' could not be loaded"):
+        load_backbone(BackboneConfig(name="nobody/nothing", precision=Precision.FP32))
+
+
+def test_hashes_tell_weights_apart(llm_folder, llm, tmp_path):
+    other = load_backbone(BackboneConfig(name=str(tiny.save_llm(tmp_path, "llama", seed=9)), precision=Precision.FP32))
+    again = load_backbone(BackboneConfig(name=str(llm_folder()), precision=Precision.FP32))
+    assert other.sha256 != again.sha256 == llm().sha256
+    assert other.tensor_hash() != again.tensor_hash() == llm().tensor_hash()
+    again.decoder.layers[1].down[0, 0] += 1e-3
+    assert again.tensor_hash() != llm().tensor_hash()
+
+
+def test_precision_auto_is_decided_once():
+    first = resolve_precision(Precision.AUTO)
+    assert first in (Precision.BF16, Precision.FP32)
+    assert resolve_precision(Precision.AUTO) == first
+    assert resolve_precision(Precision.BF16) == Precision.BF16
+
+
+def test_check_reports_both_engines(llm_folder):
+    facts = check_backbone(str(llm_folder("qwen3")))
+    assert (facts["engine"], facts["layers"], facts["width"], facts["vocabulary"]) == ("native", 3, 32, 300)
+    assert 0 <= facts["native_error"] < 1e-4
+    assert check_backbone(str(llm_folder("gpt2")))["engine"] == "transformers"

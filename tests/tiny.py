@@ -1,0 +1,127 @@
+"""Small things the tests build on: random decoders of each family, a planted catalogue, settings of a few neurons."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+
+from laserrec.config import BackboneConfig, Config, IdModelConfig
+from laserrec.data.sequences import Dataset
+from laserrec.encoder import Catalogue, Encoder
+from laserrec.models.id_models import make_id_model
+from laserrec.models.laser import Laser
+
+NATIVE = ("llama", "mistral", "qwen2", "qwen3")
+WORDS = ("red", "blue", "saw", "hammer", "drill", "paint", "glue", "nail", "wood", "steel")
+ID_MODEL = IdModelConfig(d_id=16, blocks=1, heads=2, dropout=0.2, max_history=6)
+
+
+def tokenizer():
+    """Byte-level BPE over a few lines: reads any text, 300 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    lines = ["You are an intelligent recommendation assistant. In chronological order, the user has browsed items:",
+             *(f"{a} {b} (brand: {a}co, category: {b}s)" for a in WORDS for b in WORDS)]
+    core.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+def make_llm(family: str, seed: int = 0):
+    """A random decoder; norms, biases and weights are far from their initial values, so that each one matters."""
+    import transformers as t
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    config = {
+        "llama": lambda: t.LlamaConfig(**sizes),
+        "mistral": lambda: t.MistralConfig(**sizes, sliding_window=None),
+        "qwen2": lambda: t.Qwen2Config(**sizes),
+        "qwen3": lambda: t.Qwen3Config(**sizes, head_dim=16),
+        "gpt2": lambda: t.GPT2Config(vocab_size=300, n_embd=32, n_layer=3, n_head=4, n_positions=512),
+    }[family]()
+    torch.manual_seed(seed)
+    model = t.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            else:
+                parameter.normal_(mean=1.0 if "norm" in name or "ln_" in name else 0.0, std=0.3)
+    return model
+
+
+def save_llm(folder: Path, family: str, seed: int = 0) -> Path:
+    make_llm(family, seed).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def config(folder: Path | str, **sections: dict) -> Config:
+    """Settings of a few neurons; `sections` as in Config, merged over them."""
+    base = {
+        "backbone": {"name": str(folder), "precision": "fp32"},
+        "id_model": ID_MODEL.model_dump() | {"max_epochs": 3, "lr": 1e-2, "batch_size": 16},
+        "prompt": {"max_items": 4, "max_item_tokens": 8},
+        "mformer": {"experts": 3, "queries": 2, "blocks": 2, "d_model": 16, "heads": 2},
+        "train": {"lr": 1e-2, "batch_size": 16, "stage_one_epochs": 2, "stage_two_epochs": 1},
+        "eval": {"batch_size": 16},
+    }
+    return Config.model_validate({name: base.get(name, {}) | sections.get(name, {}) for name in {*base, *sections}})
+
+
+def items(n: int) -> pl.DataFrame:
+    """Titles of unequal length, so that batches are padded."""
+    titles = [" ".join(WORDS[(j * (p + 3)) % len(WORDS)] for p in range(1 + j % 4)) + f" {j}" for j in range(1, n + 1)]
+    brands = pl.Series([f"{WORDS[j % 3]}co" if j % 2 else None for j in range(n)], dtype=pl.String)
+    return pl.DataFrame({"item": pl.Series(range(1, n + 1), dtype=pl.Int32),
+                         "item_id": [f"i{j}" for j in range(1, n + 1)], "title": titles, "brand": brands,
+                         "category": ["tools" if j % 3 else None for j in range(n)]})
+
+
+def dataset(sequences: list[list[int]], n: int) -> Dataset:
+    """Leave-one-out over the given dense sequences: user 1's, user 2's ..."""
+    rows = []
+    for user, sequence in enumerate(sequences, 1):
+        last = len(sequence) - 1
+        rows += [(user, item, p, p, {last: "test", last - 1: "validation"}.get(p, "train"))
+                 for p, item in enumerate(sequence)]
+    schema = {"user": pl.Int32, "item": pl.Int32, "position": pl.Int32, "timestamp": pl.Int64, "split": pl.String}
+    count = len(sequences)
+    users = pl.DataFrame({"user": pl.Series(range(1, count + 1), dtype=pl.Int32),
+                          "user_id": [f"u{j}" for j in range(1, count + 1)]})
+    return Dataset(items(n), users, pl.DataFrame(rows, schema=schema, orient="row"), {"sha256": f"planted {n} {count}"})
+
+
+def planted(n: int = 20, users: int = 40, seed: int = 0) -> Dataset:
+    """Users who walk up the catalogue: item i is always followed by i + 1 (after n comes 1)."""
+    rng = np.random.default_rng(seed)
+    return dataset([[(start + p) % n + 1 for p in range(length)]
+                    for start, length in zip(rng.integers(0, n, users), rng.integers(5, 9, users), strict=True)], n)
+
+
+def id_model(n: int, seed: int = 1):
+    torch.manual_seed(seed)
+    model = make_id_model(ID_MODEL, n)
+    with torch.no_grad():  # an untrained SASRec's states are all alike
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval().requires_grad_(False)
+
+
+def encoder(backbone, n: int = 12, n_known: int | None = None, seed: int = 2, **sections: dict) -> Encoder:
+    """A Laser with a random ID model over `n` items."""
+    model = id_model(n_known or n)
+    torch.manual_seed(seed)
+    tree = config(backbone.name, **sections)
+    laser = Laser(tree.model_copy(update={"backbone": BackboneConfig(name=backbone.name)}), backbone, model.d_id)
+    return Encoder(laser, model, Catalogue(laser, items(n), n_known or n))
+
+
+def histories(*rows: list[int]) -> list[np.ndarray]:
+    return [np.array(row, dtype=np.int32) for row in rows]
