@@ -138,6 +138,11 @@ class Layout(StrEnum):
     TEXT_FIRST = "text_first"
 
 
+class ItemSide(StrEnum):
+    TRAINED = "trained"
+    PLAIN = "plain"
+
+
 class PromptConfig(_Section):
     """The text of a history and where the trained tokens stand."""
 
@@ -147,6 +152,9 @@ class PromptConfig(_Section):
     """prefix_first: [prefix][text][suffix] (paper, Eq. 1). text_first (not in the paper):
     [text][prefix][suffix], where each item's text attends to itself and the instruction only, so that the frozen
     LLM reads every item once and its keys and values are reused for all users and epochs."""
+    item_side: ItemSide = ItemSide.TRAINED
+    """trained: an item is read with the same prefix and suffix as a user (paper). plain (not in the paper): with no
+    prefix and a frozen [EOS] as suffix, so that users train against a target that stands still."""
     max_items: int = Field(20, ge=1)
     """Only the last so many items of a history are written out."""
     max_item_tokens: int = Field(64, ge=4)
@@ -224,9 +232,12 @@ class HeadConfig(_Section):
     untrained items' outputs, computed once before training and frozen."""
     projection: bool = False
     """A trained linear map behind the (whitened) output, started as the identity (not in the paper)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the projection's input."""
     id_share: float = Field(0.0, ge=0, lt=1)
-    """0: the LLM's output alone (paper). Else the frozen ID model's user state / item embedding stands beside it, so
-    that the score starts as (1 - id_share) x text cosine + id_share x ID cosine; the share is then trained."""
+    """0: the LLM's output alone (paper). Else the frozen ID model's user state / item embedding stands beside it and
+    the score is (1 - id_share) x LLM cosine + id_share x ID cosine. The training loss sees the LLM's part alone: the
+    ID model has seen the training targets, so a mix weighed on them would trust it too much."""
 
 
 class Cuts(StrEnum):
@@ -240,7 +251,7 @@ class TrainConfig(_Section):
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate of Adam."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay; 0 is Adam (paper)."""
+    """AdamW's decoupled weight decay of the linear maps' weights; 0 is Adam (paper)."""
     warmup_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of stage 1's steps in which the rate rises linearly from zero."""
     cosine_decay: bool = False
@@ -258,9 +269,6 @@ class TrainConfig(_Section):
     item_gradient: bool = False
     """Stage 1: items pass the head anew at every step, with gradient to it; their LLM outputs stay the epoch's (not
     in the paper, where an epoch's item embeddings are fixed)."""
-    reencode_items: bool = True
-    """Stage 1: encode items with the trained prefix and suffix after each epoch (paper). False: items keep the
-    untrained prefix and suffix, so that users train against a target that stands still (not in the paper)."""
     temperature: float = Field(0.05, gt=0)
     """Softmax temperature [tau]."""
     balance_weight: float = Field(0.01, ge=0)

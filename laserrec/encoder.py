@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from laserrec.config import Layout
+from laserrec.config import ItemSide, Layout
 from laserrec.data.prompt import PromptEncoder
 from laserrec.errors import UserError
 from laserrec.models.decoder import Past, TextCache
@@ -139,21 +139,19 @@ class Encoder:
     ) -> tuple[Float[Tensor, "batch d_llm"], Route | None]:
         """The LLM's pooled outputs for one batch, with gradient to what Laser trains.
         hide_states: Bool[batch], rows whose ID states are hidden (mformer.state_dropout)."""
+        plain = as_item and self.laser.config.prompt.item_side == ItemSide.PLAIN
         states, mask = self.states(histories)
         if hide_states is not None:
             mask = mask & ~hide_states[:, None]
         if self.catalogue.shared:
-            return self.laser.read_past(self.catalogue.past(histories), states, mask)
-        return self.laser([self.catalogue.text(h, as_item) for h in histories], states, mask)
+            return self.laser.read_past(self.catalogue.past(histories), states, mask, plain)
+        return self.laser([self.catalogue.text(h, as_item) for h in histories], states, mask, plain)
 
     @torch.no_grad()
-    def id_part(self, histories: Sequence[np.ndarray], as_item: bool = False,
-                hide_states: Tensor | None = None) -> Float[Tensor, "batch d_id"]:
+    def id_part(self, histories: Sequence[np.ndarray], as_item: bool = False) -> Float[Tensor, "batch d_id"]:
         """The ID model's state for the next item, or (as_item) the item's own embedding; zeros where it knows none."""
         known = [h[h <= self.catalogue.n_known] for h in histories]
         some = torch.tensor([len(h) > 0 for h in known])
-        if hide_states is not None:
-            some = some & ~hide_states
         part = torch.zeros(len(known), self.id_model.d_id)
         rows = [h for h, real in zip(known, some.tolist(), strict=True) if real]
         if rows and as_item:
@@ -163,17 +161,19 @@ class Encoder:
         return part
 
     def embed(
-        self, histories: Sequence[np.ndarray], as_item: bool = False, hide_states: Tensor | None = None
+        self, histories: Sequence[np.ndarray], as_item: bool = False
     ) -> tuple[Float[Tensor, "batch d_out"], Route | None]:
-        """Embeddings of one batch, with gradient."""
-        outputs, route = self.outputs(histories, as_item, hide_states)
-        id_part = self.id_part(histories, as_item, hide_states) if self.laser.head.id_share is not None else None
-        return self.laser.head(outputs, id_part), route
+        """Embeddings of one batch, as they are compared."""
+        outputs, route = self.outputs(histories, as_item)
+        return self.laser.head(outputs, self._id_part_if_used(histories, as_item)), route
 
     def embed_item_outputs(self, outputs: Float[Tensor, "items d_llm"], first: int = 1) -> Float[Tensor, "items d_out"]:
-        """The head on the LLM outputs of items `first`, first + 1 ..., with gradient to the head."""
+        """The head on the LLM outputs of items `first`, first + 1 ..."""
         items = [np.array([i], dtype=np.int32) for i in range(first, first + len(outputs))]
-        return self.laser.head(outputs, self.id_part(items, as_item=True))
+        return self.laser.head(outputs, self._id_part_if_used(items, as_item=True))
+
+    def _id_part_if_used(self, histories: Sequence[np.ndarray], as_item: bool) -> Tensor | None:
+        return self.id_part(histories, as_item) if self.laser.head.id_share else None
 
     @torch.no_grad()
     def encode(

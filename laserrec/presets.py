@@ -21,12 +21,12 @@ _PAPER: dict[str, Any] = {
 _SMALL: dict[str, Any] = {
     "id_model": {"kind": "sasrec", **ID_MODELS["sasrec"]},
     "backbone": {"layers": 6},
-    "prompt": {"layout": "text_first", "max_item_tokens": 24},
+    "prompt": {"layout": "text_first", "item_side": "plain", "max_item_tokens": 24},
     "mformer": {"experts": 4, "queries": 4, "blocks": 2, "d_model": 128, "heads": 4, "zero_init": True,
                 "routing": "gate_scaled", "state_dropout": 0.05},
-    "head": {"suffix_from_eos": True, "whiten_dims": 512, "projection": True, "id_share": 0.45},
-    "train": {"lr": 1e-3, "batch_size": 128, "stage_one_epochs": 5, "stage_two_epochs": 1, "warmup_fraction": 0.05,
-              "item_gradient": True, "reencode_items": False},
+    "head": {"suffix_from_eos": True, "whiten_dims": 512, "projection": True, "dropout": 0.2, "id_share": 0.45},
+    "train": {"lr": 1e-3, "weight_decay": 1.0, "batch_size": 128, "stage_one_epochs": 5, "stage_two_epochs": 1,
+              "warmup_fraction": 0.05, "item_gradient": True},
     "eval": {"batch_size": 128},
 }
 

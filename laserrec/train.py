@@ -21,7 +21,7 @@ from torch import Tensor
 
 from laserrec import checkpoint
 from laserrec.batching import batches
-from laserrec.config import Config, Cuts
+from laserrec.config import Config, Cuts, ItemSide
 from laserrec.data.sequences import Cases, Dataset
 from laserrec.encoder import Encoder
 from laserrec.errors import UserError
@@ -146,7 +146,7 @@ class Fit:
                 if time.monotonic() - self._saved > 60 * train.checkpoint_minutes:
                     self._save()
         if place.stage == 1:
-            if self.config.train.reencode_items:
+            if self.config.prompt.item_side == ItemSide.TRAINED:
                 self.outputs = self._item_outputs()
             self._embed_items()
         metrics = self._validate()
@@ -162,11 +162,10 @@ class Fit:
         hide = None
         if self.config.mformer.state_dropout:
             hide = torch.rand(len(examples)) < self.config.mformer.state_dropout
-        users, route = self.encoder.embed([e.history for e in examples], hide_states=hide)
+        outputs, route = self.encoder.outputs([e.history for e in examples], hide_states=hide)
+        users = self.laser.head(outputs)
         targets = torch.tensor([e.target - 1 for e in examples])
-        learning = train.item_gradient and self.place.stage == 1
-        items = self.encoder.embed_item_outputs(self.outputs) if learning else self.items
-        contrast = item_contrast(users, items, targets, train.temperature)
+        contrast = item_contrast(users, self._items_to_learn_from(), targets, train.temperature)
         loss = total_loss(contrast, None if route is None else load_balance(route), train.balance_weight)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -174,12 +173,26 @@ class Fit:
         self.optimizer.step()
         return float(loss.detach())
 
+    def _items_to_learn_from(self) -> Tensor:
+        """The epoch's fixed item embeddings (paper), or with gradient to the head; the LLM's part of them."""
+        if self.config.train.item_gradient and self.place.stage == 1:
+            return self.laser.head(self.outputs)
+        return self.items[:, : self.items.shape[1] - self._id_width()]
+
+    def _id_width(self) -> int:
+        return self.encoder.id_model.d_id if self.laser.head.id_share else 0
+
     def _trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.laser.parameters() if p.requires_grad]
 
     def _new_optimizer(self) -> None:
         train = self.config.train
-        self.optimizer = torch.optim.AdamW(self._trained(), lr=train.lr, weight_decay=train.weight_decay)
+        # Decay is for maps; it would pull tokens, norms and biases away from where the LLM can read them.
+        maps = {id(m.weight) for m in self.laser.modules() if isinstance(m, torch.nn.Linear)}
+        groups = [[p for p in self._trained() if (id(p) in maps) == decayed] for decayed in (True, False)]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": g, "weight_decay": d} for g, d in zip(groups, (train.weight_decay, 0.0), strict=True)],
+            lr=train.lr)
 
     def _set_rate(self, steps_per_epoch: int) -> None:
         train, place = self.config.train, self.place
@@ -247,7 +260,8 @@ class Fit:
         return self.folder / "checkpoint.safetensors"
 
     def _save(self) -> None:
-        tensors = {"outputs": self.outputs, "items": self.items, "best_items": self.best_items, "rng": torch.get_rng_state()}
+        tensors = {"outputs": self.outputs, "items": self.items, "best_items": self.best_items}
+        tensors["rng"] = torch.get_rng_state()
         tensors |= {f"laser.{k}": v for k, v in self.laser.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
         tensors |= {f"optimizer.{k}": v for k, v in checkpoint.optimizer_tensors(self.optimizer).items()}

@@ -26,8 +26,9 @@ class UntrainedLLM:
     def __init__(self, encoder: Encoder, whitened: bool):
         config = encoder.laser.config
         dims = min(_WHITE_DIMS, encoder.laser.backbone.d_llm) if whitened else 0
-        plain = {"mformer": MFormerConfig(prefix=Prefix.NONE), "head": HeadConfig(pooling=Pooling.EOS, whiten_dims=dims)}
-        laser = Laser(Config(**{**dict(config), **plain}), encoder.laser.backbone, encoder.id_model.d_id)
+        head = HeadConfig(pooling=Pooling.EOS, whiten_dims=dims)
+        plain = {**dict(config), "mformer": MFormerConfig(prefix=Prefix.NONE), "head": head}
+        laser = Laser(Config(**plain), encoder.laser.backbone, encoder.id_model.d_id)
         self.encoder = Encoder(laser, encoder.id_model, encoder.catalogue)
         outputs = self.encoder.encode_items(config.eval.batch_size, raw=True)
         if whitened:

@@ -19,8 +19,8 @@ class Head(nn.Module):
 
     def __init__(self, config: HeadConfig, d_llm: int):
         super().__init__()
-        share = torch.tensor(config.id_share)
-        self.id_share = nn.Parameter(torch.logit(share)) if config.id_share else None
+        self.id_share = config.id_share
+        self.dropout = nn.Dropout(config.dropout)
         d_out = config.whiten_dims or d_llm
         if config.whiten_dims:
             self.register_buffer("mean", torch.zeros(d_llm))
@@ -51,15 +51,14 @@ class Head(nn.Module):
     def forward(
         self, outputs: Float[Tensor, "batch d_llm"], id_part: Float[Tensor, "batch d_id"] | None = None
     ) -> Float[Tensor, "batch d_out"]:
-        """`id_part`: the ID model's user state or item embedding, zeros where it knows none; read if config.id_share.
+        """`id_part`: the ID model's user state or item embedding, zeros where it knows none; None leaves it out.
 
         With both parts of unit length, scaled by the roots of their shares, the cosine of two embeddings is the
         shares' weighted sum of the parts' cosines.
         """
         x = (outputs - self.mean) @ self.whitening if self.whiten else outputs
-        x = x if self.projection is None else self.projection(x)
-        if self.id_share is None:
+        x = x if self.projection is None else self.projection(self.dropout(x))
+        if id_part is None:
             return x
-        share = self.id_share.sigmoid()
-        parts = (1 - share).sqrt() * F.normalize(x, dim=-1), share.sqrt() * F.normalize(id_part, dim=-1)
-        return torch.cat(parts, dim=-1)
+        parts = F.normalize(x, dim=-1), F.normalize(id_part, dim=-1)
+        return torch.cat([(1 - self.id_share) ** 0.5 * parts[0], self.id_share**0.5 * parts[1]], dim=-1)

@@ -39,6 +39,7 @@ class Laser(nn.Module):
         if config.head.pooling == Pooling.EOS:
             self.suffix.data.copy_(eos)
             self.suffix.requires_grad_(False)
+        self.register_buffer("plain_suffix", eos[None].clone(), persistent=False)
         self.head = Head(config.head, d_llm)
 
     def _eos_id(self) -> int:
@@ -60,19 +61,33 @@ class Laser(nn.Module):
             return self.mformer(states, mask)
         if self.learned_prefix is not None:
             return self.learned_prefix.expand(states.shape[0], -1, -1), None
-        return states.new_zeros(states.shape[0], 0, self.backbone.d_llm), None
+        return self._no_prefix(states), None
+
+    def _no_prefix(self, states: Tensor) -> Tensor:
+        return states.new_zeros(states.shape[0], 0, self.backbone.d_llm)
+
+    def _added(self, states: Tensor, mask: Tensor, plain: bool) -> tuple[Tensor, Tensor, Route | None]:
+        """Prefix [batch queries d_llm], suffix [1 d_llm] and route; plain: no prefix, [EOS] as suffix."""
+        if plain:
+            return self._no_prefix(states), self.plain_suffix, None
+        prefix, route = self.prefix(states, mask)
+        return prefix, self.suffix, route
 
     def forward(
-        self, tokens: Sequence[np.ndarray], states: Float[Tensor, "batch items d_id"], mask: Bool[Tensor, "batch items"]
+        self,
+        tokens: Sequence[np.ndarray],
+        states: Float[Tensor, "batch items d_id"],
+        mask: Bool[Tensor, "batch items"],
+        plain: bool = False,
     ) -> tuple[Float[Tensor, "batch d_llm"], Route | None]:
-        """Pooled LLM outputs for texts given as token ids, layout prefix_first.
+        """Pooled LLM outputs for texts given as token ids, layout prefix_first. plain: without the trained tokens.
 
         Rows are padded on the right of the suffix, where a causal decoder's earlier outputs can't see it: an
         embedding doesn't depend on its batch.
         """
-        prefix, route = self.prefix(states, mask)
+        prefix, suffix, route = self._added(states, mask, plain)
         embed = self.backbone.embed
-        rows = [torch.cat([p, embed(torch.as_tensor(t, dtype=torch.long)).to(p.dtype), self.suffix])
+        rows = [torch.cat([p, embed(torch.as_tensor(t, dtype=torch.long)).to(p.dtype), suffix])
                 for p, t in zip(prefix, tokens, strict=True)]
         lengths = torch.tensor([len(row) for row in rows])
         outputs = self.backbone.decoder(nn.utils.rnn.pad_sequence(rows, batch_first=True))
@@ -82,9 +97,13 @@ class Laser(nn.Module):
         return outputs[torch.arange(len(rows)), lengths - 1], route
 
     def read_past(
-        self, past: Past, states: Float[Tensor, "batch items d_id"], mask: Bool[Tensor, "batch items"]
+        self,
+        past: Past,
+        states: Float[Tensor, "batch items d_id"],
+        mask: Bool[Tensor, "batch items"],
+        plain: bool = False,
     ) -> tuple[Float[Tensor, "batch d_llm"], Route | None]:
         """Pooled LLM outputs for texts that were read before, layout text_first."""
-        prefix, route = self.prefix(states, mask)
-        suffix = self.suffix.expand(prefix.shape[0], 1, -1)
-        return self.backbone.decoder(torch.cat([prefix, suffix], dim=1), past)[:, -1], route
+        prefix, suffix, route = self._added(states, mask, plain)
+        added = torch.cat([prefix, suffix.expand(prefix.shape[0], 1, -1)], dim=1)
+        return self.backbone.decoder(added, past)[:, -1], route
