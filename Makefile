@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint clean
+.PHONY: setup quickstart test lint clean
 
 setup: $(VENV)/.ready
 
@@ -11,6 +11,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
+
+quickstart: setup
+	$(BIN)/laserrec quickstart
 
 test: setup
 	$(BIN)/python -m pytest

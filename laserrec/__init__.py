@@ -1,3 +1,15 @@
 """Laser: sequential recommendation with a frozen LLM, tuned by a prefix and a suffix alone."""
 
 __version__ = "0.1.0"
+__all__ = ["LaserRecommender", "UserError", "__version__"]
+
+from laserrec.errors import UserError
+
+
+def __getattr__(name: str):
+    """`LaserRecommender` is loaded when it is first asked for: it brings torch, which the command line can do without."""
+    if name == "LaserRecommender":
+        from laserrec.recommender import LaserRecommender
+
+        return LaserRecommender
+    raise AttributeError(f"module 'laserrec' has no attribute {name!r}")
