@@ -1,0 +1,86 @@
+"""Both losses against loops written from the paper (Eq. 3, 8-12)."""
+
+import math
+
+import pytest
+import torch
+
+from laserrec.losses import item_contrast, load_balance, total_loss
+from laserrec.models.mformer import Route, Router
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_item_contrast_is_equation_8(temperature):
+    users, items, targets = torch.randn(4, 6) * 3, torch.randn(9, 6), torch.tensor([0, 8, 3, 3])
+    losses = []
+    for user, target in zip(users.tolist(), targets.tolist(), strict=True):
+        e = [math.exp(cosine(user, item) / temperature) for item in items.tolist()]
+        losses.append(-math.log(e[target] / sum(e)))
+    assert float(item_contrast(users, items, targets, temperature)) == pytest.approx(sum(losses) / 4, rel=1e-4)
+
+
+def test_lengths_of_embeddings_do_not_matter():
+    users, items, targets = torch.randn(4, 6), torch.randn(9, 6), torch.tensor([0, 8, 3, 3])
+    same = item_contrast(users * torch.tensor([[1.0], [5.0], [0.1], [9.0]]), items * 7, targets, 0.1)
+    assert float(same) == pytest.approx(float(item_contrast(users, items, targets, 0.1)), rel=1e-5)
+
+
+def naive_balance(probabilities: list[list[float]]) -> float:
+    """One user's items, no padding."""
+    n, k = len(probabilities), len(probabilities[0])
+    total = 0.0
+    for j in range(k):
+        f = sum(row.index(max(row)) == j for row in probabilities) / n  # Eq. 10
+        p = sum(row[j] for row in probabilities) / n  # Eq. 11
+        total += f * p
+    return k * total  # Eq. 9
+
+
+@pytest.mark.parametrize("lengths", [(5,), (5, 2, 1), (3, 0, 6), (1, 1, 0, 0, 4)])
+def test_load_balance_is_equations_9_to_11_over_real_items(lengths):
+    width = max(lengths) + 2
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    route = Router(8, 4)(torch.randn(len(lengths), width, 8) * 5, mask)
+    expected = [naive_balance(route.probabilities[b, :n].tolist()) for b, n in enumerate(lengths) if n]
+    assert float(load_balance(route).detach()) == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_balance_is_one_when_even_and_k_when_all_go_to_one():
+    even = torch.eye(4).repeat(1, 2).T[None] * 0.4 + 0.15
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    assert float(load_balance(Route(even, mask, even.mean(1), even.mean(1).argmax(1)))) == pytest.approx(1.0)
+    one = torch.zeros(1, 8, 4)
+    one[..., 2] = 1.0
+    assert float(load_balance(Route(one, mask, one.mean(1), one.mean(1).argmax(1)))) == pytest.approx(4.0)
+
+
+def test_balance_trains_the_router_towards_even_use():
+    router, states = Router(8, 4), torch.randn(16, 6, 8) + 1.0
+    with torch.no_grad():
+        router.weight.weight[0] += 0.5
+    mask = torch.ones(16, 6, dtype=torch.bool)
+    before = float(load_balance(router(states, mask)).detach())
+    optimizer = torch.optim.SGD(router.parameters(), lr=0.5)
+    for _ in range(20):
+        optimizer.zero_grad()
+        load_balance(router(states, mask)).backward()
+        optimizer.step()
+    assert float(load_balance(router(states, mask)).detach()) < before - 0.2
+
+
+def test_users_without_items_alone_give_zero_and_no_nan():
+    router = Router(8, 4)
+    loss = load_balance(router(torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool)))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert not router.weight.weight.grad.any()
+
+
+def test_total_is_equation_12():
+    contrast, balance = torch.tensor(2.0), torch.tensor(3.0)
+    assert float(total_loss(contrast, balance, 0.01)) == pytest.approx(2.03)
+    assert float(total_loss(contrast, None, 0.01)) == 2.0
