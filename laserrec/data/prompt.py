@@ -63,7 +63,8 @@ class PromptEncoder:
                  for row in items.iter_rows(named=True)]
         if not lines:
             return []
-        encoded = self.tokenizer(lines, add_special_tokens=False)["input_ids"]
+        # split_special_tokens: a title that holds "<|im_end|>" is text, not the end of the prompt.
+        encoded = self.tokenizer(lines, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [np.asarray(ids[:limit], dtype=np.int32) for ids in encoded]
 
     def block(self, tokens: np.ndarray, number: int = 1) -> np.ndarray:
