@@ -269,6 +269,9 @@ class TrainConfig(_Section):
     item_gradient: bool = False
     """Stage 1: items pass the head anew at every step, with gradient to it; their LLM outputs stay the epoch's (not
     in the paper, where an epoch's item embeddings are fixed)."""
+    history_negatives: bool = True
+    """True: the softmax runs over all items (paper). False: the history's own items are no negatives. They are the
+    nearest by text and almost never the target, so that pushing them away costs the text match (not in the paper)."""
     temperature: float = Field(0.05, gt=0)
     """Softmax temperature [tau]."""
     balance_weight: float = Field(0.01, ge=0)

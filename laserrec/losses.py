@@ -21,6 +21,9 @@ def item_contrast(
     `targets` are rows of `items`. Cosines (Eq. 3) are computed here; neither input need be normalised.
     """
     logits = F.normalize(users, dim=-1) @ F.normalize(items, dim=-1).T / temperature
+    if left_out is not None:
+        left_out = left_out.scatter(1, targets[:, None], False)
+        logits = logits.masked_fill(left_out, -torch.inf)
     return F.cross_entropy(logits, targets)
 
 

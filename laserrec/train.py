@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,8 @@ class Fit:
         outputs, route = self.encoder.outputs([e.history for e in examples], hide_states=hide)
         users = self.laser.head(outputs)
         targets = torch.tensor([e.target - 1 for e in examples])
-        contrast = item_contrast(users, self._items_to_learn_from(), targets, train.temperature)
+        left_out = None if train.history_negatives else seen_mask([e.history for e in examples], len(self.items))
+        contrast = item_contrast(users, self._items_to_learn_from(), targets, train.temperature, left_out)
         loss = total_loss(contrast, None if route is None else load_balance(route), train.balance_weight)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -287,6 +288,14 @@ class Fit:
         checkpoint.restore_optimizer(self.optimizer, checkpoint.part(tensors, "optimizer"))
         torch.set_rng_state(tensors["rng"])
         return True
+
+
+def seen_mask(histories: Sequence[np.ndarray], n_items: int) -> Tensor:
+    """Bool[batch n_items]: True where the column's item stands in the history."""
+    mask = torch.zeros(len(histories), n_items, dtype=torch.bool)
+    for row, history in enumerate(histories):
+        mask[row, torch.as_tensor(history.astype(np.int64)) - 1] = True
+    return mask
 
 
 def _scores_in_order(users: Tensor, items: Tensor, size: int):
