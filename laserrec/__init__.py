@@ -7,7 +7,7 @@ from laserrec.errors import UserError
 
 
 def __getattr__(name: str):
-    """`LaserRecommender` is loaded when it is first asked for: it brings torch, which the command line can do without."""
+    """`LaserRecommender` is loaded when it is first asked for: it brings torch, which takes seconds."""
     if name == "LaserRecommender":
         from laserrec.recommender import LaserRecommender
 

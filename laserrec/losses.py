@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from laserrec.models.mformer import Route
@@ -13,10 +13,13 @@ from laserrec.models.mformer import Route
 def item_contrast(
     users: Float[Tensor, "batch d"],
     items: Float[Tensor, "n_items d"],
-    targets: Int[Tensor, batch],
+    targets: Int[Tensor, "batch"],
     temperature: float,
+    left_out: Bool[Tensor, "batch n_items"] | None = None,
 ) -> Float[Tensor, ""]:
     """Full-softmax contrast of each user with all items (Eq. 8), mean over the batch.
+
+    left_out: items that are no negatives of a user (not in the paper); the target always stays in.
 
     `targets` are rows of `items`. Cosines (Eq. 3) are computed here; neither input need be normalised.
     """

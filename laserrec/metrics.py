@@ -15,8 +15,8 @@ from torch import Tensor
 
 
 def mean_ranks(
-    scores: Float[Tensor, "batch items"], targets: Int[Tensor, batch]
-) -> Float[Tensor, batch]:
+    scores: Float[Tensor, "batch items"], targets: Int[Tensor, "batch"]
+) -> Float[Tensor, "batch"]:
     """Rank of column `targets[i]` in row i, 1 = best, under the tie rule above; float64.
 
     Raises ValueError for a NaN score.
@@ -30,11 +30,11 @@ def mean_ranks(
 
 
 def ranks_without(
-    ranks: Float[Tensor, batch],
+    ranks: Float[Tensor, "batch"],
     scores: Float[Tensor, "batch items"],
-    targets: Int[Tensor, batch],
-    excluded: list[Int[Tensor, excluded]],
-) -> Float[Tensor, batch]:
+    targets: Int[Tensor, "batch"],
+    excluded: list[Int[Tensor, "excluded"]],
+) -> Float[Tensor, "batch"]:
     """`mean_ranks` had row i's columns `excluded[i]` not been ranked. An excluded target can never be recommended:
     its rank is the last, `items`."""
     out = ranks.clone()

@@ -19,7 +19,7 @@ class Popularity:
         sequences = list(dataset.train_sequences.values())
         items = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
         counts = np.bincount(items, minlength=dataset.n_items + 1)[1:]
-        self.counts: Float[Tensor, n_items] = torch.from_numpy(counts).float()
+        self.counts: Float[Tensor, "n_items"] = torch.from_numpy(counts).float()
 
     def score(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch n_items"]:
         """The same row for every history."""

@@ -51,7 +51,7 @@ class Past:
 
     cache: TextCache
     index: Int[Tensor, "batch past"]
-    length: Int[Tensor, batch]
+    length: Int[Tensor, "batch"]
 
 
 def native_reason(config) -> str | None:

@@ -32,7 +32,7 @@ def pad_histories(histories: Sequence[np.ndarray], max_history: int) -> Int[Tens
     return nn.utils.rnn.pad_sequence(cut, batch_first=True)
 
 
-def _rows_and_lengths(items: Int[Tensor, "batch seq"]) -> tuple[Int[Tensor, batch], Int[Tensor, batch]]:
+def _rows_and_lengths(items: Int[Tensor, "batch seq"]) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
     return torch.arange(len(items), device=items.device), (items > 0).sum(dim=1)
 
 

@@ -22,7 +22,7 @@ class Route:
     mask: Bool[Tensor, "batch items"]
     scores: Float[Tensor, "batch experts"]
     """r_j (Eq. 7); 1/K for a user without known items."""
-    expert: Int[Tensor, batch]
+    expert: Int[Tensor, "batch"]
     """argmax of scores."""
 
 
