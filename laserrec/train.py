@@ -26,6 +26,7 @@ from laserrec.data.sequences import Cases, Dataset
 from laserrec.encoder import Encoder
 from laserrec.errors import UserError
 from laserrec.evaluate import rank_cases
+from laserrec.interrupt import DeferredInterrupt
 from laserrec.losses import item_contrast, load_balance, total_loss
 from laserrec.metrics import Metrics
 from laserrec.progress import Progress
@@ -91,13 +92,14 @@ class Fit:
         if not self._restore():
             torch.manual_seed(self.config.train.seed)
             self._prepare_items()
-        try:
-            for stage in (1, 2):
-                if self.place.stage == stage:
-                    self._stage()
-        except KeyboardInterrupt:
-            self._save()
-            raise
+        with DeferredInterrupt() as self._interrupt:
+            try:
+                for stage in (1, 2):
+                    if self.place.stage == stage:
+                        self._stage()
+            except KeyboardInterrupt:
+                self._save()
+                raise
         self.laser.load_state_dict(self.best_state)
         return self.log
 
@@ -143,6 +145,7 @@ class Fit:
                 place.step += 1
                 place.loss_sum += loss
                 bar.advance(loss=place.loss_sum / place.step)
+                self._interrupt.check()
                 if time.monotonic() - self._saved > 60 * train.checkpoint_minutes:
                     self._save()
         if place.stage == 1:
@@ -155,6 +158,7 @@ class Fit:
         self._note(place.epoch, place.loss_sum / max(1, len(plan)), metrics, int(lengths.sum()))
         place.epoch, place.step, place.loss_sum = place.epoch + 1, 0, 0.0
         self._save()
+        self._interrupt.check()
 
     def _train_step(self, examples: list[Example]) -> float:
         train = self.config.train
