@@ -125,30 +125,36 @@ class NativeDecoder(nn.Module):
 
     def _reader(self, x: Tensor, past: Past | None) -> _Reader:
         batch, seq, _ = x.shape
+        here = torch.arange(seq, device=x.device)
         if past is None:
-            start = torch.zeros(batch, 1, dtype=torch.long, device=x.device)
-            return _Reader(self._rotary(start + torch.arange(seq, device=x.device)), None, None, None)
+            return _Reader(self._rotary(here))
         slots = torch.arange(past.index.shape[1], device=x.device)
-        new = past.length[:, None] + torch.arange(seq, device=x.device)
-        causal = torch.ones(seq, seq, dtype=torch.bool, device=x.device).tril()
-        mask = torch.cat([(slots < past.length[:, None])[:, None].expand(-1, seq, -1),
-                          causal.expand(batch, -1, -1)], dim=2)
-        return _Reader(self._rotary(new), self._rotary(slots[None]), past, mask)
+        unread = (slots >= past.length[:, None])[:, None].expand(-1, seq, -1)
+        later = torch.ones(seq, seq, dtype=torch.bool, device=x.device).triu(1).expand(batch, -1, -1)
+        heads = torch.arange(self.shape.kv_heads, device=x.device)
+        return _Reader(
+            rotary=self._rotary(past.length[:, None] + here),
+            past=past,
+            past_rotary=self._rotary(slots),
+            past_rows=(past.index.flatten() * self.shape.kv_heads + heads[:, None]).flatten(),
+            hidden=torch.cat([unread, later], dim=2)[:, None],
+        )
 
-    def _rotary(self, positions: Int[Tensor, "batch seq"]) -> tuple[Tensor, Tensor]:
+    def _rotary(self, positions: Int[Tensor, "*batch seq"]) -> tuple[Tensor, Tensor]:
         angle = positions[..., None].float() * self.inverse_frequency
-        angle = torch.cat([angle, angle], dim=-1)
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """What every layer shares: rotary tables of new and past tokens, the past, who sees whom."""
+    """What every layer shares: rotary tables of new and past tokens, the past, who can't see whom."""
 
     rotary: tuple[Tensor, Tensor]
-    past_rotary: tuple[Tensor, Tensor] | None
-    past: Past | None
-    mask: Bool[Tensor, "batch seq past_and_seq"] | None
+    past: Past | None = None
+    past_rotary: tuple[Tensor, Tensor] | None = None
+    past_rows: Int[Tensor, "kv_heads_batch_past"] | None = None
+    """Rows of the cache taken as [tokens * kv_heads, head_dim], head by head."""
+    hidden: Bool[Tensor, "batch one seq past_and_seq"] | None = None
 
 
 class _Layer(nn.Module):
@@ -195,33 +201,34 @@ class _Layer(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, reader: _Reader) -> Tensor:
         s = self.shape
-        q = _rotate(q.unflatten(-1, (s.heads, s.head_dim)), reader.rotary).transpose(1, 2)
-        k = _rotate(k.unflatten(-1, (s.kv_heads, s.head_dim)), reader.rotary).transpose(1, 2)
+        q = _rotate(q.unflatten(-1, (s.heads, s.head_dim)).transpose(1, 2), reader.rotary)
+        k = _rotate(k.unflatten(-1, (s.kv_heads, s.head_dim)).transpose(1, 2), reader.rotary)
         v = v.unflatten(-1, (s.kv_heads, s.head_dim)).transpose(1, 2)
         groups = s.heads // s.kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
 
     def _attend_past(self, q: Tensor, k: Tensor, v: Tensor, reader: _Reader, i: int) -> Tensor:
-        """Grouped-query attention as batched products: the queries that share a key head stand in one matrix."""
+        """Grouped-query attention as batched products: the queries that share a key head stand in one matrix, and
+        what was read before is never copied into one tensor with what is new."""
         s, past = self.shape, reader.past
         batch, seq, _ = q.shape
-        old = past.index.shape[1]
-        flat = past.index.flatten()
-        split = (s.kv_heads, s.head_dim)
-        old_k = past.cache.keys[i].index_select(0, flat).view(batch, old, *split)
-        old_v = past.cache.values[i].index_select(0, flat).view(batch, old, *split)
-        keys = torch.cat([_rotate(old_k, reader.past_rotary), _rotate(k.unflatten(-1, split), reader.rotary)], dim=1)
-        values = torch.cat([old_v, v.unflatten(-1, split)], dim=1)
-        q = _rotate(q.unflatten(-1, (s.heads, s.head_dim)), reader.rotary)
         groups = s.heads // s.kv_heads
-        q = q.unflatten(2, (s.kv_heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # batch kv_heads groups*seq dim
-        scores = q @ keys.permute(0, 2, 3, 1) * s.head_dim**-0.5
-        scores = scores.unflatten(2, (groups, seq)).float()
-        scores = scores.masked_fill(~reader.mask[:, None, None], float("-inf"))
-        weights = scores.softmax(dim=-1).to(values.dtype).flatten(2, 3)
-        out = (weights @ values.transpose(1, 2)).unflatten(2, (groups, seq))
-        return out.permute(0, 3, 1, 2, 4).flatten(2)
+        shape = (s.kv_heads, batch, past.index.shape[1], s.head_dim)
+        old_k = past.cache.keys[i].view(-1, s.head_dim).index_select(0, reader.past_rows).view(shape)
+        old_v = past.cache.values[i].view(-1, s.head_dim).index_select(0, reader.past_rows).view(shape)
+        old_k = _rotate(old_k, reader.past_rotary)
+        heads = (s.kv_heads, s.head_dim)
+        new_k = _rotate(k.unflatten(-1, heads).permute(2, 0, 1, 3), reader.rotary)
+        new_v = v.unflatten(-1, heads).permute(2, 0, 1, 3)
+        q = _rotate(q.unflatten(-1, (s.kv_heads, groups, s.head_dim)).permute(2, 3, 0, 1, 4), reader.rotary)
+        q = q.transpose(1, 2).flatten(2, 3)  # kv_heads batch groups*seq head_dim
+        scores = torch.cat([q @ old_k.transpose(-1, -2), q @ new_k.transpose(-1, -2)], dim=-1).float()
+        scores = (scores * s.head_dim**-0.5).unflatten(2, (groups, seq))
+        weights = scores.masked_fill(reader.hidden, -torch.inf).softmax(dim=-1).to(v.dtype).flatten(2, 3)
+        old = shape[2]
+        out = weights[..., :old] @ old_v + weights[..., old:] @ new_v
+        return out.unflatten(2, (groups, seq)).permute(1, 3, 0, 2, 4).flatten(2)
 
 
 def _rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -229,7 +236,8 @@ def _rms_norm(x: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _rotate(x: Float[Tensor, "batch seq heads head_dim"], rotary: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = rotary[0][:, :, None], rotary[1][:, :, None]
+def _rotate(x: Float[Tensor, "*batch seq head_dim"], rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding; the tables [... seq head_dim/2] broadcast over x's leading axes."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    cos, sin = rotary
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
