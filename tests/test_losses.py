@@ -29,6 +29,15 @@ def test_lengths_of_embeddings_do_not_matter():
     assert float(same) == pytest.approx(float(item_contrast(users, items, targets, 0.1)), rel=1e-5)
 
 
+def test_items_left_out_are_no_negatives_but_the_target_stays():
+    users, items, targets = torch.randn(2, 6), torch.randn(5, 6), torch.tensor([0, 3])
+    left_out = torch.tensor([[True, True, False, False, True], [False, False, True, False, False]])
+    got = float(item_contrast(users, items, targets, 0.5, left_out))
+    losses = [float(item_contrast(users[b : b + 1], items[keep], torch.tensor([at]), 0.5))
+              for b, keep, at in ((0, [0, 2, 3], 0), (1, [0, 1, 3, 4], 2))]
+    assert got == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
 def naive_balance(probabilities: list[list[float]]) -> float:
     """One user's items, no padding."""
     n, k = len(probabilities), len(probabilities[0])
