@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,11 @@ def read_histories(histories: Any, index: Mapping[str, int], unknown: str = "err
         raise UserError(f'unknown is "error" or "drop", not {unknown!r}')
     pandas = type(histories).__module__.split(".")[0] == "pandas"
     named = _as_mapping(histories)
+    if not named:
+        raise UserError("no histories were given; a recommendation needs at least one")
     rows = [_dense(user, items, index, unknown) for user, items in named.items()]
     users = list(named)
-    whole = bool(users) and all(isinstance(u, int) for u in users)
+    whole = all(isinstance(u, int) for u in users)
     return Histories(users if whole else [str(u) for u in users], rows, pl.Int64 if whole else pl.String, pandas)
 
 
@@ -50,13 +52,15 @@ def _as_mapping(histories: Any) -> Mapping[Any, Sequence[Any]]:
         grouped = frame.group_by("user_id", maintain_order=True).agg("item_id")
         return dict(zip(grouped["user_id"].to_list(), grouped["item_id"].to_list(), strict=True))
     if isinstance(histories, Sequence) and not isinstance(histories, str):
-        if histories and isinstance(histories[0], str):
+        if histories and (isinstance(histories[0], str) or not isinstance(histories[0], Iterable)):
             raise UserError("histories is one list of item ids; give a list of histories: [[...], ...]")
         return dict(enumerate(histories))
     raise UserError(f"histories: expected a dict, a list of lists or a frame, not {type(histories).__name__}")
 
 
 def _dense(user: Any, items: Sequence[Any], index: Mapping[str, int], unknown: str) -> np.ndarray:
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        raise UserError(f"history of user {user!r} is {items!r}, not a list of item ids; give a list, even for one")
     ids = [str(i) for i in items]
     missing = [i for i in ids if i not in index]
     if missing and unknown == "error":
