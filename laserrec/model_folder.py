@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import polars as pl
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from laserrec import checkpoint
@@ -26,6 +28,7 @@ from laserrec.models.id_models import make_id_model
 from laserrec.models.laser import Laser
 
 _FORMAT = 1
+_Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 def save_model(folder: Path, encoder: Encoder, items: pl.DataFrame, embeddings: Tensor, facts: dict,
@@ -56,10 +59,10 @@ def load_model(folder: Path, backbone: Backbone | None = None) -> tuple[Encoder,
         unfinished = (folder / "checkpoint.safetensors").is_file()
         hint = "run the same laserrec fit again to resume" if unfinished else "make one with laserrec fit"
         raise UserError(f"{folder} is {'an unfinished fit' if unfinished else 'not a model folder'}; {hint}")
-    note = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    note = _read_json(folder / "model.json")
     if note.get("format") != _FORMAT:
         raise UserError(f"{folder}: format {note.get('format')} is not {_FORMAT}; it was made by another version")
-    config = Config.model_validate(note["config"])
+    config = _checked(Config, note["config"], folder / "model.json")
     backbone = backbone or load_backbone(config.backbone)
     expected = note["backbone"]["sha256"]
     if backbone.sha256 != expected:
@@ -67,14 +70,42 @@ def load_model(folder: Path, backbone: Backbone | None = None) -> tuple[Encoder,
             f"{folder} was trained with backbone {note['backbone']['name']} of sha256 {expected[:12]}..., but "
             f"{backbone.name} here has {backbone.sha256[:12]}...; the adapter means nothing to other weights"
         )
-    id_facts = json.loads((folder / "id_model" / "config.json").read_text(encoding="utf-8"))
-    id_model = make_id_model(IdModelConfig.model_validate(id_facts["id_model"]), id_facts["n_items"])
+    id_file = folder / "id_model" / "config.json"
+    id_facts = _read_json(id_file)
+    id_model = make_id_model(_checked(IdModelConfig, id_facts["id_model"], id_file), id_facts["n_items"])
     id_model.load_state_dict(checkpoint.load(folder / "id_model" / "model.safetensors")[0])
     laser = Laser(config, backbone, id_model.d_id)
     laser.load_state_dict(checkpoint.load(folder / "adapter.safetensors")[0])
     laser.eval()
-    items = pl.read_parquet(folder / "items.parquet")
+    items = _read_items(folder / "items.parquet")
     embeddings = checkpoint.load(folder / "items.safetensors")[0]["embeddings"]
     catalogue = Catalogue(laser, items, note["n_known"])
     facts = {k: v for k, v in note.items() if k not in ("format", "config", "backbone", "n_known")}
     return Encoder(laser, id_model, catalogue), items, embeddings, facts
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such file: {file}") from None
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise UserError(f"{file} is damaged: {error}; fit again or copy the folder anew") from None
+
+
+def _checked(kind: type[_Settings], tree: dict, file: Path) -> _Settings:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        names = ", ".join(".".join(map(str, e["loc"])) for e in error.errors())
+        raise UserError(f"{file}: this version of laserrec does not know these settings or values: {names}; "
+                        "load the folder with the version that made it, or fit again") from None
+
+
+def _read_items(file: Path) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(file)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {file}") from None
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{file} is damaged: {error}; fit again or copy the folder anew") from None
