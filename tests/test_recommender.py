@@ -1,0 +1,272 @@
+"""The public class: the caller's ids in and out, saved and loaded alike, and every mistake named."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import tiny
+import torch
+
+from laserrec import LaserRecommender
+from laserrec.config import Layout
+from laserrec.errors import UserError
+from laserrec.models.backbone import load_backbone
+
+N = 12
+PROMPT = {"template": "no_instruction", "max_items": 3, "max_item_tokens": 6}
+NEW = pl.DataFrame({"item_id": ["new1", "new2"], "title": ["steel drill 99", "blue wood"], "brand": ["redco", None]})
+
+
+def settings(folder, **sections):
+    return tiny.config(folder, **{"prompt": PROMPT, "train": {"lr": 1e-2, "stage_one_epochs": 1, "stage_two_epochs": 1,
+                                                            "batch_size": 32}, **sections})
+
+
+@pytest.fixture(scope="module", params=list(Layout))
+def model(request, llm, llm_folder, tmp_path_factory):
+    """A fitted model; tests that add items load their own."""
+    config = settings(llm_folder(), prompt={**PROMPT, "layout": request.param},
+                      head={"id_share": 0.3, "whiten_dims": 8, "projection": True})
+    folder = tmp_path_factory.mktemp("model") / "model"
+    return LaserRecommender.fit_dataset(tiny.planted(N, users=16), tiny.id_model(N), config, folder, False, llm())
+
+
+@pytest.fixture
+def copy(model, llm, tmp_path):
+    model.save_pretrained(tmp_path / "copy")
+    return LaserRecommender.from_pretrained(tmp_path / "copy", llm())
+
+
+def frames():
+    data = tiny.planted(N, users=16)
+    names = dict(zip(data.users["user"], data.users["user_id"], strict=True))
+    acts = pl.DataFrame([{"user_id": names[r["user"]], "item_id": f"i{r['item']}", "timestamp": r["position"]}
+                         for r in data.interactions.to_dicts()])
+    return acts, data.items.drop("item")
+
+
+# -- fit --------------------------------------------------------------------------------------------------------
+
+
+def test_fit_on_polars_and_pandas_frames_is_the_same(llm_folder, tmp_path):
+    acts, goods = frames()
+    config = settings(llm_folder(), data={"min_user_interactions": 1, "min_item_interactions": 1})
+    one = LaserRecommender.fit(acts, goods, config, tmp_path / "run", progress=False)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"data", "id_model", "model"}
+    renamed = acts.rename({"user_id": "customer"}).to_pandas()
+    two = LaserRecommender.fit(renamed, goods.to_pandas(), config, columns={"user_id": "customer"}, progress=False)
+    assert np.array_equal(one.encode_items(), two.encode_items())
+    top = one.recommend([["i1", "i2"]], k=3)
+    assert top.equals(two.recommend([["i1", "i2"]], k=3))
+    assert set(top["item_id"]) <= set(goods["item_id"]) and top["rank"].to_list() == [1, 2, 3]
+    again = LaserRecommender.fit(acts, goods, config, tmp_path / "run", progress=False)
+    assert np.array_equal(one.encode_items(), again.encode_items())
+
+
+def test_a_finished_fit_is_loaded_and_other_settings_are_refused(llm, llm_folder, tmp_path, monkeypatch):
+    from laserrec.train import Fit
+
+    data, ids, folder = tiny.planted(N, users=16), tiny.id_model(N), tmp_path / "model"
+    first = LaserRecommender.fit_dataset(data, ids, settings(llm_folder()), folder, False, llm())
+    assert not (folder / "checkpoint.safetensors").exists()
+    monkeypatch.setattr(Fit, "run", None)  # a second fit would fail
+    again = LaserRecommender.fit_dataset(data, ids, settings(llm_folder()), folder, False, llm())
+    assert torch.equal(again.embeddings, first.embeddings)
+    with pytest.raises(UserError, match="other settings, data or ID model"):
+        LaserRecommender.fit_dataset(data, ids, settings(llm_folder(), train={"seed": 5}), folder, False, llm())
+
+
+# -- recommend --------------------------------------------------------------------------------------------------
+
+
+def test_recommendations_are_the_best_cosines(model):
+    histories = {"anna": ["i1", "i2"], "never seen": ["i9"]}
+    got = model.recommend(histories, k=4)
+    assert got.columns == ["user_id", "item_id", "score", "rank"]
+    users, items = model.encode_users(histories), model.encode_items()
+    for row, user in enumerate(histories):
+        cosines = items @ users[row] / np.linalg.norm(items, axis=1) / np.linalg.norm(users[row])
+        best = np.argsort(-cosines)[:4]
+        mine = got.filter(pl.col("user_id") == user)
+        assert mine["item_id"].to_list() == [f"i{b + 1}" for b in best]
+        assert mine["score"].to_list() == pytest.approx(cosines[best].tolist(), abs=1e-5)
+        assert mine["rank"].to_list() == [1, 2, 3, 4]
+
+
+def test_every_form_of_histories_gives_the_same(model):
+    rows = [["i1", "i2"], ["i9"]]
+    frame = pl.DataFrame({"user_id": ["0", "0", "1"], "item_id": ["i1", "i2", "i9"]})
+    want = model.recommend(rows, k=3)
+    assert want["user_id"].to_list() == [0, 0, 0, 1, 1, 1]
+    for other in ({0: rows[0], 1: rows[1]}, frame, frame.lazy().collect(), [tuple(r) for r in rows]):
+        got = model.recommend(other, k=3)
+        assert got["item_id"].to_list() == want["item_id"].to_list()
+        assert got["score"].to_list() == pytest.approx(want["score"].to_list(), abs=1e-6)
+    pandas = model.recommend(frame.to_pandas(), k=3)
+    assert isinstance(pandas, pd.DataFrame) and pandas["item_id"].tolist() == want["item_id"].to_list()
+
+
+def test_a_user_does_not_depend_on_the_others(model):
+    rows = [[f"i{1 + (u + p) % N}" for p in range(1 + u % 5)] for u in range(40)]  # more than one batch
+    together = model.recommend(rows, k=2)
+    for u in (0, 17, 39):
+        alone = model.recommend([rows[u]], k=2)
+        mine = together.filter(pl.col("user_id") == u)
+        assert mine["score"].to_list() == pytest.approx(alone["score"].to_list(), abs=1e-5)
+        assert mine["item_id"].to_list() == alone["item_id"].to_list()
+
+
+def test_seen_items_and_candidates(model):
+    history = [["i1", "i2", "i3"]]
+    everything = model.recommend(history, k=99)
+    assert sorted(everything["item_id"]) == sorted(f"i{j}" for j in range(1, N + 1))
+    new = model.recommend(history, k=99, exclude_seen=True)["item_id"].to_list()
+    assert new == [i for i in everything["item_id"] if i not in ("i1", "i2", "i3")]
+    few = model.recommend(history, k=99, candidates=["i9", "i2", "i5"])
+    assert few["item_id"].to_list() == [i for i in everything["item_id"] if i in ("i9", "i2", "i5")]
+    assert few["rank"].to_list() == [1, 2, 3]
+    both = model.recommend(history, k=99, candidates=["i2", "i5"], exclude_seen=True)
+    assert both["item_id"].to_list() == ["i5"]
+
+
+def test_long_histories_count_by_their_end(model):
+    long = [[f"i{1 + p % N}" for p in range(300)]]
+    assert model.recommend(long, k=3)["score"].to_list() == pytest.approx(
+        model.recommend([long[0][-50:]], k=3)["score"].to_list(), abs=1e-5)
+
+
+def test_evaluator_scores_are_the_recommendations(model):
+    scores = model.score(tiny.histories([1, 2], [9]))
+    got = model.recommend([["i1", "i2"], ["i9"]], k=N)
+    for row in (0, 1):
+        mine = got.filter(pl.col("user_id") == row)
+        assert mine["score"].to_list() == pytest.approx(scores[row].sort(descending=True).values.tolist(), abs=1e-5)
+
+
+def test_encode_items_by_id(model):
+    assert np.array_equal(model.encode_items(["i3", "i1"]), model.encode_items()[[2, 0]])
+
+
+@pytest.mark.parametrize(("ask", "message"), [
+    (lambda m: m.recommend([["i1", "nope", "nada"]]), "history of user 0: 2 unknown item ids, first .'nope', 'nada'"),
+    (lambda m: m.recommend({"anna": []}), "history of user 'anna': it is empty"),
+    (lambda m: m.recommend({"anna": ["nope"]}, unknown="drop"), "no item of it is in the catalogue"),
+    (lambda m: m.recommend(["i1", "i2"]), "one list of item ids; give a list of histories"),
+    (lambda m: m.recommend([1, 2]), "one list of item ids; give a list of histories"),
+    (lambda m: m.recommend({"anna": "i1"}), "history of user 'anna' is 'i1', not a list"),
+    (lambda m: m.recommend("i1"), "expected a dict, a list of lists or a frame, not str"),
+    (lambda m: m.recommend([]), "no histories"),
+    (lambda m: m.recommend([["i1"]], k=0), "k is 0; it must be at least 1"),
+    (lambda m: m.recommend([["i1"]], k=-3), "at least 1"),
+    (lambda m: m.recommend([["i1"]], candidates=["i1", "nope"]), "candidates: 1 unknown item ids, first .'nope'"),
+    (lambda m: m.recommend([["i1"]], unknown="ignore"), 'unknown is "error" or "drop"'),
+    (lambda m: m.recommend(pl.DataFrame({"user": ["a"], "item_id": ["i1"]})), "column user_id is missing"),
+    (lambda m: m.encode_items(["nope"]), "item_ids: 1 unknown"),
+    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x"]})), "column title is missing"),
+    (lambda m: m.add_items(pl.DataFrame({"item_id": ["i1"], "title": ["saw"]})), "in the catalogue already"),
+    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x", "x"], "title": ["saw", "saw"]})), "repeated"),
+    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x", "y"], "title": ["saw", " "]})), "1 have no title, .*'y'"),
+])
+def test_mistakes_are_named(model, ask, message):
+    before = len(model.items)
+    with pytest.raises(UserError, match=message):
+        ask(model)
+    assert len(model.items) == before
+
+
+def test_unknown_items_can_be_dropped(model):
+    got = model.recommend([["nope", "i1", "i2"]], k=3, unknown="drop")
+    assert got.equals(model.recommend([["i1", "i2"]], k=3))
+
+
+# -- items that come later --------------------------------------------------------------------------------------
+
+
+def test_added_items_are_recommended_and_read(copy):
+    before = copy.recommend([["i1"]], k=N)
+    assert copy.add_items(NEW) == 2
+    after = copy.recommend([["i1"]], k=99)
+    assert sorted(after["item_id"]) == sorted([*before["item_id"], "new1", "new2"])
+    old = after.filter(pl.col("item_id").str.starts_with("i"))
+    assert old["item_id"].to_list() == before["item_id"].to_list()
+    alone, mixed = copy.recommend([["new1"]], k=3), copy.recommend([["i1", "new2"]], k=3)
+    assert alone.height == mixed.height == 3
+    # In its text an item is nearest to itself when the user's side reads it the same way.
+    assert not np.allclose(copy.encode_users([["new1"]]), copy.encode_users([["new2"]]), atol=1e-3)
+
+
+def test_added_items_are_saved(copy, llm, tmp_path):
+    copy.add_items(NEW.to_pandas())
+    copy.save_pretrained(tmp_path / "more")
+    again = LaserRecommender.from_pretrained(tmp_path / "more", llm())
+    ask = [["i1", "new2"], ["new1"]]
+    assert again.recommend(ask, k=99).equals(copy.recommend(ask, k=99))
+    assert again.items["item"].to_list() == list(range(1, N + 3))
+    again.add_items(pl.DataFrame({"item_id": ["third"], "title": ["glue"]}))
+    assert again.recommend(ask, k=99)["item_id"].n_unique() == N + 3
+
+
+# -- the folder -------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_is_the_same(model, llm, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    again = LaserRecommender.from_pretrained(tmp_path / "m", llm())
+    ask = [["i1", "i2"], ["i9"]]
+    assert again.recommend(ask, k=N).equals(model.recommend(ask, k=N))
+    assert again.facts == model.facts
+    assert again.encoder.laser.config == model.encoder.laser.config
+
+
+def test_the_backbone_is_named_and_not_copied(model, llm, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    note = json.loads((tmp_path / "m" / "model.json").read_text())
+    assert note["backbone"]["sha256"] == llm().sha256 and note["backbone"]["name"] == llm().name
+    from laserrec import checkpoint
+
+    names = set(checkpoint.load(tmp_path / "m" / "adapter.safetensors")[0])
+    assert {n.split(".")[0] for n in names} <= {"mformer", "suffix", "head"}
+
+
+def test_loading_finds_the_backbone_by_name(model, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    again = LaserRecommender.from_pretrained(tmp_path / "m")
+    assert again.encoder.laser.backbone.tensor_hash() == model.encoder.laser.backbone.tensor_hash()
+
+
+def test_other_backbone_weights_are_refused(model, llm_folder, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    tiny.save_llm(tmp_path / "other", "llama", seed=3)
+    config = settings(tmp_path / "other").backbone
+    with pytest.raises(UserError, match="the adapter means nothing to other weights"):
+        LaserRecommender.from_pretrained(tmp_path / "m", load_backbone(config))
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda f: (f / "model.json").unlink(), "is not a model folder; make one with laserrec fit"),
+    (lambda f: (f / "adapter.safetensors").write_bytes(b"xx"), "damaged or not a safetensors file"),
+    (lambda f: (f / "items.safetensors").unlink(), "no such file"),
+    (lambda f: (f / "items.parquet").unlink(), "no such file"),
+    (lambda f: (f / "items.parquet").write_bytes(b"xx"), "items.parquet is damaged"),
+    (lambda f: (f / "model.json").write_text("{"), "model.json.*damaged"),
+    (lambda f: edit(f, format=99), "format 99 is not 1"),
+    (lambda f: edit(f, config={"train": {"nonsense": 1}}), "train.nonsense"),
+])
+def test_a_spoilt_folder_is_named(model, llm, tmp_path, spoil, message):
+    model.save_pretrained(tmp_path / "m")
+    spoil(tmp_path / "m")
+    with pytest.raises(UserError, match=message):
+        LaserRecommender.from_pretrained(tmp_path / "m", llm())
+
+
+def edit(folder, **changes):
+    note = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**note, **changes}))
+
+
+def test_an_unfinished_fit_says_how_to_go_on(tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="unfinished fit; run the same laserrec fit again to resume"):
+        LaserRecommender.from_pretrained(tmp_path)
