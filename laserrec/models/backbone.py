@@ -92,15 +92,21 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     dtype = torch.bfloat16 if resolve_precision(config.precision) == Precision.BF16 else torch.float32
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     hf_logging.disable_progress_bar()
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # it reports the unused output layer; missing weights are checked below
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModel.from_pretrained(path, dtype=dtype, **options)
+        model, loaded = AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
             f"backbone {config.name!r} could not be loaded: {first}. Give `{DEFAULT_NAME}`, a Hugging Face id that "
             "this machine can reach, or a folder with config.json, tokenizer and safetensors"
         ) from None
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(f"backbone {config.name!r} lacks {len(missing)} weights, first {missing[:3]}; fetch it again")
     model.requires_grad_(False).eval()
     if config.layers is not None and config.layers > model.config.num_hidden_layers:
         raise UserError(f"backbone.layers is {config.layers}, but {config.name} has {model.config.num_hidden_layers}")

@@ -5,7 +5,9 @@ import shutil
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
+from laserrec import checkpoint
 from laserrec.config import BackboneConfig, Engine, Precision
 from laserrec.errors import UserError
 from laserrec.models.backbone import TransformersDecoder, load_backbone, resolve_precision
@@ -73,6 +75,21 @@ def test_a_folder_that_is_no_model_is_an_error(llm_folder, tmp_path, broken):
         (folder / {"no_weights": "model.safetensors", "no_config": "config.json"}[broken]).unlink()
     with pytest.raises(UserError, match=r"could not be loaded.*Hugging Face id"):
         load_backbone(BackboneConfig(name=str(folder), precision=Precision.FP32))
+
+
+def test_missing_weights_are_an_error_and_not_made_up(llm_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(llm_folder(), folder)
+    tensors, _ = checkpoint.load(folder / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.down_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights, first .*down_proj"):
+        load_backbone(BackboneConfig(name=str(folder), precision=Precision.FP32))
+
+
+def test_loading_says_nothing_of_the_unused_output_layer(llm_folder, caplog, capfd):
+    load_backbone(BackboneConfig(name=str(llm_folder()), precision=Precision.FP32))
+    assert "lm_head" not in caplog.text + "".join(capfd.readouterr())
 
 
 def test_a_name_that_is_nowhere_is_an_error():
