@@ -20,7 +20,8 @@ from laserrec.errors import UserError
 from laserrec.io import write_json
 from laserrec.settings import Settings
 
-app = App(name="laserrec", version=__version__, help="Sequential recommendation with a frozen LLM, tuned by a prefix "
+app = App(name="laserrec", version=__version__, suppress_keyboard_interrupt=False,
+          help="Sequential recommendation with a frozen LLM, tuned by a prefix "
           "and a suffix. A straight way: prepare -> pretrain -> fit -> evaluate, recommend.")
 backbone_app = App(name="backbone", help="The frozen LLM: fetch the default one, list what is here, check one.")
 app.command(backbone_app)
@@ -81,9 +82,9 @@ def prepare(
     table.add_row(f"{one['users']:,}", f"{one['items']:,}", f"{one['interactions']:,}",
                   f"{one['avg_history_length']:.2f}", f"{one['density']:.1e}")
     out_console.print(table)
-    for step in report["steps"]:
-        if step["interactions"]:
-            out_console.print(f"dropped {step['interactions']:,} interactions: {step['reason']}")
+    for step in report["steps"][1:]:  # the first is what was read
+        if count := step["dropped"]["interactions"]:
+            out_console.print(f"dropped {count:,} interactions: {step['step']}", highlight=False)
     if report["reused"]:
         out_console.print("the same data folder was there already; it is reused")
     _finish(report, json_file)

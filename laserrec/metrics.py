@@ -33,7 +33,7 @@ def ranks_without(
     ranks: Float[Tensor, "batch"],
     scores: Float[Tensor, "batch items"],
     targets: Int[Tensor, "batch"],
-    excluded: list[Int[Tensor, "excluded"]],
+    excluded: list[Int[Tensor, "_"]],
 ) -> Float[Tensor, "batch"]:
     """`mean_ranks` had row i's columns `excluded[i]` not been ranked. An excluded target can never be recommended:
     its rank is the last, `items`."""

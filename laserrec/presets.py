@@ -25,8 +25,9 @@ _SMALL: dict[str, Any] = {
     "mformer": {"experts": 4, "queries": 4, "blocks": 2, "d_model": 128, "heads": 4, "zero_init": True,
                 "routing": "gate_scaled", "state_dropout": 0.05},
     "head": {"suffix_from_eos": True, "whiten_dims": 512, "projection": True, "dropout": 0.2, "id_share": 0.45},
-    "train": {"lr": 1e-3, "weight_decay": 1.0, "batch_size": 128, "stage_one_epochs": 5, "stage_two_epochs": 1,
-              "warmup_fraction": 0.05, "item_gradient": True, "history_negatives": False, "temperature": 0.1},
+    "train": {"lr": 1e-3, "weight_decay": 1.0, "batch_size": 128, "stage_one_epochs": 3, "stage_two_epochs": 1,
+              "warmup_fraction": 0.05, "cosine_decay": True, "item_gradient": True, "history_negatives": False,
+              "temperature": 0.1},
     "eval": {"batch_size": 128},
 }
 

@@ -81,7 +81,7 @@ def _evaluate(model: LaserRecommender, id_models: dict, seconds: dict, table: _T
         table.add(names[kind], id_model.score, seconds[kind])
     table.add("popularity", Popularity(table.dataset).score, 0.0)
     for whitened in (False, True):
-        name = "untrained LLM, nearest" + (" (whitened)" if whitened else "")
+        name = "untrained LLM" + (", whitened" if whitened else "")
         table.add(name, UntrainedLLM(model.encoder, whitened).score, 0.0)
     return table.rows
 

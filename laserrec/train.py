@@ -218,6 +218,7 @@ class Fit:
 
     @torch.no_grad()
     def _embed_items(self) -> None:
+        self.laser.eval()  # no dropout in what is compared
         self.items = self.encoder.embed_item_outputs(self.outputs)
 
     def _validation_cases(self) -> Cases:

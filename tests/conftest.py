@@ -1,8 +1,14 @@
-"""One thread, no network, and tiny frozen LLMs that are made once a session."""
+"""One thread, no network, checked shapes, and tiny frozen LLMs that are made once a session."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that would download fails instead
+
+from jaxtyping import install_import_hook
+
+# Shapes in signatures are checked at every call (where there are any: beartype refuses polars' types in unions).
+SHAPED = ("models", "baselines", "encoder", "evaluate", "losses", "metrics", "pretrain", "recommender", "train")
+install_import_hook([f"laserrec.{module}" for module in SHAPED], "beartype.beartype")
 
 import pytest
 import tiny

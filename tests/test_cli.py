@@ -75,8 +75,6 @@ def settings(llm_folder, tmp_path):
     return tmp_path / "tiny.toml"
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="cli.prepare reads step['reason']; the report has step['step'] "
-                   "and step['dropped']['interactions']")
 def test_prepare_says_what_it_made_and_dropped(run, settings, tmp_path):
     write_raw(tmp_path)
     with open(tmp_path / "orders.csv", "a", encoding="utf-8") as file:
@@ -177,7 +175,6 @@ def test_what_the_command_line_does_not_know(run, arguments):
     assert code not in (0, None) and "Traceback" not in out + err and out + err
 
 
-@pytest.mark.xfail(strict=True, reason="needs App(suppress_keyboard_interrupt=False), else main is not asked")
 def test_ctrl_c_says_how_to_go_on(run, monkeypatch, tmp_path):
     from laserrec.data.sequences import Dataset
 

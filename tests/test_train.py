@@ -180,7 +180,6 @@ def test_stage_one_encodes_items_anew_and_stage_two_does_not(llm, tmp_path, monk
     assert calls == [1]
 
 
-@pytest.mark.xfail(strict=True, reason="Fit._embed_items runs the head in training mode")
 def test_item_embeddings_are_made_without_dropout(llm, tmp_path):
     one = make_fit(llm(), tmp_path, head={"projection": True, "dropout": 0.5},
                    train={"stage_one_epochs": 1, "stage_two_epochs": 0})

@@ -10,6 +10,7 @@ from torch import nn
 
 from laserrec.config import Layout, Pooling, Prefix
 from laserrec.data.prompt import INSTRUCTIONS, Template
+from laserrec.models.decoder import Past, TextCache
 from laserrec.models.laser import Laser
 
 D_ID = 16
@@ -56,9 +57,14 @@ def test_prefix_then_text_then_suffix(recorded, prefix):
         torch.testing.assert_close(pooled[row], laser.suffix[0] + len(want) - 1)
 
 
+def empty_past(rows):
+    nothing, none = torch.zeros(3, 0, 16), torch.zeros(rows, dtype=torch.long)
+    return Past(TextCache(nothing, nothing), none.reshape(rows, -1)[:, :0], none)
+
+
 def test_text_first_adds_prefix_and_suffix_behind_the_past(recorded):
     recorder, backbone = recorded
-    laser, given, past = make(backbone), states(3, 1), object()
+    laser, given, past = make(backbone), states(3, 1), empty_past(2)
     pooled, _ = laser.read_past(past, *given)
     want = torch.cat([laser.prefix(*given)[0], laser.suffix.expand(2, 1, -1)], dim=1)
     torch.testing.assert_close(recorder.embeds, want)
@@ -75,7 +81,7 @@ def test_plain_leaves_out_all_that_is_trained(recorded, llm):
         want = torch.cat([backbone.embedding[torch.as_tensor(text)], eos[None]])
         torch.testing.assert_close(recorder.embeds[row, : len(want)], want)
     assert route is None
-    laser.read_past(None, *given, plain=True)
+    laser.read_past(empty_past(3), *given, plain=True)
     torch.testing.assert_close(recorder.embeds, eos.expand(3, 1, -1))
 
 

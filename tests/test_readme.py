@@ -1,0 +1,66 @@
+"""README's own-data blocks run as they stand, on small files and a tiny LLM."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import tiny
+
+from laserrec import cli, recommender
+
+ROOT = Path(__file__).parents[1]
+IDS = ["SKU-17", "SKU-4", "SKU-9", *(f"SKU-{i}" for i in range(100, 107))]
+
+
+def block(language: str, heading: str) -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split(f"## {heading}")[1]
+    return re.search(rf"```{language}\n(.*?)```", text, re.DOTALL).group(1)
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch, llm_folder):
+    monkeypatch.chdir(tmp_path)
+    data = tiny.planted(len(IDS), users=30)
+    orders = [(f"u{r['user']}", IDS[r["item"] - 1], r["position"]) for r in data.interactions.to_dicts()]
+    goods = data.items.with_columns(item_id=pl.Series(IDS)).drop("item")
+    config = tiny.config(llm_folder(), data={"min_user_interactions": 2, "min_item_interactions": 1})
+    monkeypatch.setattr(recommender, "load_config", lambda *a: config)
+    monkeypatch.setattr(cli, "load_config", lambda *a: config)
+    return pl.DataFrame(orders, schema=["user_id", "item_id", "timestamp"], orient="row"), goods
+
+
+def test_python_in_ten_lines(shop):
+    orders, goods = shop
+    orders.write_csv("orders.csv")
+    goods.write_csv("goods.csv")
+    names: dict = {}
+    exec(block("python", "Python in ten lines"), names)
+    assert names["users"].shape[1] == names["items"].shape[1]
+    assert "SKU-NEW" in names["model"].items["item_id"].to_list()
+
+
+def test_own_data_in_ten_lines(shop, monkeypatch):
+    orders, goods = shop
+    orders.rename({"user_id": "customer", "item_id": "sku"}).write_csv("orders.csv")
+    goods.rename({"item_id": "sku", "title": "name"}).write_csv("goods.csv")
+    orders.select("user_id", "item_id").write_csv("users.csv")
+    lines = [shlex.split(line) for line in block("", "Your own data in ten lines").splitlines()]
+    commands = [line for line in lines if line[0] == "laserrec"]
+    assert len(commands) >= 6
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+            sys.exit(0)
+        assert not stop.value.code, command
+    assert pl.read_parquet("recommendations.parquet")["user_id"].n_unique() == 30
+    assert Path("results.json").is_file()
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
