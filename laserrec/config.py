@@ -259,7 +259,7 @@ class TrainConfig(_Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
     batch_size: int = Field(4, ge=1)
-    """Examples per step; with cuts = all and layout = text_first: users per step."""
+    """Examples per step."""
     stage_one_epochs: int = Field(15, ge=0)
     """Epochs with items re-encoded at the start of each; the best epoch on validation is kept. 0: no stage 1."""
     stage_two_epochs: int = Field(5, ge=0)
