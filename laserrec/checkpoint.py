@@ -34,7 +34,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:  # ValueError: its facts are no JSON
         raise UserError(f"{path} is damaged or not a safetensors file: {error}; make it again") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -318,6 +317,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
-    except json.JSONDecodeError as error:
-        print(f"error: a JSON file of the folder is damaged: {error}", file=sys.stderr)
-        sys.exit(2)

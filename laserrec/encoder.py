@@ -121,18 +121,19 @@ class Encoder:
         self, histories: Sequence[np.ndarray]
     ) -> tuple[Float[Tensor, "batch items d_id"], Bool[Tensor, "batch items"]]:
         """The frozen ID model's states C_u and which of them are real. Items it never saw are left out."""
-        window = self.id_model.max_history
-        known = [h[h <= self.catalogue.n_known][-window:] for h in histories]
-        width = max(1, max(len(h) for h in known))
-        padded = torch.zeros(len(known), width, dtype=torch.long)
-        for row, h in enumerate(known):
-            padded[row, : len(h)] = torch.as_tensor(h, dtype=torch.long)
-        mask = padded > 0
-        some = mask.any(dim=1)
-        states = torch.zeros(len(known), width, self.id_model.d_id)
-        if bool(some.any()):
-            states[some] = self.id_model.states(padded[some]).float()
+        some, known = self._known(histories)
+        padded = pad_histories(known, self.id_model.max_history) if known else torch.zeros(0, 1, dtype=torch.long)
+        mask = torch.zeros(len(histories), padded.shape[1], dtype=torch.bool)
+        states = torch.zeros(*mask.shape, self.id_model.d_id)
+        if known:
+            mask[some] = padded > 0
+            states[some] = self.id_model.states(padded).float()
         return states, mask
+
+    def _known(self, histories: Sequence[np.ndarray]) -> tuple[Bool[Tensor, "batch"], list[np.ndarray]]:
+        """Which histories hold items of the ID model, and those histories without any other item."""
+        known = [h[h <= self.catalogue.n_known] for h in histories]
+        return torch.tensor([len(h) > 0 for h in known]), [h for h in known if len(h)]
 
     def outputs(
         self, histories: Sequence[np.ndarray], as_item: bool = False, hide_states: Tensor | None = None
@@ -150,10 +151,8 @@ class Encoder:
     @torch.no_grad()
     def id_part(self, histories: Sequence[np.ndarray], as_item: bool = False) -> Float[Tensor, "batch d_id"]:
         """The ID model's state for the next item, or (as_item) the item's own embedding; zeros where it knows none."""
-        known = [h[h <= self.catalogue.n_known] for h in histories]
-        some = torch.tensor([len(h) > 0 for h in known])
-        part = torch.zeros(len(known), self.id_model.d_id)
-        rows = [h for h, real in zip(known, some.tolist(), strict=True) if real]
+        some, rows = self._known(histories)
+        part = torch.zeros(len(histories), self.id_model.d_id)
         if rows and as_item:
             part[some] = self.id_model.item_embeddings()[torch.tensor([int(h[-1]) - 1 for h in rows])]
         elif rows:

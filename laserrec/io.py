@@ -17,6 +17,8 @@ from typing import Any
 
 import polars as pl
 
+from laserrec.errors import UserError
+
 
 def write_bytes(path: Path | str, data: bytes) -> None:
     """Write `data` atomically; missing parent folders are made."""
@@ -35,6 +37,16 @@ def write_bytes(path: Path | str, data: bytes) -> None:
 def write_text(path: Path | str, text: str) -> None:
     """UTF-8, atomically; line ends as they are in `text`."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def read_json(path: Path, advice: str) -> Any:
+    """Raises UserError for a missing file, and for a damaged one with `advice` on what to do."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise UserError(f"{path} is damaged: {error}; {advice}") from None
 
 
 def write_json(path: Path | str, value: Any) -> None:

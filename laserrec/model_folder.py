@@ -22,12 +22,13 @@ from laserrec import checkpoint
 from laserrec.config import Config, IdModelConfig
 from laserrec.encoder import Catalogue, Encoder
 from laserrec.errors import UserError
-from laserrec.io import write_json, write_parquet, write_text
+from laserrec.io import read_json, write_json, write_parquet, write_text
 from laserrec.models.backbone import Backbone, load_backbone
 from laserrec.models.id_models import make_id_model
 from laserrec.models.laser import Laser
 
 _FORMAT = 1
+_ADVICE = "fit again or copy the folder anew"
 _Settings = TypeVar("_Settings", bound=BaseModel)
 
 
@@ -59,7 +60,7 @@ def load_model(folder: Path, backbone: Backbone | None = None) -> tuple[Encoder,
         unfinished = (folder / "checkpoint.safetensors").is_file()
         hint = "run the same laserrec fit again to resume" if unfinished else "make one with laserrec fit"
         raise UserError(f"{folder} is {'an unfinished fit' if unfinished else 'not a model folder'}; {hint}")
-    note = _read_json(folder / "model.json")
+    note = read_json(folder / "model.json", _ADVICE)
     if note.get("format") != _FORMAT:
         raise UserError(f"{folder}: format {note.get('format')} is not {_FORMAT}; it was made by another version")
     config = _checked(Config, note["config"], folder / "model.json")
@@ -71,7 +72,7 @@ def load_model(folder: Path, backbone: Backbone | None = None) -> tuple[Encoder,
             f"{backbone.name} here has {backbone.sha256[:12]}...; the adapter means nothing to other weights"
         )
     id_file = folder / "id_model" / "config.json"
-    id_facts = _read_json(id_file)
+    id_facts = read_json(id_file, _ADVICE)
     id_model = make_id_model(_checked(IdModelConfig, id_facts["id_model"], id_file), id_facts["n_items"])
     id_model.load_state_dict(checkpoint.load(folder / "id_model" / "model.safetensors")[0])
     laser = Laser(config, backbone, id_model.d_id)
@@ -82,15 +83,6 @@ def load_model(folder: Path, backbone: Backbone | None = None) -> tuple[Encoder,
     catalogue = Catalogue(laser, items, note["n_known"])
     facts = {k: v for k, v in note.items() if k not in ("format", "config", "backbone", "n_known")}
     return Encoder(laser, id_model, catalogue), items, embeddings, facts
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no such file: {file}") from None
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
-        raise UserError(f"{file} is damaged: {error}; fit again or copy the folder anew") from None
 
 
 def _checked(kind: type[_Settings], tree: dict, file: Path) -> _Settings:
@@ -108,4 +100,4 @@ def _read_items(file: Path) -> pl.DataFrame:
     except FileNotFoundError:
         raise UserError(f"no such file: {file}") from None
     except pl.exceptions.PolarsError as error:
-        raise UserError(f"{file} is damaged: {error}; fit again or copy the folder anew") from None
+        raise UserError(f"{file} is damaged: {error}; {_ADVICE}") from None

@@ -67,11 +67,11 @@ class LaserRecommender:
         is loaded; an unfinished one is resumed. Raises UserError for a folder of other settings or data."""
         folder = Path(folder)
         backbone = backbone or load_backbone(config.backbone)
-        torch.manual_seed(config.train.seed)
-        laser = Laser(config, backbone, id_model.d_id)
         fingerprint = fit_fingerprint(dataset, id_model, config)
         if (folder / "model.json").is_file():
             return cls._finished(folder, fingerprint, backbone)
+        torch.manual_seed(config.train.seed)
+        laser = Laser(config, backbone, id_model.d_id)
         encoder = Encoder(laser, id_model, Catalogue(laser, dataset.items, dataset.n_items, progress))
         fit = Fit(encoder, dataset, config, folder, fingerprint, progress)
         log = fit.run()

@@ -12,7 +12,6 @@ Data folder (written by `laserrec prepare`, read by everything else):
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import polars as pl
 
 from laserrec.errors import UserError
+from laserrec.io import read_json
 
 SPLITS = ("train", "validation", "test")
 
@@ -75,7 +75,7 @@ class Dataset:
         if missing:
             raise UserError(f"{folder} is not a data folder ({', '.join(missing)} missing); make one: laserrec prepare")
         tables = [pl.read_parquet(folder / f"{name}.parquet") for name in ("items", "users", "interactions")]
-        return Dataset(*tables, meta=json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+        return Dataset(*tables, meta=read_json(folder / "meta.json", "prepare again"))
 
     @cached_property
     def train_sequences(self) -> dict[int, np.ndarray]:

@@ -21,7 +21,7 @@ from laserrec import checkpoint
 from laserrec.config import IdModelConfig
 from laserrec.data.sequences import Dataset
 from laserrec.errors import UserError
-from laserrec.io import write_json
+from laserrec.io import read_json, write_json
 from laserrec.models.id_models import IdModel, make_id_model, pad_histories
 
 
@@ -67,7 +67,7 @@ def load_id_model(folder: Path | str, dataset: Dataset | None = None) -> IdModel
         raise UserError(f"{folder / 'model.safetensors'} doesn't fit its config.json (edited, or written by another "
                         f"version of laserrec): {error}; pretrain again") from None
     metrics_file = folder / "metrics.json"
-    metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.is_file() else {}
+    metrics = read_json(metrics_file, "pretrain again") if metrics_file.is_file() else {}
     return IdModelFolder(model.eval().requires_grad_(False), facts["data_sha256"], metrics)
 
 
