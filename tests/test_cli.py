@@ -63,10 +63,9 @@ def run(monkeypatch, capsys):
 
 
 def write_raw(folder):
-    data = tiny.planted(N, users=12)
-    rows = [(f"u{r['user']}", f"i{r['item']}", r["position"]) for r in data.interactions.to_dicts()]
-    pl.DataFrame(rows, schema=["customer", "sku", "timestamp"], orient="row").write_csv(folder / "orders.csv")
-    data.items.drop("item").rename({"item_id": "sku"}).write_csv(folder / "goods.csv")
+    orders, goods = tiny.planted_tables(N, users=12)
+    orders.rename({"user_id": "customer", "item_id": "sku"}).write_csv(folder / "orders.csv")
+    goods.rename({"item_id": "sku"}).write_csv(folder / "goods.csv")
 
 
 @pytest.fixture

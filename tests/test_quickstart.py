@@ -14,11 +14,10 @@ N = 10
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    data, folder = tiny.planted(N, users=30), tmp_path / "source"
+    folder = tmp_path / "source"
     folder.mkdir()
-    rows = [(f"u{r['user']}", f"i{r['item']}", r["position"]) for r in data.interactions.to_dicts()]
-    pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row").write_csv(folder / "interactions.csv")
-    data.items.drop("item").write_csv(folder / "items.csv")
+    for name, table in zip(("interactions", "items"), tiny.planted_tables(N, users=30), strict=True):
+        table.write_csv(folder / f"{name}.csv")
     monkeypatch.setattr(quickstart, "_DATA", str(folder))
     monkeypatch.setattr(quickstart, "ID_MODELS", {k: {"d_id": 16, "blocks": 1, "max_epochs": 2} for k in
                                                   quickstart.ID_MODELS})

@@ -23,13 +23,11 @@ def block(language: str, heading: str) -> str:
 @pytest.fixture
 def shop(tmp_path, monkeypatch, llm_folder):
     monkeypatch.chdir(tmp_path)
-    data = tiny.planted(len(IDS), users=30)
-    orders = [(f"u{r['user']}", IDS[r["item"] - 1], r["position"]) for r in data.interactions.to_dicts()]
-    goods = data.items.with_columns(item_id=pl.Series(IDS)).drop("item")
+    own_id = pl.col("item_id").replace({f"i{i}": sku for i, sku in enumerate(IDS, 1)})
     config = tiny.config(llm_folder(), data={"min_user_interactions": 2, "min_item_interactions": 1})
     monkeypatch.setattr(recommender, "load_config", lambda *a: config)
     monkeypatch.setattr(cli, "load_config", lambda *a: config)
-    return pl.DataFrame(orders, schema=["user_id", "item_id", "timestamp"], orient="row"), goods
+    return tuple(table.with_columns(own_id) for table in tiny.planted_tables(len(IDS), users=30))
 
 
 def test_python_in_ten_lines(shop):

@@ -105,6 +105,13 @@ def planted(n: int = 20, users: int = 40, seed: int = 0) -> Dataset:
                     for start, length in zip(rng.integers(0, n, users), rng.integers(5, 9, users), strict=True)], n)
 
 
+def planted_tables(n: int, users: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """`planted` as a caller's frames: interactions (user_id u1.., item_id i1.., timestamp) and items."""
+    data = planted(n, users)
+    rows = [(f"u{r['user']}", f"i{r['item']}", r["position"]) for r in data.interactions.to_dicts()]
+    return pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row"), data.items.drop("item")
+
+
 def id_model(n: int, seed: int = 1):
     torch.manual_seed(seed)
     model = make_id_model(ID_MODEL, n)
