@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from laserrec import __version__
+from laserrec.cli_bench import bench_app
 from laserrec.cli_output import print_recommendations, print_results
 from laserrec.config import Config, load_config
 from laserrec.errors import UserError
@@ -24,6 +25,7 @@ app = App(name="laserrec", version=__version__, suppress_keyboard_interrupt=Fals
           "and a suffix. A straight way: prepare -> pretrain -> fit -> evaluate, recommend.")
 backbone_app = App(name="backbone", help="The frozen LLM: fetch the default one, list what is here, check one.")
 app.command(backbone_app)
+app.command(bench_app)
 
 out_console = Console()
 
@@ -118,7 +120,7 @@ def pretrain(data: Path, out: Path, *, preset: Preset = "small", config: ConfigF
     metrics = pretrain_id_model(Dataset.load(data), _settings(preset, config, settings).id_model, out, not quiet)
     out_console.print(f"ID model {out}: validation NDCG@10 {metrics['validation_ndcg@10']:.4f} at epoch "
                       f"{metrics['best_epoch']} of {metrics['epochs']}, {metrics['seconds']:.0f} s"
-                      + (" (was there already)" if metrics["reused"] else ""))
+                      + (" (was there already)" if metrics["reused"] else ""), soft_wrap=True)
     _finish(metrics, json_file)
 
 
@@ -150,7 +152,7 @@ def fit(data: Path, id_model: Path, out: Path, *, preset: Preset = "small", conf
     best = model.facts["training"]["best"]
     k = tree.eval.k
     out_console.print(f"model {out}: validation NDCG@{k} {best[f'validation_ndcg@{k}']:.4f} "
-                      f"(stage {best['stage']}, epoch {best['epoch']}), {model.facts['training']['seconds']:.0f} s")
+                      f"(stage {best['stage']}, epoch {best['epoch']}), {model.facts['training']['seconds']:.0f} s", soft_wrap=True)
     _finish(model.facts["training"], json_file)
 
 

@@ -33,7 +33,8 @@ class DataConfig(_Section):
     min_item_interactions: int = Field(5, ge=1)
     """k-core: items with fewer interactions are dropped (repeated until nothing changes)."""
     drop_untitled: bool = True
-    """Drop items without a title, and their interactions, before the k-core (paper, 4.1.1)."""
+    """Drop items without a title, and their interactions, before the k-core. (The paper drops them too, from data that
+    are 5-core already: 4.1.1.)"""
     drop_duplicates: bool = True
     """Keep one of several interactions with equal (user, item, timestamp)."""
     split: Split = Split.LEAVE_ONE_OUT
@@ -109,6 +110,12 @@ class Engine(StrEnum):
     TRANSFORMERS = "transformers"
 
 
+class Quantization(StrEnum):
+    NONE = "none"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class BackboneConfig(_Section):
     """The frozen decoder LLM."""
 
@@ -122,6 +129,14 @@ class BackboneConfig(_Section):
     """auto times bf16 against fp32 on this machine once and takes the faster."""
     engine: Engine = Engine.AUTO
     """native: laserrec's own forward for the Llama family; transformers: any decoder; auto: native where it can."""
+    compiled: bool = False
+    """native only: fuse the pointwise steps with torch.compile (needs a C++ compiler; some seconds at the first use,
+    kept on disk between runs)."""
+    gradient_checkpointing: bool = False
+    """Keep one tensor per layer for the backward pass and compute the rest again: less memory, about a third more
+    time."""
+    quantization: Quantization = Quantization.NONE
+    """int8 or int4 weights (extra `quant`) on transformers' own forward, for backbones that don't fit otherwise."""
     trust_remote_code: bool = False
     """Run Python code shipped with a model from the hub (ChatGLM2 needs it). Only for sources you trust."""
 
@@ -264,6 +279,9 @@ class TrainConfig(_Section):
     """Epochs with items re-encoded at the start of each; the best epoch on validation is kept. 0: no stage 1."""
     stage_two_epochs: int = Field(5, ge=0)
     """Epochs against the best epoch's fixed item embeddings. 0: no stage 2."""
+    tokens_per_pass: int = Field(4096, ge=1)
+    """prefix_first: a step's batch goes through the LLM in passes of about so many tokens, whose gradients add up to
+    the whole batch's; bounds the memory of a step."""
     cuts: Cuts = Cuts.ALL
     """all: every position of a training sequence is a target each epoch (paper); random: one per user and epoch."""
     item_gradient: bool = False

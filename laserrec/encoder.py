@@ -13,7 +13,7 @@ from torch import Tensor
 from laserrec.config import ItemSide, Layout
 from laserrec.data.prompt import PromptEncoder
 from laserrec.errors import UserError
-from laserrec.models.decoder import Past, TextCache
+from laserrec.models.attention import Past, TextCache
 from laserrec.models.id_models import pad_histories
 from laserrec.models.laser import Laser
 from laserrec.models.mformer import Route

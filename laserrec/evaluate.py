@@ -18,6 +18,7 @@ from torch import Tensor
 
 from laserrec.data.sequences import Cases, Dataset
 from laserrec.io import write_parquet
+from laserrec.memory import rows_at_once
 from laserrec.metrics import Metrics, mean_ranks, ranks_without
 
 Scorer = Callable[[Sequence[np.ndarray]], Tensor]
@@ -73,8 +74,10 @@ class Result:
 
 def evaluate(model: str, score: Scorer, dataset: Dataset, split: str, k: int = 10, batch_size: int = 256,
              progress: Callable[[int], None] | None = None) -> Result:
-    """Full ranking of one split. `seconds` is the time this took."""
+    """Full ranking of one split; fewer than batch_size users at once where there are very many items. `seconds` is the
+    time this took."""
     start = time.monotonic()
+    batch_size = rows_at_once(dataset.n_items, batch_size)
     ranks = rank_cases(score, dataset.cases(split), batch_size, dataset.n_items, progress)
     return Result(model, split, Metrics.from_ranks(ranks.plain, k), Metrics.from_ranks(ranks.exclude_seen, k), ranks,
                   time.monotonic() - start)

@@ -105,5 +105,5 @@ def _example(console: Console, model: LaserRecommender, dataset: Dataset) -> Non
         console.print(f"  bought: {names[item - 1]}  {titles[item - 1]}", highlight=False, no_wrap=True)
     target = int(cases.targets[0])
     console.print(f"  next in truth: {names[target - 1]}  {titles[target - 1]}", highlight=False, no_wrap=True)
-    frame = model.recommend([[names[i - 1] for i in history]], k=5)
+    frame = model.recommend([[names[i - 1] for i in history]], k=5, exclude_seen=True)
     print_recommendations(frame, model.items)

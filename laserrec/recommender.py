@@ -20,6 +20,7 @@ from laserrec.data.sequences import Dataset
 from laserrec.encoder import Catalogue, Encoder
 from laserrec.errors import UserError
 from laserrec.histories import Histories, read_histories
+from laserrec.memory import rows_at_once
 from laserrec.model_folder import load_model, save_model
 from laserrec.models.backbone import Backbone, load_backbone
 from laserrec.models.id_models import IdModel
@@ -35,6 +36,7 @@ class LaserRecommender:
     def __init__(self, encoder: Encoder, items: pl.DataFrame, embeddings: Float[Tensor, "n_items d_out"], facts: dict):
         self.encoder, self.items, self.facts = encoder, items, facts
         self.embeddings = embeddings
+        """Of unit length, so that a score is a product."""
         self._index = {item_id: i for i, item_id in enumerate(items["item_id"].to_list(), 1)}
 
     # -- make ---------------------------------------------------------------------------------------------------
@@ -76,7 +78,7 @@ class LaserRecommender:
         fit = Fit(encoder, dataset, config, folder, fingerprint, progress)
         log = fit.run()
         facts = {"fingerprint": fingerprint, "data": dataset.meta, "training": fit.summary()}
-        model = cls(encoder, dataset.items, fit.best_items, facts)
+        model = cls(encoder, dataset.items, torch.nn.functional.normalize(fit.best_items, dim=-1), facts)
         save_model(folder, model.encoder, model.items, model.embeddings, facts, log)
         fit.discard_checkpoint()
         return model
@@ -117,11 +119,11 @@ class LaserRecommender:
         asked = self._read(histories, unknown)
         allowed = self._candidate_mask(candidates)
         users, ids, scores, ranks = [], [], [], []
-        size, names = self.encoder.laser.config.eval.batch_size, np.array(self.items["item_id"].to_list(), dtype=object)
-        matrix = torch.nn.functional.normalize(self.embeddings, dim=-1)
+        size = rows_at_once(len(self.embeddings), self.encoder.laser.config.eval.batch_size)
+        names = np.array(self.items["item_id"].to_list(), dtype=object)
         for at in range(0, len(asked.rows), size):
             rows = asked.rows[at : at + size]
-            batch = torch.nn.functional.normalize(self.encoder.encode(rows, size), dim=-1) @ matrix.T
+            batch = self.score(rows)
             self._hide(batch, rows, allowed, exclude_seen)
             top = batch.topk(min(k, batch.shape[1]), dim=1)
             for user, values, index in zip(asked.users[at : at + size], top.values, top.indices, strict=True):
@@ -141,7 +143,7 @@ class LaserRecommender:
         return self.encoder.encode(rows, self.encoder.laser.config.eval.batch_size).numpy()
 
     def encode_items(self, item_ids: Sequence[str] | None = None) -> np.ndarray:
-        """Float32[items d_out] of these items, or of the whole catalogue in the order of `items`."""
+        """Float32[items d_out], of unit length, of these items, or of the whole catalogue in the order of `items`."""
         if item_ids is None:
             return self.embeddings.numpy().copy()
         rows = torch.tensor([i - 1 for i in self._dense(list(map(str, item_ids)), "item_ids")], dtype=torch.long)
@@ -155,7 +157,7 @@ class LaserRecommender:
         first = len(self.encoder.catalogue) + 1
         self.encoder.catalogue.add(new)
         embeddings = self.encoder.encode_items(self.encoder.laser.config.eval.batch_size, first=first)
-        self.embeddings = torch.cat([self.embeddings, embeddings])
+        self.embeddings = torch.cat([self.embeddings, torch.nn.functional.normalize(embeddings, dim=-1)])
         new = new.with_columns(pl.Series("item", range(first, first + new.height), dtype=pl.Int32))
         self.items = pl.concat([self.items, new.select(self.items.columns)])
         self._index |= {item_id: first + i for i, item_id in enumerate(new["item_id"].to_list())}
@@ -164,7 +166,7 @@ class LaserRecommender:
     def score(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch n_items"]:
         """Cosines for the evaluator: dense items in, one column per item of the catalogue out."""
         users = torch.nn.functional.normalize(self.encoder.encode(histories, len(histories)), dim=-1)
-        return users @ torch.nn.functional.normalize(self.embeddings, dim=-1).T
+        return users @ self.embeddings.T
 
     # -- inside -------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from laserrec.encoder import Encoder
 from laserrec.errors import UserError
 from laserrec.evaluate import rank_cases
 from laserrec.interrupt import DeferredInterrupt
-from laserrec.losses import item_contrast, load_balance, total_loss
+from laserrec.losses import Seen, item_contrast, load_balance, total_loss
+from laserrec.memory import rows_at_once
 from laserrec.metrics import Metrics
 from laserrec.progress import Progress
 
@@ -161,22 +162,44 @@ class Fit:
         self._interrupt.check()
 
     def _train_step(self, examples: list[Example]) -> float:
-        train = self.config.train
         self.laser.train()
-        hide = None
-        if self.config.mformer.state_dropout:
-            hide = torch.rand(len(examples)) < self.config.mformer.state_dropout
-        outputs, route = self.encoder.outputs([e.history for e in examples], hide_states=hide)
+        self.optimizer.zero_grad(set_to_none=True)
+        hide = torch.rand(len(examples)) < self.config.mformer.state_dropout
+        total = 0.0
+        for chunk in self._passes(examples):
+            contrast, balance = self._losses([examples[i] for i in chunk], hide[chunk])
+            if balance is not None:  # it is a mean over users whose states are shown
+                balance = balance * ((~hide[chunk]).sum() / max(1, int((~hide).sum())))
+            loss = total_loss(contrast * (len(chunk) / len(examples)), balance, self.config.train.balance_weight)
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self._trained(), self.config.train.max_grad_norm)
+        self.optimizer.step()
+        return total
+
+    def _passes(self, examples: list[Example]) -> list[list[int]]:
+        """A step's examples in passes of about `tokens_per_pass` tokens; one pass where the text is read already."""
+        if self.encoder.catalogue.shared:
+            return [list(range(len(examples)))]
+        passes, tokens = [[]], 0
+        for i, example in enumerate(examples):
+            own = self.encoder.catalogue.text_length(example.history)
+            if passes[-1] and tokens + own > self.config.train.tokens_per_pass:
+                passes.append([])
+                tokens = 0
+            passes[-1].append(i)
+            tokens += own
+        return passes
+
+    def _losses(self, examples: list[Example], hide: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Item contrast and load balance, means over these examples. hide: Bool[batch], whose ID states are hidden."""
+        train, histories = self.config.train, [e.history for e in examples]
+        outputs, route = self.encoder.outputs(histories, hide_states=hide)
         users = self.laser.head(outputs)
         targets = torch.tensor([e.target - 1 for e in examples])
-        left_out = None if train.history_negatives else seen_mask([e.history for e in examples], len(self.items))
+        left_out = None if train.history_negatives else Seen.of(histories)
         contrast = item_contrast(users, self._items_to_learn_from(), targets, train.temperature, left_out)
-        loss = total_loss(contrast, None if route is None else load_balance(route), train.balance_weight)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._trained(), train.max_grad_norm)
-        self.optimizer.step()
-        return float(loss.detach())
+        return contrast, None if route is None else load_balance(route)
 
     def _items_to_learn_from(self) -> Tensor:
         """The epoch's fixed item embeddings (paper), or with gradient to the head; the LLM's part of them."""
@@ -235,6 +258,7 @@ class Fit:
         with Progress("validating", len(self.validation), self.show) as bar:
             users = self.encoder.encode(self.validation.histories, size, progress=bar.advance)
         users = torch.nn.functional.normalize(users, dim=-1)
+        size = rows_at_once(len(items), size)
         ranks = rank_cases(_scores_in_order(users, items, size), self.validation, size, len(items)).plain
         return Metrics.from_ranks(ranks, k=k)
 
@@ -295,24 +319,21 @@ class Fit:
         return True
 
 
-def seen_mask(histories: Sequence[np.ndarray], n_items: int) -> Tensor:
-    """Bool[batch n_items]: True where the column's item stands in the history."""
-    mask = torch.zeros(len(histories), n_items, dtype=torch.bool)
-    for row, history in enumerate(histories):
-        mask[row, torch.as_tensor(history.astype(np.int64)) - 1] = True
-    return mask
-
-
 def _scores_in_order(users: Tensor, items: Tensor, size: int):
     """The evaluator asks in order, `size` users at a time; hand it the next rows' cosines."""
     rows: Iterator[Tensor] = iter(users.split(size))
     return lambda histories: next(rows) @ items.T
 
 
+_PACE = (("train", "checkpoint_minutes"), ("train", "tokens_per_pass"), ("backbone", "compiled"),
+         ("backbone", "gradient_checkpointing"))
+
+
 def fit_fingerprint(dataset: Dataset, id_model: torch.nn.Module, config: Config) -> str:
-    """What a resumed fit must share with the first: data, ID model and every setting but the pace of checkpoints."""
+    """What a resumed fit must share with the first: data, ID model and every setting but those of pace and memory."""
     tree = config.model_dump(mode="json")
-    tree["train"].pop("checkpoint_minutes")
+    for section, name in _PACE:
+        tree[section].pop(name)
     digest = hashlib.sha256(json.dumps([dataset.fingerprint, tree], sort_keys=True).encode())
     for name, tensor in sorted(id_model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())

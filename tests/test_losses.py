@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from laserrec.losses import item_contrast, load_balance, total_loss
+from laserrec.losses import Seen, item_contrast, load_balance, total_loss
 from laserrec.models.mformer import Route, Router
 
 
@@ -31,11 +32,33 @@ def test_lengths_of_embeddings_do_not_matter():
 
 def test_items_left_out_are_no_negatives_but_the_target_stays():
     users, items, targets = torch.randn(2, 6), torch.randn(5, 6), torch.tensor([0, 3])
-    left_out = torch.tensor([[True, True, False, False, True], [False, False, True, False, False]])
+    left_out = Seen.of([np.array([1, 2, 5, 2]), np.array([3])])
     got = float(item_contrast(users, items, targets, 0.5, left_out))
     losses = [float(item_contrast(users[b : b + 1], items[keep], torch.tensor([at]), 0.5))
               for b, keep, at in ((0, [0, 2, 3], 0), (1, [0, 1, 3, 4], 2))]
     assert got == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 7, 50, 200])
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_chunks_give_the_loss_and_gradients_of_the_direct_computation(columns, leave_out):
+    users, items, targets = torch.randn(6, 5), torch.randn(50, 5), torch.tensor([0, 49, 3, 3, 7, 20])
+    histories = [np.array([1, 2, 3]), np.array([50]), np.array([4, 9]), np.array([5]), np.array([8, 1, 8]),
+                 np.arange(1, 51)]
+    gone = torch.zeros(6, 50, dtype=torch.bool)
+    for row, history in enumerate(histories):
+        gone[row, torch.as_tensor(history) - 1] = leave_out
+        gone[row, targets[row]] = False
+    inputs = [x.double().clone().requires_grad_() for x in (users, items)]
+    unit = [torch.nn.functional.normalize(x, dim=-1) for x in inputs]
+    direct = torch.nn.functional.cross_entropy((unit[0] @ unit[1].T / 0.1).masked_fill(gone, -torch.inf), targets)
+    direct.backward()
+    mine = [x.double().clone().requires_grad_() for x in (users, items)]
+    loss = item_contrast(*mine, targets, 0.1, Seen.of(histories) if leave_out else None, columns)
+    (loss * 3).backward()
+    assert float(loss.detach()) == pytest.approx(float(direct.detach()), rel=1e-9)
+    for ours, theirs in zip(mine, inputs, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad * 3, rtol=1e-7, atol=1e-10)
 
 
 def naive_balance(probabilities: list[list[float]]) -> float:

@@ -202,7 +202,9 @@ def test_added_items_are_saved(copy, llm, tmp_path):
     copy.save_pretrained(tmp_path / "more")
     again = LaserRecommender.from_pretrained(tmp_path / "more", llm())
     ask = [["i1", "new2"], ["new1"]]
-    assert again.recommend(ask, k=99).equals(copy.recommend(ask, k=99))
+    got, want = again.recommend(ask, k=99), copy.recommend(ask, k=99)
+    assert got.drop("score").equals(want.drop("score"))
+    assert np.allclose(got["score"], want["score"], atol=1e-5)  # the new texts were read in other batches
     assert again.items["item"].to_list() == list(range(1, N + 3))
     again.add_items(pl.DataFrame({"item_id": ["third"], "title": ["glue"]}))
     assert again.recommend(ask, k=99)["item_id"].n_unique() == N + 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -73,6 +74,15 @@ class TransformersDecoder(nn.Module):
         out = self.model(inputs_embeds=embeds.to(self.dtype), use_cache=False)
         return out.last_hidden_state.float()
 
+    def read_rows(self, rows: Sequence[Float[Tensor, "_ d_llm"]], last_only: bool) -> Float[Tensor, "some d_llm"]:
+        """As the native decoder's, padded on the right: a causal decoder's earlier outputs can't see what stands
+        behind them, so an output doesn't depend on its batch."""
+        outputs = self(nn.utils.rnn.pad_sequence(list(rows), batch_first=True))
+        lengths = torch.tensor([len(row) for row in rows])
+        if last_only:
+            return outputs[torch.arange(len(rows)), lengths - 1]
+        return torch.cat([out[:n] for out, n in zip(outputs, lengths.tolist(), strict=True)])
+
 
 def _layer_stack(model: nn.Module) -> tuple[tuple[nn.Module, str], nn.ModuleList]:
     wanted = getattr(model.config, "num_hidden_layers", None) or getattr(model.config, "num_layers", None)
@@ -123,7 +133,7 @@ def _decoder(model: nn.Module, config: BackboneConfig, dtype: torch.dtype) -> nn
         if reason:
             log.info("backbone %s runs on transformers' own forward: %s", config.name, reason)
         return TransformersDecoder(model, config.layers)
-    return NativeDecoder(model, dtype, config.layers)
+    return NativeDecoder(model, dtype, config.layers, config.compiled, config.gradient_checkpointing)
 
 
 def _files_sha256(path: str) -> str:

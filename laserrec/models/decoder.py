@@ -1,57 +1,39 @@
 """A Llama-family decoder whose weights are frozen and whose inputs carry the gradient.
 
-It computes what transformers' own forward computes (tests hold both against each other), and one thing more: new
-tokens can read keys and values that were computed before (`TextCache`), placed anywhere, since keys are kept before
-rotary embedding and turned to their place when they are read.
+It computes what transformers' own forward computes (tests hold both against each other), and two things more: batches
+are packed, without padding; and new tokens can read keys and values that were computed before (`TextCache`), placed
+anywhere, since keys are kept before rotary embedding and turned to their place when they are read.
 
 Each RMSNorm's scale is folded into the matrix behind it; q, k, v and gate, up are one product each. Weights are
-buffers, so they are in no optimiser and autograd computes no weight gradient.
+buffers, so they are in no optimiser and autograd computes no weight gradient. Where only the last token's output is
+wanted, the last layer computes no more than that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from laserrec.models.attention import Heads, PackedAttention, Past, PastAttention, rotary_tables
+from laserrec.models.kernels import Pointwise
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(Heads):
     """Sizes of a decoder."""
 
     layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     d_llm: int
     norm_eps: float
     rope_theta: float
-
-    @property
-    def kv_dim(self) -> int:
-        return self.kv_heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class TextCache:
-    """Keys (before rotary embedding) and values of text tokens, one flat row per token."""
-
-    keys: Float[Tensor, "layers tokens kv_dim"]
-    values: Float[Tensor, "layers tokens kv_dim"]
-
-
-@dataclass(frozen=True)
-class Past:
-    """Which rows of a cache each example reads: row `index[b, j]` stands at position j; j < length[b] is real."""
-
-    cache: TextCache
-    index: Int[Tensor, "batch past"]
-    length: Int[Tensor, "batch"]
 
 
 def native_reason(config) -> str | None:
@@ -74,10 +56,13 @@ class NativeDecoder(nn.Module):
     """The decoder stack: embeddings in, final-norm outputs out.
 
     Parameters: `model` is transformers' bare decoder (LlamaModel, MistralModel, Qwen2Model, Qwen3Model); its weights
-    are copied in `dtype`; `layers` keeps the first so many.
+    are copied in `dtype`; `layers` keeps the first so many. compiled: fuse the pointwise steps (needs a C++ compiler).
+    recompute: keep only each layer's input for the way back and compute the layer again there (gradient
+    checkpointing): less memory, a third more time.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, layers: int | None = None):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, layers: int | None = None, compiled: bool = False,
+                 recompute: bool = False):
         super().__init__()
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -90,7 +75,9 @@ class NativeDecoder(nn.Module):
             norm_eps=config.rms_norm_eps,
             rope_theta=float(config.rope_parameters["rope_theta"]),
         )
-        self.layers = nn.ModuleList(_Layer(model.layers[i], self.shape, dtype) for i in range(self.shape.layers))
+        self.pointwise, self.recompute = Pointwise(compiled), recompute
+        self.layers = nn.ModuleList(
+            _Layer(model.layers[i], self.shape, dtype, self.pointwise) for i in range(self.shape.layers))
         self.register_buffer("final_norm", model.norm.weight.detach().float().clone(), persistent=False)
         inverse = self.shape.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         self.register_buffer("inverse_frequency", inverse.float(), persistent=False)
@@ -101,66 +88,65 @@ class NativeDecoder(nn.Module):
     ) -> Float[Tensor, "batch seq d_llm"]:
         """Causal pass over `embeds` (pad on the right: a token never sees what stands behind it), reading `past`
         first if given. Outputs after the final norm, float32."""
-        x = embeds.to(self.dtype)
-        reader = self._reader(x, past)
+        batch, seq, _ = embeds.shape
+        return self.read(embeds.flatten(0, 1), self._attention(batch, seq, past)).unflatten(0, (batch, seq))
+
+    def read_rows(self, rows: Sequence[Float[Tensor, "_ d_llm"]], last_only: bool) -> Float[Tensor, "some d_llm"]:
+        """Outputs of whole sequences, packed: one behind another, or (last_only) each one's last."""
+        return self.read(torch.cat(list(rows)), self.packed([len(row) for row in rows]), last_only)
+
+    def packed(self, lengths: Sequence[int]) -> PackedAttention:
+        """For sequences of these lengths that lie one behind another in one flat tensor."""
+        return PackedAttention(lengths, self.shape, self.final_norm.device)
+
+    def behind(self, past: Past, seq: int) -> PastAttention:
+        """For `seq` new tokens per example, example after example in one flat tensor, behind their past."""
+        return PastAttention(past, seq, self.shape, self.inverse_frequency)
+
+    def read(
+        self, embeds: Float[Tensor, "tokens d_llm"], attention: PackedAttention | PastAttention, last_only: bool = False
+    ) -> Float[Tensor, "tokens_or_batch d_llm"]:
+        """Outputs after the final norm, float32, of every token, or (last_only) of each sequence's last."""
+        x, delta = embeds.to(self.dtype), None
+        rotary = self._rotary(attention)
+        last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x = layer(x, reader, i)
-        return _rms_norm(x.float(), self.shape.norm_eps) * self.final_norm
+            arguments = (x, delta, rotary, attention, i, last_only and i == last)
+            if self.recompute and torch.is_grad_enabled():
+                x, delta = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, delta = layer(*arguments)
+        return _rms_norm(x.float() + delta.float(), self.shape.norm_eps) * self.final_norm
 
     @torch.no_grad()
     def encode_text(
         self, embeds: Float[Tensor, "batch seq d_llm"], past: Past | None = None
     ) -> tuple[Float[Tensor, "layers batch seq kv_dim"], Float[Tensor, "layers batch seq kv_dim"]]:
         """Keys (before rotary embedding) and values of every layer for these tokens."""
-        x = embeds.to(self.dtype)
-        reader = self._reader(x, past)
+        batch, seq, _ = embeds.shape
+        attention = self._attention(batch, seq, past)
+        x, delta = embeds.flatten(0, 1).to(self.dtype), None
+        rotary, s = self._rotary(attention), self.shape
         keys, values = [], []
         for i, layer in enumerate(self.layers):
-            _, k, v = layer.project(x)
-            keys.append(k)
-            values.append(v)
+            x, qkv = layer.project(x, delta)
+            keys.append(qkv[:, s.heads : s.heads + s.kv_heads].flatten(1))
+            values.append(qkv[:, s.heads + s.kv_heads :].flatten(1))
             if i + 1 < len(self.layers):
-                x = layer(x, reader, i)
-        return torch.stack(keys), torch.stack(values)
+                x, delta = layer.rest(x, qkv, rotary, attention, i)
+        return tuple(torch.stack(kept).unflatten(1, (batch, seq)) for kept in (keys, values))
 
-    def _reader(self, x: Tensor, past: Past | None) -> _Reader:
-        batch, seq, _ = x.shape
-        here = torch.arange(seq, device=x.device)
-        if past is None:
-            return _Reader(self._rotary(here))
-        slots = torch.arange(past.index.shape[1], device=x.device)
-        unread = (slots >= past.length[:, None])[:, None].expand(-1, seq, -1)
-        later = torch.ones(seq, seq, dtype=torch.bool, device=x.device).triu(1).expand(batch, -1, -1)
-        heads = torch.arange(self.shape.kv_heads, device=x.device)
-        return _Reader(
-            rotary=self._rotary(past.length[:, None] + here),
-            past=past,
-            past_rotary=self._rotary(slots),
-            past_rows=(past.index.flatten() * self.shape.kv_heads + heads[:, None]).flatten(),
-            hidden=torch.cat([unread, later], dim=2)[:, None],
-        )
+    def _attention(self, batch: int, seq: int, past: Past | None) -> PackedAttention | PastAttention:
+        return self.packed([seq] * batch) if past is None else self.behind(past, seq)
 
-    def _rotary(self, positions: Int[Tensor, "*batch seq"]) -> tuple[Tensor, Tensor]:
-        angle = positions[..., None].float() * self.inverse_frequency
-        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """What every layer shares: rotary tables of new and past tokens, the past, who can't see whom."""
-
-    rotary: tuple[Tensor, Tensor]
-    past: Past | None = None
-    past_rotary: tuple[Tensor, Tensor] | None = None
-    past_rows: Int[Tensor, "kv_heads_batch_past"] | None = None
-    """Rows of the cache taken as [tokens * kv_heads, head_dim], head by head."""
-    hidden: Bool[Tensor, "batch one seq past_and_seq"] | None = None
+    def _rotary(self, attention: PackedAttention | PastAttention) -> tuple[Tensor, Tensor]:
+        return tuple(t[:, None] for t in rotary_tables(attention.positions, self.inverse_frequency))
 
 
 class _Layer(nn.Module):
-    def __init__(self, layer: nn.Module, shape: Shape, dtype: torch.dtype):
+    def __init__(self, layer: nn.Module, shape: Shape, dtype: torch.dtype, pointwise: Pointwise):
         super().__init__()
-        self.shape = shape
+        self.shape, self.pointwise = shape, pointwise
         attention, mlp = layer.self_attn, layer.mlp
         self._hold("qkv", [attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm, dtype)
         self._hold("out", [attention.o_proj], None, dtype)
@@ -182,62 +168,39 @@ class _Layer(nn.Module):
         self.register_buffer(name, weight.to(dtype), persistent=False)
         self.register_buffer(f"{name}_bias", None if bias is None else bias.to(dtype), persistent=False)
 
-    def project(self, x: Float[Tensor, "batch seq d_llm"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [batch seq heads*head_dim], keys and values [batch seq kv_dim], before rotary embedding."""
+    def project(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Float[Tensor, "tokens all_heads head_dim"]]:
+        """x + delta, and its queries, keys and values before rotary embedding."""
         s = self.shape
-        qkv = F.linear(_rms_norm(x, s.norm_eps), self.qkv, self.qkv_bias)
-        q, k, v = qkv.split([s.heads * s.head_dim, s.kv_dim, s.kv_dim], dim=-1)
+        x, normed = self.pointwise.add_norm(x, delta, s.norm_eps)
+        qkv = F.linear(normed, self.qkv, self.qkv_bias).unflatten(-1, (-1, s.head_dim))
         if self.q_norm is not None:
-            q = (_rms_norm(q.unflatten(-1, (s.heads, s.head_dim)), s.norm_eps) * self.q_norm).flatten(-2)
-            k = (_rms_norm(k.unflatten(-1, (s.kv_heads, s.head_dim)), s.norm_eps) * self.k_norm).flatten(-2)
-        return q, k, v
+            q, k, v = qkv.split([s.heads, s.kv_heads, s.kv_heads], dim=1)
+            q, k = _rms_norm(q, s.norm_eps) * self.q_norm, _rms_norm(k, s.norm_eps) * self.k_norm
+            qkv = torch.cat([q, k, v], dim=1)
+        return x, qkv
 
-    def forward(self, x: Float[Tensor, "batch seq d_llm"], reader: _Reader, i: int) -> Tensor:
-        q, k, v = self.project(x)
-        attended = self._attend(q, k, v, reader) if reader.past is None else self._attend_past(q, k, v, reader, i)
-        x = x + F.linear(attended, self.out, self.out_bias)
-        gate, up = F.linear(_rms_norm(x, self.shape.norm_eps), self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, self.down, self.down_bias)
+    def forward(
+        self, x: Tensor, delta: Tensor | None, rotary: tuple[Tensor, Tensor],
+        attention: PackedAttention | PastAttention, i: int, last_only: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream is x + delta; both are [tokens d_llm], the sum is left to the next step's norm."""
+        return self.rest(*self.project(x, delta), rotary, attention, i, last_only)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, reader: _Reader) -> Tensor:
+    def rest(
+        self, x: Tensor, qkv: Tensor, rotary: tuple[Tensor, Tensor], attention: PackedAttention | PastAttention,
+        i: int, last_only: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """All behind `project`."""
         s = self.shape
-        q = _rotate(q.unflatten(-1, (s.heads, s.head_dim)).transpose(1, 2), reader.rotary)
-        k = _rotate(k.unflatten(-1, (s.kv_heads, s.head_dim)).transpose(1, 2), reader.rotary)
-        v = v.unflatten(-1, (s.kv_heads, s.head_dim)).transpose(1, 2)
-        groups = s.heads // s.kv_heads
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
-
-    def _attend_past(self, q: Tensor, k: Tensor, v: Tensor, reader: _Reader, i: int) -> Tensor:
-        """Grouped-query attention as batched products: the queries that share a key head stand in one matrix, and
-        what was read before is never copied into one tensor with what is new."""
-        s, past = self.shape, reader.past
-        batch, seq, _ = q.shape
-        groups = s.heads // s.kv_heads
-        shape = (s.kv_heads, batch, past.index.shape[1], s.head_dim)
-        old_k = past.cache.keys[i].view(-1, s.head_dim).index_select(0, reader.past_rows).view(shape)
-        old_v = past.cache.values[i].view(-1, s.head_dim).index_select(0, reader.past_rows).view(shape)
-        old_k = _rotate(old_k, reader.past_rotary)
-        heads = (s.kv_heads, s.head_dim)
-        new_k = _rotate(k.unflatten(-1, heads).permute(2, 0, 1, 3), reader.rotary)
-        new_v = v.unflatten(-1, heads).permute(2, 0, 1, 3)
-        q = _rotate(q.unflatten(-1, (s.kv_heads, groups, s.head_dim)).permute(2, 3, 0, 1, 4), reader.rotary)
-        q = q.transpose(1, 2).flatten(2, 3)  # kv_heads batch groups*seq head_dim
-        scores = torch.cat([q @ old_k.transpose(-1, -2), q @ new_k.transpose(-1, -2)], dim=-1).float()
-        scores = (scores * s.head_dim**-0.5).unflatten(2, (groups, seq))
-        weights = scores.masked_fill(reader.hidden, -torch.inf).softmax(dim=-1).to(v.dtype).flatten(2, 3)
-        old = shape[2]
-        out = weights[..., :old] @ old_v + weights[..., old:] @ new_v
-        return out.unflatten(2, (groups, seq)).permute(1, 3, 0, 2, 4).flatten(2)
+        qkv = self.pointwise.rotate(qkv, *rotary, s.heads + s.kv_heads)
+        attended = attention(qkv, i, last_only)
+        if last_only:
+            x = x[attention.ends]
+        x, normed = self.pointwise.add_norm(x, F.linear(attended, self.out, self.out_bias), s.norm_eps)
+        inner = self.pointwise.swiglu(F.linear(normed, self.gate_up, self.gate_up_bias))
+        return x, F.linear(inner, self.down, self.down_bias)
 
 
 def _rms_norm(x: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def _rotate(x: Float[Tensor, "*batch seq head_dim"], rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding; the tables [... seq head_dim/2] broadcast over x's leading axes."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = rotary
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from laserrec.config import Config, Pooling, Prefix
+from laserrec.models.attention import Past
 from laserrec.models.backbone import Backbone
-from laserrec.models.decoder import Past
 from laserrec.models.head import Head
 from laserrec.models.mformer import MFormer, Route
 
@@ -80,21 +80,15 @@ class Laser(nn.Module):
         mask: Bool[Tensor, "batch items"],
         plain: bool = False,
     ) -> tuple[Float[Tensor, "batch d_llm"], Route | None]:
-        """Pooled LLM outputs for texts given as token ids, layout prefix_first. plain: without the trained tokens.
-
-        Rows are padded on the right of the suffix, where a causal decoder's earlier outputs can't see it: an
-        embedding doesn't depend on its batch.
-        """
+        """Pooled LLM outputs for texts given as token ids, layout prefix_first. plain: without the trained tokens."""
         prefix, suffix, route = self._added(states, mask, plain)
         embed = self.backbone.embed
         rows = [torch.cat([p, embed(torch.as_tensor(t, dtype=torch.long)).to(p.dtype), suffix])
                 for p, t in zip(prefix, tokens, strict=True)]
-        lengths = torch.tensor([len(row) for row in rows])
-        outputs = self.backbone.decoder(nn.utils.rnn.pad_sequence(rows, batch_first=True))
         if self.config.head.pooling == Pooling.MEAN:
-            real = torch.arange(outputs.shape[1]) < lengths[:, None] - 1  # all but the suffix
-            return (outputs * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True), route
-        return outputs[torch.arange(len(rows)), lengths - 1], route
+            outputs = self.backbone.decoder.read_rows(rows, last_only=False).split([len(row) for row in rows])
+            return torch.stack([out[:-1].mean(dim=0) for out in outputs]), route  # all but the suffix
+        return self.backbone.decoder.read_rows(rows, last_only=True), route
 
     def read_past(
         self,
@@ -106,4 +100,5 @@ class Laser(nn.Module):
         """Pooled LLM outputs for texts that were read before, layout text_first."""
         prefix, suffix, route = self._added(states, mask, plain)
         added = torch.cat([prefix, suffix.expand(prefix.shape[0], 1, -1)], dim=1)
-        return self.backbone.decoder(added, past)[:, -1], route
+        decoder = self.backbone.decoder
+        return decoder.read(added.flatten(0, 1), decoder.behind(past, added.shape[1]), last_only=True), route

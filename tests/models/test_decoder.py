@@ -4,7 +4,8 @@ import pytest
 import tiny
 import torch
 
-from laserrec.models.decoder import NativeDecoder, Past, TextCache, native_reason
+from laserrec.models.attention import Past, TextCache
+from laserrec.models.decoder import NativeDecoder, native_reason
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

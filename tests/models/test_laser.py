@@ -10,7 +10,7 @@ from torch import nn
 
 from laserrec.config import Layout, Pooling, Prefix
 from laserrec.data.prompt import INSTRUCTIONS, Template
-from laserrec.models.decoder import Past, TextCache
+from laserrec.models.attention import Past, TextCache
 from laserrec.models.laser import Laser
 
 D_ID = 16
@@ -20,9 +20,17 @@ TEXTS = [np.array([5, 6, 7, 8, 9]), np.array([40, 41]), np.array([99, 98, 97])]
 class Recorder(nn.Module):
     """A decoder that keeps what it was given and answers with each token's place."""
 
-    def forward(self, embeds, past=None):
-        self.embeds, self.past = embeds.detach(), past
-        return embeds + torch.arange(embeds.shape[1])[None, :, None]
+    def read_rows(self, rows, last_only):
+        self.rows = [row.detach() for row in rows]
+        outputs = [row + torch.arange(len(row))[:, None] for row in rows]
+        return torch.stack([out[-1] for out in outputs]) if last_only else torch.cat(outputs)
+
+    def behind(self, past, seq):
+        self.past, self.seq = past, seq
+
+    def read(self, embeds, attention, last_only):
+        self.rows = embeds.detach().split(self.seq)
+        return embeds.view(-1, self.seq, 32)[:, -1] + self.seq - 1
 
 
 @pytest.fixture
@@ -52,8 +60,7 @@ def test_prefix_then_text_then_suffix(recorded, prefix):
     assert own.shape == (3, queries, 32)
     for row, text in enumerate(TEXTS):
         want = torch.cat([own[row], backbone.embedding[torch.as_tensor(text)], laser.suffix])
-        torch.testing.assert_close(recorder.embeds[row, : len(want)], want)
-        assert not recorder.embeds[row, len(want) :].any()
+        torch.testing.assert_close(recorder.rows[row], want)
         torch.testing.assert_close(pooled[row], laser.suffix[0] + len(want) - 1)
 
 
@@ -67,7 +74,7 @@ def test_text_first_adds_prefix_and_suffix_behind_the_past(recorded):
     laser, given, past = make(backbone), states(3, 1), empty_past(2)
     pooled, _ = laser.read_past(past, *given)
     want = torch.cat([laser.prefix(*given)[0], laser.suffix.expand(2, 1, -1)], dim=1)
-    torch.testing.assert_close(recorder.embeds, want)
+    torch.testing.assert_close(torch.stack(recorder.rows), want)
     assert recorder.past is past
     torch.testing.assert_close(pooled, laser.suffix.expand(2, -1) + 2)
 
@@ -79,10 +86,10 @@ def test_plain_leaves_out_all_that_is_trained(recorded, llm):
     eos = backbone.embedding[backbone.tokenizer.eos_token_id]
     for row, text in enumerate(TEXTS):
         want = torch.cat([backbone.embedding[torch.as_tensor(text)], eos[None]])
-        torch.testing.assert_close(recorder.embeds[row, : len(want)], want)
+        torch.testing.assert_close(recorder.rows[row], want)
     assert route is None
     laser.read_past(empty_past(3), *given, plain=True)
-    torch.testing.assert_close(recorder.embeds, eos.expand(3, 1, -1))
+    torch.testing.assert_close(torch.stack(recorder.rows), eos.expand(3, 1, -1))
 
 
 def test_mean_pooling_leaves_out_suffix_and_padding(recorded):

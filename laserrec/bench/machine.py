@@ -1,0 +1,90 @@
+"""What a measurement needs to be read later: the machine, its matrix-product peak, memory of a fresh process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FLAGS = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx2")
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores, versions."""
+    flags, model = set(), platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        model, flags = facts.get("model name", model), set(facts.get("flags", "").split())
+    return {"processor": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "instructions": [f for f in _FLAGS if f in flags], "python": platform.python_version(),
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+            "command": " ".join(["laserrec", *sys.argv[1:]])}
+
+
+def product_peak(dtype: torch.dtype, runs: int = 5) -> float:
+    """FLOP/s of the fastest of several large matrix products."""
+    size = 3072
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(runs + 1))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def side_by_side(works: Sequence[Callable[[], object]], runs: int, progress: Callable[[int], None] | None = None
+                 ) -> list[list[float]]:
+    """Seconds of each work, `runs` times in turn after one warm-up each, so that a slow spell of a shared machine
+    strikes all of them."""
+    for work in works:
+        work()
+    out: list[list[float]] = [[] for _ in works]
+    for _ in range(runs):
+        for times, work in zip(out, works, strict=True):
+            times.append(seconds(work))
+            if progress:
+                progress(1)
+    return out
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Minimum and median, in seconds."""
+    return {"minimum_seconds": min(times), "median_seconds": statistics.median(times)}
+
+
+def peak_memory(work: Callable[..., object], *arguments: object) -> float:
+    """GiB of resident memory at the peak of `work(*arguments)` in a fresh process, the interpreter and its libraries
+    included. `work` must be importable. Raises RuntimeError if the process dies."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_measured, args=(send, work, arguments))
+    process.start()
+    send.close()
+    try:
+        return float(receive.recv())
+    except EOFError:
+        raise RuntimeError(f"the process that measured the memory of {work.__name__} died (out of memory?)") from None
+    finally:
+        process.join()
+
+
+def _measured(send: Any, work: Callable[..., object], arguments: tuple) -> None:
+    import resource
+
+    work(*arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    send.send(peak / (2**30 if sys.platform == "darwin" else 2**20))  # bytes on macOS, KiB elsewhere
+    send.close()
