@@ -152,7 +152,8 @@ def fit(data: Path, id_model: Path, out: Path, *, preset: Preset = "small", conf
     best = model.facts["training"]["best"]
     k = tree.eval.k
     out_console.print(f"model {out}: validation NDCG@{k} {best[f'validation_ndcg@{k}']:.4f} "
-                      f"(stage {best['stage']}, epoch {best['epoch']}), {model.facts['training']['seconds']:.0f} s", soft_wrap=True)
+                      f"(stage {best['stage']}, epoch {best['epoch']}), {model.facts['training']['seconds']:.0f} s",
+                      soft_wrap=True)
     _finish(model.facts["training"], json_file)
 
 
