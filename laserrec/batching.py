@@ -1,6 +1,8 @@
-"""Random batches of like length."""
+"""Random batches of like length, and batches cut by tokens."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,3 +22,16 @@ def batches(lengths: np.ndarray, batch_size: int, seed: tuple[int, ...]) -> list
         out += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
     rng.shuffle(out)
     return out
+
+
+def split_by_tokens(tokens: Sequence[int], limit: int) -> list[np.ndarray]:
+    """Neighbouring examples in groups of at most `limit` tokens; an example longer than that stands alone."""
+    groups: list[list[int]] = []
+    total = 0
+    for i, own in enumerate(tokens):
+        if not groups or total + own > limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(i)
+        total += own
+    return [np.array(group) for group in groups]

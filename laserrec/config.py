@@ -279,7 +279,7 @@ class TrainConfig(_Section):
     """Epochs with items re-encoded at the start of each; the best epoch on validation is kept. 0: no stage 1."""
     stage_two_epochs: int = Field(5, ge=0)
     """Epochs against the best epoch's fixed item embeddings. 0: no stage 2."""
-    tokens_per_pass: int = Field(4096, ge=1)
+    tokens_per_pass: int = Field(2048, ge=1)
     """prefix_first: a step's batch goes through the LLM in passes of about so many tokens, whose gradients add up to
     the whole batch's; bounds the memory of a step."""
     cuts: Cuts = Cuts.ALL

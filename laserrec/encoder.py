@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from laserrec.config import ItemSide, Layout
+from laserrec.config import ItemSide, Layout, Prefix
 from laserrec.data.prompt import PromptEncoder
 from laserrec.errors import UserError
 from laserrec.models.attention import Past, TextCache
@@ -147,6 +147,14 @@ class Encoder:
         if self.catalogue.shared:
             return self.laser.read_past(self.catalogue.past(histories), states, mask, plain)
         return self.laser([self.catalogue.text(h, as_item) for h in histories], states, mask, plain)
+
+    def tokens(self, history: np.ndarray, as_item: bool = False) -> int:
+        """What the LLM reads for one history in layout prefix_first: prefix, text, suffix."""
+        mformer = self.laser.config.mformer
+        prefix = 0 if mformer.prefix == Prefix.NONE else mformer.queries
+        if as_item and self.laser.config.prompt.item_side == ItemSide.PLAIN:
+            prefix = 0
+        return prefix + len(self.catalogue.text(history, as_item)) + 1
 
     @torch.no_grad()
     def id_part(self, histories: Sequence[np.ndarray], as_item: bool = False) -> Float[Tensor, "batch d_id"]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from laserrec import checkpoint
-from laserrec.batching import batches
+from laserrec.batching import batches, split_by_tokens
 from laserrec.config import Config, Cuts, ItemSide
 from laserrec.data.sequences import Cases, Dataset
 from laserrec.encoder import Encoder
@@ -177,19 +177,11 @@ class Fit:
         self.optimizer.step()
         return total
 
-    def _passes(self, examples: list[Example]) -> list[list[int]]:
+    def _passes(self, examples: list[Example]) -> list[np.ndarray]:
         """A step's examples in passes of about `tokens_per_pass` tokens; one pass where the text is read already."""
         if self.encoder.catalogue.shared:
-            return [list(range(len(examples)))]
-        passes, tokens = [[]], 0
-        for i, example in enumerate(examples):
-            own = self.encoder.catalogue.text_length(example.history)
-            if passes[-1] and tokens + own > self.config.train.tokens_per_pass:
-                passes.append([])
-                tokens = 0
-            passes[-1].append(i)
-            tokens += own
-        return passes
+            return [np.arange(len(examples))]
+        return split_by_tokens([self.encoder.tokens(e.history) for e in examples], self.config.train.tokens_per_pass)
 
     def _losses(self, examples: list[Example], hide: Tensor) -> tuple[Tensor, Tensor | None]:
         """Item contrast and load balance, means over these examples. hide: Bool[batch], whose ID states are hidden."""

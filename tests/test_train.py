@@ -271,6 +271,26 @@ def test_stop_and_resume_is_the_uninterrupted_run(llm, tmp_path, monkeypatch, wh
         {k: v for k, v in e.items() if k not in dropped} for e in log]
 
 
+@pytest.mark.parametrize("settings", [{}, {"prefix": "none"}, {"state_dropout": 0.4}])
+def test_a_step_in_many_passes_has_the_gradient_of_one(llm, tmp_path, settings):
+    gradients = []
+    for limit in (10**6, 1):
+        torch.manual_seed(5)
+        fit = make_fit(llm(), tmp_path, mformer=settings | {"dropout": 0.0}, train={"tokens_per_pass": limit})
+        fit._new_optimizer()
+        fit._prepare_items()
+        examples = epoch_examples(fit.dataset.train_sequences, Cuts.RANDOM, (0,))[:7]
+        assert len(fit._passes(examples)) == (1 if limit > 1 else 7)
+        torch.manual_seed(6)
+        fit.optimizer.step = lambda: None
+        loss = fit._train_step(examples)
+        gradients.append({"loss": torch.tensor(loss)} | {n: p.grad for n, p in fit.laser.named_parameters()
+                                                         if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_a_checkpoint_of_other_settings_is_refused(llm, tmp_path, monkeypatch):
     call = train.item_contrast
     stop = Stop(call, 3)

@@ -32,12 +32,12 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
 
 
-def make_llm(family: str, seed: int = 0):
+def make_llm(family: str, seed: int = 0, **other_sizes: int):
     """A random decoder; norms, biases and weights are far from their initial values, so that each one matters."""
     import transformers as t
 
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024} | other_sizes
     config = {
         "llama": lambda: t.LlamaConfig(**sizes),
         "mistral": lambda: t.MistralConfig(**sizes, sliding_window=None),
@@ -56,8 +56,8 @@ def make_llm(family: str, seed: int = 0):
     return model
 
 
-def save_llm(folder: Path, family: str, seed: int = 0) -> Path:
-    make_llm(family, seed).save_pretrained(folder)
+def save_llm(folder: Path, family: str, seed: int = 0, **sizes: int) -> Path:
+    make_llm(family, seed, **sizes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laserrec.batching import batches
+from laserrec.batching import batches, split_by_tokens
 from laserrec.bench.machine import describe, peak_memory, product_peak, side_by_side, spread
 from laserrec.config import Config, Engine, Precision, load_config, merge
 from laserrec.data.prompt import PromptEncoder
@@ -76,17 +76,25 @@ class Side:
 
     def tokens(self, histories: list[np.ndarray], as_item: bool = False) -> int:
         """Real LLM tokens: prefix, text, suffix."""
-        added = self.config.mformer.queries + 1
-        return sum(len(self.encoder.catalogue.text(h, as_item)) + added for h in histories)
+        return sum(self.encoder.tokens(h, as_item) for h in histories)
 
-    def step(self, histories: list[np.ndarray], targets: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Forward and backward of one batch: users' embeddings and the gradient of the suffix."""
-        laser = self.encoder.laser
-        laser.zero_grad(set_to_none=True)
-        users, route = self.encoder.embed(histories)
-        contrast = item_contrast(users, self.items, torch.as_tensor(targets.astype(np.int64)) - 1, 0.05)
-        total_loss(contrast, load_balance(route), 0.01).backward()
-        return users.detach(), laser.suffix.grad
+    def step(self, histories: list[np.ndarray], targets: np.ndarray) -> Tensor:
+        """Forward and backward of one batch; the gradient is left in the parameters. Returns the users' embeddings.
+        Ours goes in passes of train.tokens_per_pass, as training does."""
+        self.encoder.laser.zero_grad(set_to_none=True)
+        parts = []
+        for rows in self._passes(histories):
+            users, route = self.encoder.embed([histories[i] for i in rows])
+            wanted = torch.as_tensor(targets[rows].astype(np.int64)) - 1
+            contrast = item_contrast(users, self.items, wanted, 0.05)
+            (total_loss(contrast, load_balance(route), 0.01) * (len(rows) / len(histories))).backward()
+            parts.append(users.detach())
+        return torch.cat(parts)
+
+    def _passes(self, histories: list[np.ndarray]) -> list[np.ndarray]:
+        if not self.encoder.laser.backbone.native:
+            return [np.arange(len(histories))]
+        return split_by_tokens([self.encoder.tokens(h) for h in histories], self.config.train.tokens_per_pass)
 
     def encode(self, histories: list[np.ndarray], as_item: bool) -> Tensor:
         """Forward of one batch."""
@@ -108,8 +116,8 @@ def _check_equality(setting: Setting, dataset: Dataset) -> dict[str, float]:
     results = []
     for engine in (Engine.NATIVE, Engine.TRANSFORMERS):
         side = Side(setting, engine, Precision.FP32, dataset=dataset)
-        users, suffix = side.step(histories, targets)
-        results.append((users, suffix.clone(), side.encoder.laser.mformer.projection.weight.grad.clone()))
+        users, laser = side.step(histories, targets), side.encoder.laser
+        results.append((users, laser.suffix.grad.clone(), laser.mformer.projection.weight.grad.clone()))
     errors = {name: float((a - b).abs().max() / b.abs().max())
               for name, a, b in zip(("outputs", "suffix gradient", "prefix gradient"), *results, strict=True)}
     if max(errors.values()) > _FP32_TOLERANCE:

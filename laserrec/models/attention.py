@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from laserrec.models.causal import causal_products
+from laserrec.models.kernels import Pointwise
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -61,12 +64,17 @@ _ALIKE = 0.85
 """Sequences at least this share of a group's longest are attended together, padded."""
 
 
+_PRODUCTS_UP_TO = 1024
+"""Longest sequence that is attended with batched products on a CPU; beyond it the kept weights would weigh too much."""
+
+
 class PackedAttention:
     """Causal attention inside sequences that lie one behind another. Sequences of like length are attended as one
     padded block; all else in a layer sees real tokens only."""
 
-    def __init__(self, lengths: Sequence[int], heads: Heads, device: torch.device | None = None):
+    def __init__(self, lengths: Sequence[int], heads: Heads, pointwise: Pointwise, device: torch.device | None = None):
         """Raises ValueError for an empty sequence."""
+        self.pointwise = pointwise
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths must be at least 1: {list(lengths)[:5]}")
         self.heads = heads
@@ -109,6 +117,8 @@ class PackedAttention:
 
     def _causal(self, block: Tensor, sizes: Tensor) -> Tensor:
         h = self.heads
+        if not block.is_cuda and block.shape[1] <= _PRODUCTS_UP_TO:
+            return causal_products(block, h.kv_heads, self.pointwise).flatten(0, 1)
         q, k, v = block.transpose(1, 2).split([h.heads, h.kv_heads, h.kv_heads], dim=1)
         k, v = k.repeat_interleave(h.groups, dim=1), v.repeat_interleave(h.groups, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)

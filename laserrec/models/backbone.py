@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from laserrec.config import BackboneConfig, Engine, Precision
+from laserrec.config import BackboneConfig, Engine, Precision, Quantization
 from laserrec.errors import UserError
 from laserrec.models.decoder import NativeDecoder, native_reason
 from laserrec.models.fetch import DEFAULT_NAME, fetch_default
@@ -61,9 +63,11 @@ class Backbone:
 class TransformersDecoder(nn.Module):
     """Any decoder of transformers behind the native decoder's interface."""
 
-    def __init__(self, model: nn.Module, layers: int | None):
+    def __init__(self, model: nn.Module, layers: int | None, recompute: bool = False):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
+        if recompute:
+            _recompute_layers(model)
         if layers is not None:
             stack_name, stack = _layer_stack(model)
             setattr(*stack_name, stack[:layers])
@@ -84,6 +88,17 @@ class TransformersDecoder(nn.Module):
         return torch.cat([out[:n] for out, n in zip(outputs, lengths.tolist(), strict=True)])
 
 
+def _recompute_layers(model: nn.Module) -> None:
+    """Gradient checkpointing. transformers has it for training only; a layer's own flag (and none inside it, where
+    dropout would wake up) makes it believe so."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
 def _layer_stack(model: nn.Module) -> tuple[tuple[nn.Module, str], nn.ModuleList]:
     wanted = getattr(model.config, "num_hidden_layers", None) or getattr(model.config, "num_layers", None)
     for path, module in model.named_modules():
@@ -101,12 +116,13 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     path = str(fetch_default()) if config.name == DEFAULT_NAME else config.name
     dtype = torch.bfloat16 if resolve_precision(config.precision) == Precision.BF16 else torch.float32
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    quantized = _quantization_options(config, dtype)
     hf_logging.disable_progress_bar()
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # it reports the unused output layer; missing weights are checked below
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model, loaded = AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+        model, loaded = AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True, **options, **quantized)
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
@@ -125,14 +141,31 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     return Backbone(decoder, embedding, tokenizer, config.name, config.revision, _files_sha256(path), config)
 
 
+def _quantization_options(config: BackboneConfig, dtype: torch.dtype) -> dict[str, object]:
+    if config.quantization == Quantization.NONE:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"backbone.quantization {config.quantization} needs bitsandbytes: "
+                        "pip install 'laserrec[quant]'")
+    from transformers import BitsAndBytesConfig
+
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")  # once a layer and pass otherwise
+    if config.quantization == Quantization.INT8:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                                      bnb_4bit_compute_dtype=dtype)}
+
+
 def _decoder(model: nn.Module, config: BackboneConfig, dtype: torch.dtype) -> nn.Module:
     reason = native_reason(model.config)
+    if config.quantization != Quantization.NONE:
+        reason = f"{config.quantization} weights"
     if config.engine == Engine.NATIVE and reason:
         raise UserError(f"backbone.engine = native can't run {config.name}: {reason}; use auto or transformers")
     if config.engine == Engine.TRANSFORMERS or reason:
         if reason:
             log.info("backbone %s runs on transformers' own forward: %s", config.name, reason)
-        return TransformersDecoder(model, config.layers)
+        return TransformersDecoder(model, config.layers, config.gradient_checkpointing)
     return NativeDecoder(model, dtype, config.layers, config.compiled, config.gradient_checkpointing)
 
 

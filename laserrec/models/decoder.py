@@ -97,7 +97,7 @@ class NativeDecoder(nn.Module):
 
     def packed(self, lengths: Sequence[int]) -> PackedAttention:
         """For sequences of these lengths that lie one behind another in one flat tensor."""
-        return PackedAttention(lengths, self.shape, self.final_norm.device)
+        return PackedAttention(lengths, self.shape, self.pointwise, self.final_norm.device)
 
     def behind(self, past: Past, seq: int) -> PastAttention:
         """For `seq` new tokens per example, example after example in one flat tensor, behind their past."""

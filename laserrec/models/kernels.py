@@ -7,11 +7,11 @@ compiler at run time. Weights are frozen, so nothing here has a weight gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -48,6 +48,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
     return torch.cat([front, x[:, turned:]], dim=1)
 
 
+def _softmax(scores: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    return torch.softmax((scores.float() * scale).masked_fill(hidden, -torch.inf), dim=-1).to(scores.dtype)
+
+
+def _softmax_back(d_weights: Tensor, weights: Tensor, scale: float) -> Tensor:
+    wide, share = d_weights.float(), weights.float()
+    return (share * (wide - (wide * share).sum(dim=-1, keepdim=True)) * scale).to(weights.dtype)
+
+
 @dataclass(frozen=True)
 class _Kernels:
     add_norm: Callable = _add_norm
@@ -55,6 +64,8 @@ class _Kernels:
     swiglu: Callable = _swiglu
     swiglu_back: Callable = _swiglu_back
     rotate: Callable = _rotate
+    softmax: Callable = _softmax
+    softmax_back: Callable = _softmax_back
 
 
 _PLAIN = _Kernels()
@@ -63,15 +74,16 @@ _PLAIN = _Kernels()
 @cache
 def _compiled() -> _Kernels:
     def fuse(function: Callable) -> Callable:
-        return torch.compile(function, dynamic=True, fullgraph=True)
+        return torch.compile(function, dynamic=True)
 
-    return _Kernels(*(fuse(f) for f in (_add_norm, _add_norm_back, _swiglu, _swiglu_back, _rotate)))
+    return _Kernels(*(fuse(getattr(_PLAIN, field.name)) for field in fields(_Kernels)))
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, eps, kernels):
-        total, normed, scale = kernels.add_norm(x, delta, eps)
+        # Detached: whether an input wants a gradient would be another compilation.
+        total, normed, scale = kernels.add_norm(x.detach(), None if delta is None else delta.detach(), eps)
         ctx.save_for_backward(total, scale)
         ctx.kernels, ctx.two = kernels, delta is not None
         return total, normed
@@ -87,7 +99,7 @@ class _SwiGlu(torch.autograd.Function):
     def forward(ctx, gate_up, kernels):
         ctx.save_for_backward(gate_up)
         ctx.kernels = kernels
-        return kernels.swiglu(gate_up)
+        return kernels.swiglu(gate_up.detach())
 
     @staticmethod
     def backward(ctx, d_out):
@@ -99,7 +111,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, x, cos, sin, turned, kernels):
         ctx.save_for_backward(cos, sin)
         ctx.turned, ctx.kernels = turned, kernels
-        return kernels.rotate(x, cos, sin, turned)
+        return kernels.rotate(x.detach(), cos, sin, turned)
 
     @staticmethod
     def backward(ctx, d_out):
@@ -129,3 +141,13 @@ class Pointwise:
     ) -> Float[Tensor, "tokens heads head_dim"]:
         """Rotary embedding of the first `turned` heads; the others pass."""
         return _Rotate.apply(x, cos, sin, turned, self._kernels)
+
+    def softmax(self, scores: Float[Tensor, "batch rows columns"], hidden: Bool[Tensor, "rows columns"], scale: float
+                ) -> Float[Tensor, "batch rows columns"]:
+        """Softmax of scaled scores over columns that are not hidden, without gradient."""
+        return self._kernels.softmax(scores, hidden, scale)
+
+    def softmax_back(self, d_weights: Float[Tensor, "batch rows columns"], weights: Float[Tensor, "batch rows columns"],
+                     scale: float) -> Float[Tensor, "batch rows columns"]:
+        """The gradient of the unscaled scores; hidden ones have weight zero and get none."""
+        return self._kernels.softmax_back(d_weights, weights, scale)

@@ -118,3 +118,53 @@ def test_check_reports_both_engines(llm_folder):
     assert (facts["engine"], facts["layers"], facts["width"], facts["vocabulary"]) == ("native", 3, 32, 300)
     assert 0 <= facts["native_error"] < 1e-4
     assert check_backbone(str(llm_folder("gpt2")))["engine"] == "transformers"
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_quantized_llm_is_smaller_and_lets_the_gradient_through(family, kind, bits, tmp_path):
+    """A small random model of the family; 64 wide, since weights are quantized in blocks of 64."""
+    folder = tiny.save_llm(tmp_path, family, hidden_size=64, intermediate_size=128)
+    exact, rough = (load_backbone(BackboneConfig(name=str(folder), precision="fp32", **settings))
+                    for settings in ({"engine": "transformers"}, {"quantization": kind}))
+    assert not rough.native
+    weights = [b.decoder.model.layers[0].mlp.up_proj.weight for b in (exact, rough)]
+    assert weights[1].numel() * weights[1].element_size() * 8 == weights[0].numel() * bits
+    gradients = []
+    for backbone in (exact, rough):
+        embeds = backbone.embed(torch.arange(9)[None]).float().clone().requires_grad_()
+        outputs = backbone.decoder.read_rows([embeds[0]], last_only=True)
+        (outputs * torch.linspace(-1, 1, 64)).sum().backward()
+        gradients.append((outputs.detach(), embeds.grad))
+        assert all(p.grad is None for p in backbone.decoder.parameters())
+    for ours, theirs in zip(*reversed(gradients), strict=True):
+        alike = torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)
+        assert (0.99 if bits == 8 else 0.6) < alike < 1 - 1e-6
+
+
+def test_a_quantized_llm_has_no_native_forward(llm_folder):
+    with pytest.raises(UserError, match=r"engine = native.*int8 weights"):
+        load_backbone(BackboneConfig(name=str(llm_folder()), quantization="int8", engine="native", precision="fp32"))
+
+
+def test_without_bitsandbytes_the_extra_is_named(llm_folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"laserrec\[quant\]"):
+        load_backbone(BackboneConfig(name=str(llm_folder()), quantization="int4", precision="fp32"))
+
+
+@pytest.mark.parametrize(("family", "engine"), [("llama", "native"), ("llama", "transformers"), ("gpt2", "auto")])
+def test_gradient_checkpointing_changes_memory_alone(llm, family, engine):
+    results, kept = [], []
+    for recompute in (False, True):
+        backbone = llm(family, engine=engine, gradient_checkpointing=recompute)
+        embeds = backbone.embed(torch.arange(7)).float().clone().requires_grad_()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            outputs = backbone.decoder.read_rows([embeds[:3], embeds[3:]], last_only=True)
+        outputs.square().sum().backward()
+        results.append((outputs.detach(), embeds.grad))
+        kept.append(sum(saved))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert kept[1] < kept[0] / 2

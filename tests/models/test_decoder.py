@@ -127,3 +127,29 @@ def test_what_the_native_forward_does_not_know_is_refused():
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     assert "linear" in native_reason(t.LlamaConfig(rope_parameters=scaled))
     assert "sliding" in native_reason(t.Qwen3Config(use_sliding_window=True, max_window_layers=1))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packed_rows_are_transformers_each_alone(model, recompute):
+    decoder = NativeDecoder(model, torch.float32, recompute=recompute)
+    rows = [lines(n)[0] + n / 10 for n in (9, 2, 70, 8, 1)]
+    mine, theirs = ([r.clone().requires_grad_() for r in rows] for _ in range(2))
+    want = [model(inputs_embeds=r[None], use_cache=False).last_hidden_state[0] for r in theirs]
+    assert relative(decoder.read_rows(mine, last_only=False), torch.cat(want)) < 1e-4
+    last = decoder.read_rows(mine, last_only=True)
+    reference = torch.stack([w[-1] for w in want])
+    assert relative(last, reference) < 1e-4
+    weight = torch.randn_like(reference)
+    (last * weight).sum().backward()
+    (reference * weight).sum().backward()
+    for a, b in zip(mine, theirs, strict=True):
+        assert relative(a.grad, b.grad) < 1e-4
+
+
+def test_the_last_of_new_tokens_behind_a_past(model):
+    decoder = NativeDecoder(model, torch.float32)
+    keys, values = decoder.encode_text(lines(6, 6))
+    past = Past(TextCache(keys.flatten(1, 2), values.flatten(1, 2)), torch.arange(12).view(2, 6), torch.tensor([6, 4]))
+    new = lines(3, 3)
+    last = decoder.read(new.flatten(0, 1), decoder.behind(past, 3), last_only=True)
+    assert relative(last, decoder(new, past)[:, -1]) < 1e-5
