@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,28 @@ out_console = Console()
 
 JsonFile = Annotated[Path | None, Parameter(name="--json", help="Write the numbers to this file.")]
 DataFolder = Annotated[Path | None, Parameter(help="A data folder; else amazon-scientific is prepared for it.")]
+Quiet = Annotated[bool, Parameter(help="No progress.")]
+
+
+def _help(text: str) -> Parameter:
+    return Parameter(help=text)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class EngineFlags:
+    """What is timed."""
+
+    backbone: Annotated[str, _help("The LLM, as backbone.name.")] = "smollm2-135m"
+    layers: Annotated[int | None, _help("Use only the first so many layers of the LLM.")] = None
+    batch_size: Annotated[int, _help("Histories or items per step.")] = 16
+    histories: Annotated[int, _help("Histories in all.")] = 32
+    items: Annotated[int, _help("Items in all, where items are encoded.")] = 96
+    runs: Annotated[int, _help("Timed runs of each side, in turn.")] = 7
+    threads: Annotated[int | None, _help("Threads of torch; else its own choice.")] = None
+
+
+_DEFAULTS = EngineFlags()
 
 
 @contextmanager
@@ -35,14 +58,15 @@ def _data(folder: Path | None) -> Iterator[Path]:
         yield Path(scratch) / "data"
 
 
-def _run(work: Callable[..., dict[str, Any]], data: Path | None, file: Path | None, quiet: bool, **settings: Any
+def _run(work: Callable[..., dict[str, Any]], data: Path | None, flags: EngineFlags, file: Path | None, quiet: bool
          ) -> dict[str, Any]:
     import torch
 
     from laserrec.bench.engine import Setting
     from laserrec.bench.machine import describe
 
-    if threads := settings.get("threads"):
+    settings = asdict(flags)
+    if threads := settings.pop("threads"):
         torch.set_num_threads(threads)
     with _data(data) as folder:
         result = work(Setting(data=folder, **settings), not quiet)
@@ -53,107 +77,64 @@ def _run(work: Callable[..., dict[str, Any]], data: Path | None, file: Path | No
 
 
 def _print_engine(title: str, result: dict[str, Any]) -> None:
-    table = Table("", "tokens/s", "minimum s", "median s", "share of peak", "peak memory", title=title)
+    table = Table("", "tokens/s", "minimum s", "median s", "of peak", "memory", title=title)
     names = list(result["times"])
     for name in names:
         times = result["times"][name]
-        share = {names[0]: "peak_share", names[1]: "reference_peak_share"}.get(name)
-        memory = {names[0]: "peak_memory_gib", names[1]: "reference_peak_memory_gib"}.get(name)
+        share, memory = {names[0]: ("peak_share", "peak_memory_gib"),
+                         names[1]: ("reference_peak_share", "reference_peak_memory_gib")}.get(name, ("", ""))
         table.add_row(name, f"{result['real_tokens'] / times['minimum_seconds']:,.0f}",
                       f"{times['minimum_seconds']:.2f}", f"{times['median_seconds']:.2f}",
-                      f"{result[share]:.0%}" if share else "", f"{result[memory]:.2f} GiB" if memory in result else "")
+                      f"{result[share]:.0%}" if share in result else "",
+                      f"{result[memory]:.2f} GiB" if memory in result else "")
     out_console.print(table)
     out_console.print(f"ratio {result['ratio']:.2f} (medians {result['ratio_of_medians']:.2f}; to the fastest "
                       f"reference {result['ratio_to_fastest_reference']:.2f}); {result['real_tokens']:,} real tokens, "
-                      f"products' peak {result['product_peak_gflops']:.0f} GFLOP/s", highlight=False)
+                      f"products' peak {result['product_peak_gflops']:.0f} GFLOP/s", highlight=False, soft_wrap=True)
+
+
+def _print_encoding(result: dict[str, Any]) -> None:
+    _print_engine("encoding users", result)
+    _print_engine("encoding items", result["items"])
+    _print_engine("encoding items, instruction shared", result["items_shared"])
 
 
 @bench_app.command
-def train(data: DataFolder = None, *, layers: int | None = None, batch_size: int = 32, histories: int = 64,
-          runs: int = 7, threads: int | None = None, quiet: bool = False, json_file: JsonFile = None) -> None:
+def train(data: DataFolder = None, *, flags: EngineFlags = _DEFAULTS, quiet: Quiet = False,
+          json_file: JsonFile = None) -> None:
     """Time train steps of our frozen-LLM engine and of transformers' model, after checking that both agree.
 
     Example: laserrec bench train --runs 7 --json train.json
-
-    Parameters
-    ----------
-    layers
-        Use only the first so many layers of the LLM.
-    batch_size
-        Histories per step.
-    histories
-        Histories in all.
-    runs
-        Timed runs of each, in turn.
-    threads
-        Threads of torch; else its own choice.
-    quiet
-        No progress.
     """
     from laserrec.bench.engine import bench_train
 
-    result = _run(bench_train, data, json_file, quiet, layers=layers, batch_size=batch_size, histories=histories,
-                  runs=runs, threads=threads)
-    _print_engine("train step", result)
+    _print_engine("train step", _run(bench_train, data, flags, json_file, quiet))
 
 
 @bench_app.command
-def encode(data: DataFolder = None, *, layers: int | None = None, batch_size: int = 32, histories: int = 64,
-           items: int = 256, runs: int = 7, threads: int | None = None, quiet: bool = False,
+def encode(data: DataFolder = None, *, flags: EngineFlags = _DEFAULTS, quiet: Quiet = False,
            json_file: JsonFile = None) -> None:
     """Time the encoding of users and items by our engine and by transformers' model, after checking that both agree.
 
     Example: laserrec bench encode --runs 7 --json encode.json
-
-    Parameters
-    ----------
-    layers
-        Use only the first so many layers of the LLM.
-    batch_size
-        Histories or items per pass.
-    histories
-        Histories in all.
-    items
-        Items in all.
-    runs
-        Timed runs of each, in turn.
-    threads
-        Threads of torch; else its own choice.
-    quiet
-        No progress.
     """
     from laserrec.bench.engine import bench_encode
 
-    result = _run(bench_encode, data, json_file, quiet, layers=layers, batch_size=batch_size, histories=histories,
-                  items=items, runs=runs, threads=threads)
-    _print_engine("encoding users", result)
-    _print_engine("encoding items", result["items"])
+    _print_encoding(_run(bench_encode, data, flags, json_file, quiet))
 
 
 @bench_app.command
-def engine(data: DataFolder = None, *, layers: int | None = None, runs: int = 7, threads: int | None = None,
-           quiet: bool = False, json_file: JsonFile = None) -> None:
+def engine(data: DataFolder = None, *, flags: EngineFlags = _DEFAULTS, quiet: Quiet = False,
+           json_file: JsonFile = None) -> None:
     """Both of the above and the LLM tokens of an epoch: what benchmarks/results/engine.json keeps.
 
     Example: laserrec bench engine --json benchmarks/results/engine.json
-
-    Parameters
-    ----------
-    layers
-        Use only the first so many layers of the LLM.
-    runs
-        Timed runs of each, in turn.
-    threads
-        Threads of torch; else its own choice.
-    quiet
-        No progress.
     """
     from laserrec.bench.engine import bench_engine
 
-    result = _run(bench_engine, data, json_file, quiet, layers=layers, runs=runs, threads=threads)
+    result = _run(bench_engine, data, flags, json_file, quiet)
     _print_engine("train step", result["train"])
-    _print_engine("encoding users", result["encode"])
-    _print_engine("encoding items", result["encode"]["items"])
+    _print_encoding(result["encode"])
     for name, count in result["tokens_per_epoch"].items():
         out_console.print(f"LLM tokens, {name}: {count:,}", highlight=False)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from laserrec.batching import batches, split_by_tokens
 from laserrec.bench.machine import describe, peak_memory, product_peak, side_by_side, spread
-from laserrec.config import Config, Engine, Precision, load_config, merge
+from laserrec.config import Config, Cuts, Engine, Precision, load_config, merge
 from laserrec.data.prompt import PromptEncoder
 from laserrec.data.sequences import Dataset
 from laserrec.encoder import Catalogue, Encoder
@@ -44,9 +44,10 @@ class Setting:
     """A data folder."""
     layers: int | None = None
     """Of the backbone; None = all."""
-    batch_size: int = 32
-    histories: int = 64
-    items: int = 256
+    backbone: str = "smollm2-135m"
+    batch_size: int = 16
+    histories: int = 32
+    items: int = 96
     runs: int = 7
     threads: int | None = None
 
@@ -55,7 +56,7 @@ class Setting:
         return load_config("small", None, merge(
             {"prompt": {"layout": "prefix_first", "item_side": "trained", "max_item_tokens": 64},
              "head": {"whiten_dims": 0, "projection": False, "id_share": 0.0}},
-            {"backbone": {"layers": self.layers, "engine": engine, "precision": precision,
+            {"backbone": {"name": self.backbone, "layers": self.layers, "engine": engine, "precision": precision,
                           "compiled": compiled and engine == Engine.NATIVE}}))
 
 
@@ -111,7 +112,7 @@ def _plan(lengths: np.ndarray, size: int) -> dict[str, list[np.ndarray]]:
 def _check_equality(setting: Setting, dataset: Dataset) -> dict[str, float]:
     """Largest relative differences of outputs and of the prefix's and suffix's gradients, in float32 against
     transformers' own. Raises UserError beyond 1e-4: times of unequal things mean nothing."""
-    examples = epoch_examples(dict(list(dataset.train_sequences.items())[:5]), "random", (0,))
+    examples = epoch_examples(dict(list(dataset.train_sequences.items())[:5]), Cuts.RANDOM, (0,))
     histories, targets = [e.history for e in examples], np.array([e.target for e in examples])
     results = []
     for engine in (Engine.NATIVE, Engine.TRANSFORMERS):
@@ -150,11 +151,15 @@ def _product_flops(side: Side, tokens: int, backward: bool) -> float:
     return 2.0 * weights * tokens * (2 if backward else 1)
 
 
+def _sides(setting: Setting, dataset: Dataset) -> tuple[Side, Side]:
+    return tuple(Side(setting, e, dataset=dataset) for e in (Engine.NATIVE, Engine.TRANSFORMERS))
+
+
 def bench_train(setting: Setting, progress: bool = True) -> dict[str, Any]:
     """Train steps over real histories, one random cut per user."""
     dataset = Dataset.load(setting.data)
     equality = _check_equality(setting, dataset)
-    ours, theirs = (Side(setting, e, dataset=dataset) for e in (Engine.NATIVE, Engine.TRANSFORMERS))
+    ours, theirs = _sides(setting, dataset)
     examples = _examples(dataset, setting.histories)
     histories, targets = [e.history for e in examples], np.array([e.target for e in examples])
     plan = _plan(np.array([ours.tokens([h]) for h in histories]), setting.batch_size)
@@ -178,7 +183,7 @@ def bench_encode(setting: Setting, progress: bool = True) -> dict[str, Any]:
     """Encoding of users and of items."""
     dataset = Dataset.load(setting.data)
     equality = _check_equality(setting, dataset)
-    ours, theirs = (Side(setting, e, dataset=dataset) for e in (Engine.NATIVE, Engine.TRANSFORMERS))
+    ours, theirs = _sides(setting, dataset)
     rng = np.random.default_rng(0)
     users = [e.history for e in _examples(dataset, setting.histories)]
     items = [np.array([i], dtype=np.int32) for i in rng.choice(dataset.n_items, setting.items, replace=False) + 1]
@@ -196,10 +201,51 @@ def bench_encode(setting: Setting, progress: bool = True) -> dict[str, Any]:
         tokens = ours.tokens(histories, as_item)
         out[name] = _report(setting, works, tokens, _product_flops(ours, tokens, backward=False), progress,
                             f"encoding {name}")
+    out["items_shared"] = _bench_shared_items(setting, dataset, progress)
     memory = {name: peak_memory(_one_encode, setting, engine)
               for name, engine in ((OURS, Engine.NATIVE), (THEIRS, Engine.TRANSFORMERS))}
-    return {**out["users"], "items": out["items"], "peak_memory_gib": memory[OURS],
+    return {**out.pop("users"), **out, "peak_memory_gib": memory[OURS],
             "reference_peak_memory_gib": memory[THEIRS], "equality_float32": equality, **_settings_of(setting)}
+
+
+def _bench_shared_items(setting: Setting, dataset: Dataset, progress: bool) -> dict[str, Any]:
+    """Items as the small preset reads them: no prefix, [EOS] as suffix. Ours reads the instruction once and every item
+    behind it; transformers reads both for every item. The same outputs, which is checked."""
+    small = {"prompt": {"item_side": "plain", "max_item_tokens": 64}, "head": {"whiten_dims": 0, "projection": False,
+                                                                              "id_share": 0.0}}
+    items = dataset.items.sample(setting.items, seed=0)
+
+    def laser(engine: Engine, precision: Precision, layout: str) -> Laser:
+        config = load_config("small", None, merge(small, {"prompt": {"layout": layout}, "backbone": setting.config(
+            engine, precision).backbone.model_dump()}))
+        return Laser(config, load_backbone(config.backbone), config.id_model.d_id).eval()
+
+    def ours(mine: Laser) -> Tensor:
+        id_model = make_id_model(mine.config.id_model, dataset.n_items)
+        return Encoder(mine, id_model, Catalogue(mine, items, len(items))).encode_items(setting.batch_size, raw=True)
+
+    @torch.no_grad()
+    def theirs(reference: Laser, prompt: PromptEncoder) -> Tensor:
+        texts = [np.concatenate([prompt.instruction, prompt.block(t)]) for t in prompt.item_tokens(items)]
+        nothing = torch.zeros(len(texts), 1, reference.config.id_model.d_id)
+        parts = [slice(at, at + setting.batch_size) for at in range(0, len(texts), setting.batch_size)]
+        return torch.cat([reference(texts[p], nothing[p], nothing[p, :, 0] > 0, plain=True)[0] for p in parts])
+
+    def both(precision: Precision) -> tuple[Laser, Laser, PromptEncoder]:
+        mine = laser(Engine.NATIVE, precision, "text_first")
+        return (mine, laser(Engine.TRANSFORMERS, precision, "prefix_first"),
+                PromptEncoder(mine.backbone.tokenizer, mine.config.prompt))
+
+    mine, reference, prompt = both(Precision.FP32)
+    exact = theirs(reference, prompt)
+    error = float((ours(mine) - exact).abs().max() / exact.abs().max())
+    if error > _FP32_TOLERANCE:
+        raise UserError(f"shared reading of items is not transformers' on this machine: {error}; nothing was timed")
+    mine, reference, prompt = both(Precision.AUTO)
+    tokens = sum(len(prompt.instruction) + len(prompt.block(t)) + 1 for t in prompt.item_tokens(items))
+    works = {OURS: lambda: ours(mine), THEIRS: lambda: theirs(reference, prompt)}
+    result = _report(setting, works, tokens, 0.0, progress, "encoding items, instruction shared")
+    return {k: v for k, v in result.items() if "peak_share" not in k} | {"equality_float32": error}
 
 
 def tokens_per_epoch(setting: Setting) -> dict[str, int]:
@@ -208,7 +254,7 @@ def tokens_per_epoch(setting: Setting) -> dict[str, int]:
     side = Side(setting, Engine.NATIVE, compiled=False, dataset=dataset)
     small = load_config("small")
     items = side.tokens([np.array([i], dtype=np.int32) for i in range(1, dataset.n_items + 1)], as_item=True)
-    everyone, one = (epoch_examples(dataset.train_sequences, cuts, (0,)) for cuts in ("all", "random"))
+    everyone, one = (epoch_examples(dataset.train_sequences, cuts, (0,)) for cuts in (Cuts.ALL, Cuts.RANDOM))
     prompt = PromptEncoder(side.encoder.laser.backbone.tokenizer, small.prompt)
     text = len(prompt.instruction) + sum(len(prompt.block(t)) for t in prompt.item_tokens(dataset.items))
     added = small.mformer.queries + 1
@@ -224,7 +270,7 @@ def bench_engine(setting: Setting, progress: bool = True) -> dict[str, Any]:
 
 
 def _examples(dataset: Dataset, count: int) -> list:
-    examples = epoch_examples(dataset.train_sequences, "random", (0,))
+    examples = epoch_examples(dataset.train_sequences, Cuts.RANDOM, (0,))
     if count > len(examples):
         raise UserError(f"the data folder has {len(examples)} users with two or more training items, not {count}")
     return [examples[i] for i in np.random.default_rng(1).choice(len(examples), count, replace=False)]
