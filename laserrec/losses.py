@@ -45,7 +45,7 @@ def item_contrast(
     columns: items taken at a time, else as many as fit into 256 MiB. The logits of all items are never held at once;
     they are computed again for the gradient.
     """
-    columns = columns or columns_at_once(len(users), len(items))
+    columns = columns or columns_at_once(len(users), *items.shape)
     if left_out is not None:
         others = left_out.items != targets[left_out.users]
         left_out = Seen(left_out.users[others], left_out.items[others])

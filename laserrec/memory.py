@@ -5,9 +5,9 @@ LIMIT_BYTES = 256 * 2**20
 _COPIES = 4
 
 
-def columns_at_once(rows: int, n_items: int, limit: int = LIMIT_BYTES) -> int:
-    """Items whose float32 scores for so many users fit into `limit` bytes; at least 1."""
-    return max(1, min(n_items, limit // (4 * _COPIES * max(1, rows))))
+def columns_at_once(rows: int, n_items: int, width: int, limit: int = LIMIT_BYTES) -> int:
+    """Items whose float32 scores for so many users, and whose unit embeddings, fit into `limit` bytes; at least 1."""
+    return max(1, min(n_items, limit // (4 * (_COPIES * max(1, rows) + 2 * width))))
 
 
 def rows_at_once(n_items: int, wanted: int, limit: int = LIMIT_BYTES) -> int:
