@@ -255,6 +255,11 @@ class HeadConfig(_Section):
     ID model has seen the training targets, so a mix weighed on them would trust it too much."""
 
 
+    seen_offset: bool = False
+    """Learn one number that is added to the scores of items which stand in the user's history already (not in the
+    paper). They are the nearest by text, and how often people buy again differs between shops."""
+
+
 class Cuts(StrEnum):
     ALL = "all"
     RANDOM = "random"
@@ -289,7 +294,8 @@ class TrainConfig(_Section):
     in the paper, where an epoch's item embeddings are fixed)."""
     history_negatives: bool = True
     """True: the softmax runs over all items (paper). False: the history's own items are no negatives. They are the
-    nearest by text and almost never the target, so that pushing them away costs the text match (not in the paper)."""
+    nearest by text and almost never the target, so that pushing them away costs the text match (not in the paper;
+    without effect where head.seen_offset does the pushing)."""
     temperature: float = Field(0.05, gt=0)
     """Softmax temperature [tau]."""
     balance_weight: float = Field(0.01, ge=0)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -13,21 +9,7 @@ from torch import Tensor
 
 from laserrec.memory import columns_at_once
 from laserrec.models.mformer import Route
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Pairs (user row, item row): the item stands in the user's history."""
-
-    users: Int[Tensor, "pairs"]
-    items: Int[Tensor, "pairs"]
-
-    @staticmethod
-    def of(histories: Sequence[np.ndarray]) -> Seen:
-        """From histories of dense items (item j is row j - 1)."""
-        unique = [np.unique(h) for h in histories]
-        users = np.repeat(np.arange(len(unique)), [len(h) for h in unique])
-        return Seen(torch.as_tensor(users), torch.as_tensor(np.concatenate(unique).astype(np.int64) - 1))
+from laserrec.seen import Seen
 
 
 def item_contrast(
@@ -35,65 +17,79 @@ def item_contrast(
     items: Float[Tensor, "n_items d"],
     targets: Int[Tensor, "batch"],
     temperature: float,
-    left_out: Seen | None = None,
+    seen: Seen | None = None,
+    seen_offset: Float[Tensor, ""] | None = None,
     columns: int | None = None,
 ) -> Float[Tensor, ""]:
     """Full-softmax contrast of each user with all items (Eq. 8), mean over the batch.
 
     `targets` are rows of `items`. Cosines (Eq. 3) are computed here; neither input need be normalised.
-    left_out: items that are no negatives of a user (not in the paper); the target always stays in.
+    seen (not in the paper): items that stand in a user's history. With `seen_offset` that is added to their cosines,
+    the target's as well if it is among them; without, they are no negatives, and the target always stays in.
     columns: items taken at a time, else as many as fit into 256 MiB. The logits of all items are never held at once;
     they are computed again for the gradient.
     """
     columns = columns or columns_at_once(len(users), *items.shape)
-    if left_out is not None:
-        others = left_out.items != targets[left_out.users]
-        left_out = Seen(left_out.users[others], left_out.items[others])
-    return _ItemContrast.apply(F.normalize(users, dim=-1), items, targets, temperature, left_out, columns)
+    if seen is not None and seen_offset is None:
+        others = seen.items != targets[seen.users]
+        seen, seen_offset = Seen(seen.users[others], seen.items[others]), users.new_tensor(-torch.inf)
+    unit_users = F.normalize(users, dim=-1)
+    return _ItemContrast.apply(unit_users, items, targets, temperature, seen, seen_offset, columns)
 
 
 class _ItemContrast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, users, items, targets, temperature, left_out, columns):
-        ctx.temperature, ctx.left_out, ctx.columns = temperature, left_out, columns
+    def forward(ctx, users, items, targets, temperature, seen, offset, columns):
+        ctx.temperature, ctx.seen, ctx.columns = temperature, seen, columns
         lse = users.new_full((len(users),), -torch.inf)
         own = torch.empty_like(lse)
         for at in range(0, len(items), columns):
-            logits = _logits(users, F.normalize(items[at : at + columns], dim=-1), at, ctx)
+            unit = F.normalize(items[at : at + columns], dim=-1)
+            logits = _logits(users, unit, temperature, _pairs_from(seen, at, columns), offset)
             here = ((targets >= at) & (targets < at + columns)).nonzero().squeeze(1)
             own[here] = logits[here, targets[here] - at]
             lse = torch.logaddexp(lse, logits.logsumexp(dim=1))
-        ctx.save_for_backward(users, items, targets, lse)
+        ctx.save_for_backward(users, items, targets, lse, offset)
         return (lse - own).mean()
 
     @staticmethod
     def backward(ctx, d_loss):
-        users, items, targets, lse = ctx.saved_tensors
+        users, items, targets, lse, offset = ctx.saved_tensors
         d_users = torch.zeros_like(users)
         d_items = torch.zeros_like(items) if ctx.needs_input_grad[1] else None
+        d_offset = torch.zeros_like(offset) if ctx.needs_input_grad[5] else None
         scale = d_loss / (len(users) * ctx.temperature)
         for at in range(0, len(items), ctx.columns):
             raw = items[at : at + ctx.columns]
             length = raw.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-            unit = raw / length
-            d_cosine = _logits(users, unit, at, ctx).sub_(lse[:, None]).exp_()
+            unit, pairs = raw / length, _pairs_from(ctx.seen, at, ctx.columns)
+            d_cosine = _logits(users, unit, ctx.temperature, pairs, offset).sub_(lse[:, None]).exp_()
             here = ((targets >= at) & (targets < at + ctx.columns)).nonzero().squeeze(1)
             d_cosine[here, targets[here] - at] -= 1
             d_cosine *= scale
             d_users += d_cosine @ unit
+            if d_offset is not None:
+                d_offset += d_cosine[pairs].sum()
             if d_items is not None:
                 d_unit = d_cosine.T @ users
                 d_items[at : at + ctx.columns] = (d_unit - unit * (d_unit * unit).sum(dim=-1, keepdim=True)) / length
-        return d_users, d_items, None, None, None, None
+        return d_users, d_items, None, None, None, d_offset, None
 
 
-def _logits(users: Tensor, unit_items: Tensor, at: int, ctx) -> Tensor:
-    """Of the items from row `at` on, those left out at -inf."""
-    logits = (users @ unit_items.T).div_(ctx.temperature)
-    if ctx.left_out is not None:
-        here = (ctx.left_out.items >= at) & (ctx.left_out.items < at + len(unit_items))
-        logits[ctx.left_out.users[here], ctx.left_out.items[here] - at] = -torch.inf
-    return logits
+def _pairs_from(seen: Seen | None, at: int, columns: int) -> tuple[Tensor, Tensor] | None:
+    """Rows and columns of the chunk's matrix that are seen."""
+    if seen is None:
+        return None
+    here = (seen.items >= at) & (seen.items < at + columns)
+    return seen.users[here], seen.items[here] - at
+
+
+def _logits(users: Tensor, unit_items: Tensor, temperature: float, pairs: tuple[Tensor, Tensor] | None,
+            offset: Tensor | None) -> Tensor:
+    cosines = users @ unit_items.T
+    if pairs is not None:
+        cosines[pairs] += offset
+    return cosines.div_(temperature)
 
 
 def load_balance(route: Route) -> Float[Tensor, ""]:

@@ -111,7 +111,7 @@ class LaserRecommender:
         first; or a frame with user_id and item_id, in time order within a user. Users need not be known.
         exclude_seen: leave out items of the history. candidates: recommend only these item ids. unknown: "error", or
         "drop" to leave out history items that are not in the catalogue.
-        Returns a frame user_id, item_id, score (cosine), rank (from 1): polars, or pandas if pandas went in.
+        Returns a frame user_id, item_id, score (see `score`), rank (from 1): polars, or pandas if pandas went in.
         Raises UserError for an unknown item, an empty history, or k < 1.
         """
         if k < 1:
@@ -164,9 +164,10 @@ class LaserRecommender:
         return new.height
 
     def score(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch n_items"]:
-        """Cosines for the evaluator: dense items in, one column per item of the catalogue out."""
+        """Scores: dense items in, one column per item of the catalogue out; cosines, and the learnt offset of items
+        that stand in the history if the model has one."""
         users = torch.nn.functional.normalize(self.encoder.encode(histories, len(histories)), dim=-1)
-        return users @ self.embeddings.T
+        return self.encoder.laser.add_seen_offset(users @ self.embeddings.T, histories)
 
     # -- inside -------------------------------------------------------------------------------------------------
 

@@ -25,12 +25,13 @@ from laserrec.config import Config, Cuts, ItemSide
 from laserrec.data.sequences import Cases, Dataset
 from laserrec.encoder import Encoder
 from laserrec.errors import UserError
-from laserrec.evaluate import rank_cases
+from laserrec.evaluate import Scorer, rank_cases
 from laserrec.interrupt import DeferredInterrupt
-from laserrec.losses import Seen, item_contrast, load_balance, total_loss
+from laserrec.losses import item_contrast, load_balance, total_loss
 from laserrec.memory import rows_at_once
 from laserrec.metrics import Metrics
 from laserrec.progress import Progress
+from laserrec.seen import Seen
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,9 @@ class Fit:
         outputs, route = self.encoder.outputs(histories, hide_states=hide)
         users = self.laser.head(outputs)
         targets = torch.tensor([e.target - 1 for e in examples])
-        left_out = None if train.history_negatives else Seen.of(histories)
-        contrast = item_contrast(users, self._items_to_learn_from(), targets, train.temperature, left_out)
+        offset = self.laser.seen_offset
+        seen = Seen.of(histories) if offset is not None or not train.history_negatives else None
+        contrast = item_contrast(users, self._items_to_learn_from(), targets, train.temperature, seen, offset)
         return contrast, None if route is None else load_balance(route)
 
     def _items_to_learn_from(self) -> Tensor:
@@ -251,8 +253,13 @@ class Fit:
             users = self.encoder.encode(self.validation.histories, size, progress=bar.advance)
         users = torch.nn.functional.normalize(users, dim=-1)
         size = rows_at_once(len(items), size)
-        ranks = rank_cases(_scores_in_order(users, items, size), self.validation, size, len(items)).plain
+        ranks = rank_cases(self._scores_in_order(users, items, size), self.validation, size, len(items)).plain
         return Metrics.from_ranks(ranks, k=k)
+
+    def _scores_in_order(self, users: Tensor, items: Tensor, size: int) -> Scorer:
+        """The evaluator asks in order, `size` users at a time; hand it the next rows' scores."""
+        rows: Iterator[Tensor] = iter(users.split(size))
+        return lambda histories: self.laser.add_seen_offset(next(rows) @ items.T, histories)
 
     def _keep(self, metrics: Metrics) -> None:
         self.place.best = metrics.ndcg
@@ -309,12 +316,6 @@ class Fit:
         checkpoint.restore_optimizer(self.optimizer, checkpoint.part(tensors, "optimizer"))
         torch.set_rng_state(tensors["rng"])
         return True
-
-
-def _scores_in_order(users: Tensor, items: Tensor, size: int):
-    """The evaluator asks in order, `size` users at a time; hand it the next rows' cosines."""
-    rows: Iterator[Tensor] = iter(users.split(size))
-    return lambda histories: next(rows) @ items.T
 
 
 _PACE = (("train", "checkpoint_minutes"), ("train", "tokens_per_pass"), ("backbone", "compiled"),

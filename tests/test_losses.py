@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from laserrec.losses import Seen, item_contrast, load_balance, total_loss
+from laserrec.losses import item_contrast, load_balance, total_loss
 from laserrec.models.mformer import Route, Router
+from laserrec.seen import Seen
 
 
 def cosine(a: list[float], b: list[float]) -> float:
@@ -40,21 +41,24 @@ def test_items_left_out_are_no_negatives_but_the_target_stays():
 
 
 @pytest.mark.parametrize("columns", [1, 4, 7, 50, 200])
-@pytest.mark.parametrize("leave_out", [False, True])
-def test_chunks_give_the_loss_and_gradients_of_the_direct_computation(columns, leave_out):
+@pytest.mark.parametrize("seen", ["negatives", "left out", "offset"])
+def test_chunks_give_the_loss_and_gradients_of_the_direct_computation(columns, seen):
     users, items, targets = torch.randn(6, 5), torch.randn(50, 5), torch.tensor([0, 49, 3, 3, 7, 20])
     histories = [np.array([1, 2, 3]), np.array([50]), np.array([4, 9]), np.array([5]), np.array([8, 1, 8]),
                  np.arange(1, 51)]
-    gone = torch.zeros(6, 50, dtype=torch.bool)
+    there = torch.zeros(6, 50, dtype=torch.bool)
     for row, history in enumerate(histories):
-        gone[row, torch.as_tensor(history) - 1] = leave_out
-        gone[row, targets[row]] = False
-    inputs = [x.double().clone().requires_grad_() for x in (users, items)]
-    unit = [torch.nn.functional.normalize(x, dim=-1) for x in inputs]
-    direct = torch.nn.functional.cross_entropy((unit[0] @ unit[1].T / 0.1).masked_fill(gone, -torch.inf), targets)
+        there[row, torch.as_tensor(history) - 1] = True
+    left_out = there.scatter(1, targets[:, None], False) & (seen == "left out")
+    given = [users, items, torch.tensor(-0.3)][: 3 if seen == "offset" else 2]
+    inputs = [x.double().clone().requires_grad_() for x in given]
+    unit = [torch.nn.functional.normalize(x, dim=-1) for x in inputs[:2]]
+    cosines = unit[0] @ unit[1].T + (there * inputs[2] if seen == "offset" else 0)
+    direct = torch.nn.functional.cross_entropy((cosines / 0.1).masked_fill(left_out, -torch.inf), targets)
     direct.backward()
-    mine = [x.double().clone().requires_grad_() for x in (users, items)]
-    loss = item_contrast(*mine, targets, 0.1, Seen.of(histories) if leave_out else None, columns)
+    mine = [x.double().clone().requires_grad_() for x in given]
+    pairs = None if seen == "negatives" else Seen.of(histories)
+    loss = item_contrast(*mine[:2], targets, 0.1, pairs, *mine[2:], columns=columns)
     (loss * 3).backward()
     assert float(loss.detach()) == pytest.approx(float(direct.detach()), rel=1e-9)
     for ours, theirs in zip(mine, inputs, strict=True):

@@ -272,3 +272,21 @@ def test_an_unfinished_fit_says_how_to_go_on(tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="unfinished fit; run the same laserrec fit again to resume"):
         LaserRecommender.from_pretrained(tmp_path)
+
+
+def test_a_learnt_offset_moves_the_historys_own_items(llm, llm_folder, tmp_path):
+    """It is learnt, it is saved, and the scores of seen items alone are changed by it."""
+    config = settings(llm_folder(), prompt=PROMPT, head={"seen_offset": True, "id_share": 0.2})
+    planted = tiny.planted(N, users=16), tiny.id_model(N)
+    model = LaserRecommender.fit_dataset(*planted, config, tmp_path / "model", False, llm())
+    laser = model.encoder.laser
+    assert float(laser.seen_offset.detach()) != -1.0
+    again = LaserRecommender.from_pretrained(tmp_path / "model", llm())
+    assert torch.equal(again.encoder.laser.seen_offset, laser.seen_offset)
+    rows = [np.array([1, 2, 2], dtype=np.int32), np.array([5], dtype=np.int32)]
+    with_offset = model.score(rows)
+    with torch.no_grad():
+        laser.seen_offset.fill_(0.0)
+    without = model.score(rows)
+    moved = (with_offset - without).abs() > 1e-6
+    assert moved.nonzero().tolist() == [[0, 0], [0, 1], [1, 4]]

@@ -14,6 +14,10 @@ from laserrec.models.attention import Past
 from laserrec.models.backbone import Backbone
 from laserrec.models.head import Head
 from laserrec.models.mformer import MFormer, Route
+from laserrec.seen import Seen
+
+_SEEN_OFFSET_START = -1.0
+"""Where head.seen_offset starts: a cosine less, since most people buy something new."""
 
 
 class Laser(nn.Module):
@@ -41,6 +45,7 @@ class Laser(nn.Module):
             self.suffix.requires_grad_(False)
         self.register_buffer("plain_suffix", eos[None].clone(), persistent=False)
         self.head = Head(config.head, d_llm)
+        self.seen_offset = nn.Parameter(torch.tensor(_SEEN_OFFSET_START)) if config.head.seen_offset else None
 
     def _eos_id(self) -> int:
         eos = self.backbone.tokenizer.eos_token_id
@@ -52,6 +57,16 @@ class Laser(nn.Module):
 
         ids = self.backbone.tokenizer(INSTRUCTIONS[Template.PAPER], add_special_tokens=False)["input_ids"]
         return self.backbone.embedding[torch.tensor((ids * count)[:count])].float()
+
+    @torch.no_grad()
+    def add_seen_offset(
+        self, scores: Float[Tensor, "batch n_items"], histories: Sequence[np.ndarray]
+    ) -> Float[Tensor, "batch n_items"]:
+        """Scores (changed in place) with the learnt offset of each history's own items, if there is one."""
+        if self.seen_offset is not None:
+            seen = Seen.of(histories)
+            scores[seen.users, seen.items] += self.seen_offset
+        return scores
 
     def prefix(
         self, states: Float[Tensor, "batch items d_id"], mask: Bool[Tensor, "batch items"]
