@@ -15,6 +15,7 @@ from rich.table import Table
 from laserrec import __version__
 from laserrec.cli_bench import bench_app
 from laserrec.cli_output import print_recommendations, print_results
+from laserrec.cli_reproduce import reproduce_app
 from laserrec.config import Config, load_config
 from laserrec.errors import UserError
 from laserrec.io import write_json
@@ -26,6 +27,7 @@ app = App(name="laserrec", version=__version__, suppress_keyboard_interrupt=Fals
 backbone_app = App(name="backbone", help="The frozen LLM: fetch the default one, list what is here, check one.")
 app.command(backbone_app)
 app.command(bench_app)
+app.command(reproduce_app)
 
 out_console = Console()
 
@@ -116,8 +118,10 @@ def pretrain(data: Path, out: Path, *, preset: Preset = "small", config: ConfigF
     """
     from laserrec.data.sequences import Dataset
     from laserrec.pretrain import pretrain_id_model
+    from laserrec.text_vectors import text_vectors
 
-    metrics = pretrain_id_model(Dataset.load(data), _settings(preset, config, settings).id_model, out, not quiet)
+    dataset, tree = Dataset.load(data), _settings(preset, config, settings)
+    metrics = pretrain_id_model(dataset, tree.id_model, out, not quiet, lambda: text_vectors(dataset, tree, not quiet))
     out_console.print(f"ID model {out}: validation NDCG@10 {metrics['validation_ndcg@10']:.4f} at epoch "
                       f"{metrics['best_epoch']} of {metrics['epochs']}, {metrics['seconds']:.0f} s"
                       + (" (was there already)" if metrics["reused"] else ""), soft_wrap=True)

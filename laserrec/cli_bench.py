@@ -96,7 +96,7 @@ def _print_engine(title: str, result: dict[str, Any]) -> None:
 def _print_encoding(result: dict[str, Any]) -> None:
     _print_engine("encoding users", result)
     _print_engine("encoding items", result["items"])
-    _print_engine("encoding items, instruction shared", result["items_shared"])
+    _print_engine("encoding items, texts read before", result["items_shared"])
 
 
 @bench_app.command

@@ -55,6 +55,12 @@ class IdLoss(StrEnum):
     BCE = "bce"
 
 
+class ItemTable(StrEnum):
+    IDS = "ids"
+    LLM_START = "llm_start"
+    TEXT = "text"
+
+
 class IdModelConfig(_Section):
     """The ID-based sequential recommender that is pretrained, frozen and read by the M-Former."""
 
@@ -72,6 +78,12 @@ class IdModelConfig(_Section):
     """Window: only the last so many items are read."""
     loss: IdLoss = IdLoss.CROSS_ENTROPY
     """cross_entropy: full softmax over all items. bce: one sampled negative per positive (sasrec only)."""
+    items: ItemTable = ItemTable.IDS
+    """ids: a free vector per item (paper). llm_start: the same, started from the frozen LLM's item embeddings, whitened
+    and cut to d_id dimensions. text: no free vectors, a linear map of those embeddings (the text model that others call
+    UniSRec, without its pretraining on other data)."""
+    seen_offset: bool = False
+    """Learn one number that is added to the logits of items which stand in the history already."""
     mask_probability: float = Field(0.2, gt=0, lt=1)
     """bert4rec: share of the items that the cloze task hides."""
     lr: float = Field(1e-3, gt=0)
@@ -95,6 +107,8 @@ class IdModelConfig(_Section):
             raise ValueError(f"d_id {self.d_id} is not a multiple of heads {self.heads}")
         if self.loss == IdLoss.BCE and self.kind != IdModelKind.SASREC:
             raise ValueError("loss 'bce' is for kind 'sasrec'; bert4rec's cloze task uses 'cross_entropy'")
+        if self.loss == IdLoss.BCE and self.seen_offset:
+            raise ValueError("seen_offset needs loss 'cross_entropy': 'bce' compares two items at a time")
         return self
 
 

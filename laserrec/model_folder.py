@@ -24,7 +24,7 @@ from laserrec.encoder import Catalogue, Encoder
 from laserrec.errors import UserError
 from laserrec.io import read_json, write_json, write_parquet, write_text
 from laserrec.models.backbone import Backbone, load_backbone
-from laserrec.models.id_models import make_id_model
+from laserrec.models.id_models import load_weights
 from laserrec.models.laser import Laser
 
 _FORMAT = 1
@@ -73,8 +73,8 @@ def load_model(folder: Path, backbone: Backbone | None = None) -> tuple[Encoder,
         )
     id_file = folder / "id_model" / "config.json"
     id_facts = read_json(id_file, _ADVICE)
-    id_model = make_id_model(_checked(IdModelConfig, id_facts["id_model"], id_file), id_facts["n_items"])
-    id_model.load_state_dict(checkpoint.load(folder / "id_model" / "model.safetensors")[0])
+    id_model = load_weights(_checked(IdModelConfig, id_facts["id_model"], id_file), id_facts["n_items"],
+                            checkpoint.load(folder / "id_model" / "model.safetensors")[0])
     laser = Laser(config, backbone, id_model.d_id)
     laser.load_state_dict(checkpoint.load(folder / "adapter.safetensors")[0])
     laser.eval()

@@ -6,16 +6,19 @@ import copy
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from laserrec import checkpoint
 from laserrec.batching import batches
-from laserrec.config import IdModelConfig
+from laserrec.config import IdModelConfig, ItemTable
 from laserrec.data.sequences import Dataset
 from laserrec.errors import UserError
 from laserrec.evaluate import rank_cases
@@ -39,17 +42,20 @@ class _Place:
 
 
 class _Pretraining:
-    def __init__(self, dataset: Dataset, config: IdModelConfig, folder: Path, show: bool):
+    def __init__(self, dataset: Dataset, config: IdModelConfig, folder: Path, show: bool, text: Tensor | None):
         self.dataset, self.config, self.folder, self.show = dataset, config, folder, show
         self.sequences = [s for s in dataset.train_sequences.values() if len(s) > 1]
         if not self.sequences:
             raise UserError("no user has two training interactions; there is nothing to learn a sequence from")
         torch.manual_seed(config.seed)
-        self.model = make_id_model(config, dataset.n_items)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.model = make_id_model(config, dataset.n_items, text)
+        offset = [p for p in self.model.parameters() if p is self.model.seen_offset]
+        rest = [p for p in self.model.parameters() if p is not self.model.seen_offset]
+        self.optimizer = torch.optim.AdamW([{"params": rest}, {"params": offset, "weight_decay": 0.0}], lr=config.lr,
+                                           weight_decay=config.weight_decay)
         self.place, self.log, self.best = _Place(), [], copy.deepcopy(self.model.state_dict())
         self._boundary: tuple[dict, dict] = ({}, {})
-        tree = [dataset.fingerprint, config.model_dump(mode="json")]
+        tree = [dataset.fingerprint, config.model_dump(mode="json"), None if text is None else _sha256(text)]
         self.fingerprint = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
         self._started = self._saved = time.monotonic()
 
@@ -141,11 +147,18 @@ class _Pretraining:
                 "epochs": self.place.epoch, "seconds": round(seconds, 1)}
 
 
+def _sha256(text: Tensor) -> str:
+    return hashlib.sha256(text.numpy().tobytes()).hexdigest()
+
+
 def pretrain_id_model(
-    dataset: Dataset, config: IdModelConfig, out: Path | str, progress: bool = True
+    dataset: Dataset, config: IdModelConfig, out: Path | str, progress: bool = True,
+    text: Callable[[], Float[Tensor, "n_items d_text"]] | None = None,
 ) -> dict[str, Any]:
     """Train into folder `out` and return its metrics. A finished folder with the same settings and data is reused;
     an unfinished one is resumed, with the result of an uninterrupted run.
+
+    text: called for the items' text vectors where the item table is made from them (see laserrec.text_vectors).
 
     Raises UserError for a folder of other settings or data. Ctrl-C leaves a checkpoint.
     """
@@ -156,7 +169,9 @@ def pretrain_id_model(
             raise UserError(f"{out} holds an ID model with other settings; name another folder or delete it")
         return {**found.metrics, "reused": True}
     out.mkdir(parents=True, exist_ok=True)
-    training = _Pretraining(dataset, config, out, progress)
+    if config.items != ItemTable.IDS and text is None:
+        raise UserError(f"id_model.items {config.items} needs the items' text vectors (laserrec.text_vectors)")
+    training = _Pretraining(dataset, config, out, progress, text() if config.items != ItemTable.IDS else None)
     model, metrics = training.run(), training.metrics()
     training._write_log()
     save_id_model(out, model, dataset, metrics)

@@ -20,6 +20,7 @@ from laserrec.presets import ID_MODELS
 from laserrec.pretrain import pretrain_id_model
 from laserrec.progress import Progress
 from laserrec.recommender import LaserRecommender
+from laserrec.text_vectors import text_vectors
 
 _DATA = "amazon-scientific"
 
@@ -50,7 +51,8 @@ def run(out: Path, config: Config, progress: bool = True) -> list[dict]:
     for kind in (config.id_model.kind, *(k for k in IdModelKind if k != config.id_model.kind)):
         console.print(f"[bold]2 pretrain[/] {kind} -> {out / kind}")
         settings = config.id_model if kind == config.id_model.kind else IdModelConfig(kind=kind, **ID_MODELS[kind])
-        metrics = pretrain_id_model(dataset, settings, out / kind, progress)
+        metrics = pretrain_id_model(dataset, settings, out / kind, progress,
+                                    lambda: text_vectors(dataset, config, progress))
         seconds[kind] = metrics["seconds"]
         console.print(f"  validation NDCG@10 {metrics['validation_ndcg@10']:.4f}, {metrics['epochs']} epochs, "
                       f"{metrics['seconds']:.0f} s")

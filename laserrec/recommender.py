@@ -27,6 +27,7 @@ from laserrec.models.id_models import IdModel
 from laserrec.models.id_store import load_id_model
 from laserrec.models.laser import Laser
 from laserrec.pretrain import pretrain_id_model
+from laserrec.text_vectors import text_vectors
 from laserrec.train import Fit, fit_fingerprint
 
 
@@ -58,7 +59,8 @@ class LaserRecommender:
         raw = from_frames(interactions, items, columns)
         prepare(raw.interactions, raw.items, config.data, folder / "data", notes=raw.notes)
         dataset = Dataset.load(folder / "data")
-        pretrain_id_model(dataset, config.id_model, folder / "id_model", progress)
+        pretrain_id_model(dataset, config.id_model, folder / "id_model", progress,
+                          lambda: text_vectors(dataset, config, progress))
         id_model = load_id_model(folder / "id_model", dataset).model
         return cls.fit_dataset(dataset, id_model, config, folder / "model", progress)
 

@@ -290,3 +290,14 @@ def test_a_learnt_offset_moves_the_historys_own_items(llm, llm_folder, tmp_path)
     without = model.score(rows)
     moved = (with_offset - without).abs() > 1e-6
     assert moved.nonzero().tolist() == [[0, 0], [0, 1], [1, 4]]
+
+
+@pytest.mark.parametrize("table", ["llm_start", "text"])
+def test_an_id_model_made_from_text_goes_the_whole_way(llm_folder, llm, tmp_path, table):
+    config = settings(llm_folder(), prompt=PROMPT, id_model={
+        **tiny.ID_MODEL.model_dump(), "items": table, "seen_offset": True, "max_epochs": 2})
+    acts, goods = frames()
+    model = LaserRecommender.fit(acts, goods, config, tmp_path, progress=False)
+    again = LaserRecommender.from_pretrained(tmp_path / "model")
+    rows = [np.array([1, 2], dtype=np.int32)]
+    assert torch.allclose(again.score(rows), model.score(rows), atol=1e-5)

@@ -16,13 +16,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from laserrec.config import IdLoss, IdModelConfig, IdModelKind
+from laserrec.config import IdLoss, IdModelConfig, IdModelKind, ItemTable
 from laserrec.errors import UserError
 
 _PREFIX_SHARE = 0.5
 """BERT4Rec: share of sequences that are cut to a random start and hide its last item alone, as at inference. With the
 whole sequence's last item instead, validation NDCG@10 on amazon-scientific was .053, with random starts .0555 and
 positions from the end .0563."""
+
+
+_ITEM_STD = 0.02
+"""Spread of fresh weights."""
+_SEEN_OFFSET_START = -2.0
+"""Where a learnt seen offset starts, in logits: most people buy something new."""
 
 
 def pad_histories(histories: Sequence[np.ndarray], max_history: int) -> Int[Tensor, "batch seq"]:
@@ -72,12 +78,17 @@ class IdModel(nn.Module):
     """Body and interface of both: item ids in, states [d_id] and scores of all items out.
 
     Row 0 of the item table is padding, rows 1..n_items the items, row n_items + 1 BERT4Rec's mask token.
+
+    Parameters: `text`: Float[n_items d_text] whitened vectors of the items' texts, most important dimension first;
+    needed by the item tables that are made from them (`config.items`). Raises ValueError without.
     """
 
     causal: bool
 
-    def __init__(self, config: IdModelConfig, n_items: int):
+    def __init__(self, config: IdModelConfig, n_items: int, text: Float[Tensor, "n_items d_text"] | None = None):
         super().__init__()
+        if text is None and config.items != ItemTable.IDS:
+            raise ValueError(f"item table {config.items!r} is made from text vectors")
         self.config, self.n_items = config, n_items
         self.max_history, self.d_id = config.max_history, config.d_id
         self.item = nn.Embedding(n_items + 2, config.d_id, padding_idx=0)
@@ -88,18 +99,43 @@ class IdModel(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_items))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=_ITEM_STD)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        self.adaptor = None
+        self.seen_offset = nn.Parameter(torch.tensor(_SEEN_OFFSET_START)) if config.seen_offset else None
         with torch.no_grad():
             self.item.weight[0].zero_()
+        if config.items == ItemTable.LLM_START:
+            self._start_from(text)
+        elif config.items == ItemTable.TEXT:
+            self.register_buffer("text", text.clone())
+            self.adaptor = nn.Linear(text.shape[1], config.d_id, bias=False)
+            nn.init.normal_(self.adaptor.weight, std=_ITEM_STD / text.shape[1] ** 0.5)
+
+    @torch.no_grad()
+    def _start_from(self, text: Float[Tensor, "n_items d_text"]) -> None:
+        dims = min(self.d_id, text.shape[1])
+        start = text[:, :dims] / text[:, :dims].std().clamp(min=1e-8) * _ITEM_STD
+        self.item.weight[1 : self.n_items + 1, :dims] = start
+
+    def table(self) -> Float[Tensor, "rows d_id"]:
+        """The whole item table, padding and mask token included."""
+        if self.adaptor is None:
+            return self.item.weight
+        ends = self.item.weight[:1], self.item.weight[self.n_items + 1 :]
+        return torch.cat([ends[0], self.adaptor(self.text), ends[1]])
+
+    def embed(self, items: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_id"]:
+        """Rows of the item table."""
+        return self.item(items) if self.adaptor is None else F.embedding(items, self.table())
 
     def states(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_id"]:
         """C_u: one state per item of the history (SASRec: of the items up to it; BERT4Rec: of all given items)."""
         real, place = items > 0, torch.arange(items.shape[1], device=items.device)
         if not self.causal:
             place = (real.sum(dim=1, keepdim=True) - 1 - place).clamp(min=0)
-        x = self.embedding_dropout(self.item(items) + self.position(place))
+        x = self.embedding_dropout(self.embed(items) + self.position(place))
         mask = real[:, None, None, :].expand(-1, 1, items.shape[1], -1)
         if self.causal:
             mask = mask & torch.ones(items.shape[1], items.shape[1], dtype=torch.bool, device=items.device).tril()
@@ -108,14 +144,24 @@ class IdModel(nn.Module):
         return self.norm(x)
 
     def item_embeddings(self) -> Float[Tensor, "n_items d_id"]:
-        return self.item.weight[1 : self.n_items + 1]
+        return self.table()[1 : self.n_items + 1]
 
     def logits(self, states: Float[Tensor, "*batch d_id"]) -> Float[Tensor, "*batch n_items"]:
         return states @ self.item_embeddings().T + self.bias
 
     def scores(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch n_items"]:
         """Of the next item after each history (0 = padding on the right)."""
-        return self.logits(self.next_item_state(items))
+        return self._add_seen_offset(self.logits(self.next_item_state(items)), items)
+
+    def _add_seen_offset(
+        self, logits: Float[Tensor, "rows n_items"], visible: Int[Tensor, "rows seq"]
+    ) -> Float[Tensor, "rows n_items"]:
+        """`visible`: the items each row has seen, 0 where there is none."""
+        if self.seen_offset is None:
+            return logits
+        row, place = visible.nonzero(as_tuple=True)
+        pairs = torch.unique(row * self.n_items + visible[row, place] - 1)
+        return logits.flatten().index_add(0, pairs, self.seen_offset.expand(len(pairs))).view_as(logits)
 
     def score(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch n_items"]:
         """`scores` for the evaluator."""
@@ -138,13 +184,15 @@ class SASRec(IdModel):
         real = targets > 0
         states, targets = self.states(inputs)[real], targets[real]
         if self.config.loss == IdLoss.CROSS_ENTROPY:
-            return F.cross_entropy(self.logits(states), targets - 1)
+            row, place = real.nonzero(as_tuple=True)
+            seen = inputs[row].masked_fill(torch.arange(inputs.shape[1], device=items.device) > place[:, None], 0)
+            return F.cross_entropy(self._add_seen_offset(self.logits(states), seen), targets - 1)
         negatives = torch.randint(1, self.n_items + 1, targets.shape, device=targets.device)
         positive, negative = (self._pair_logits(states, i) for i in (targets, negatives))
         return F.softplus(-positive).mean() + F.softplus(negative).mean()
 
     def _pair_logits(self, states: Tensor, items: Tensor) -> Tensor:
-        return (states * self.item(items)).sum(dim=-1) + self.bias[items - 1]
+        return (states * self.embed(items)).sum(dim=-1) + self.bias[items - 1]
 
 
 class BERT4Rec(IdModel):
@@ -171,9 +219,23 @@ class BERT4Rec(IdModel):
         hidden = (torch.rand(items.shape, device=items.device) < self.config.mask_probability) & (items > 0)
         hidden = torch.where(prefix | ~hidden.any(dim=1, keepdim=True), place == length - 1, hidden)
         states = self.states(items.masked_fill(hidden, self.n_items + 1))[hidden]
-        return F.cross_entropy(self.logits(states), items[hidden] - 1)
+        seen = items.masked_fill(hidden, 0)[hidden.nonzero(as_tuple=True)[0]]
+        return F.cross_entropy(self._add_seen_offset(self.logits(states), seen), items[hidden] - 1)
 
 
-def make_id_model(config: IdModelConfig, n_items: int) -> IdModel:
-    """A fresh model; seed torch first."""
-    return {IdModelKind.SASREC: SASRec, IdModelKind.BERT4REC: BERT4Rec}[config.kind](config, n_items)
+def make_id_model(
+    config: IdModelConfig, n_items: int, text: Float[Tensor, "n_items d_text"] | None = None
+) -> IdModel:
+    """A fresh model; seed torch first. `text`: see IdModel."""
+    return {IdModelKind.SASREC: SASRec, IdModelKind.BERT4REC: BERT4Rec}[config.kind](config, n_items, text)
+
+
+def load_weights(config: IdModelConfig, n_items: int, weights: dict[str, Tensor]) -> IdModel:
+    """A trained model from its state_dict, ready for use: frozen and in evaluation mode. Raises RuntimeError where the
+    weights don't fit."""
+    text = weights.get("text")
+    if text is None and config.items != ItemTable.IDS:
+        text = torch.zeros(n_items, config.d_id)  # it started the item table, which the weights hold now
+    model = make_id_model(config, n_items, text)
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)

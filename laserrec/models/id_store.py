@@ -22,7 +22,7 @@ from laserrec.config import IdModelConfig
 from laserrec.data.sequences import Dataset
 from laserrec.errors import UserError
 from laserrec.io import read_json, write_json
-from laserrec.models.id_models import IdModel, make_id_model, pad_histories
+from laserrec.models.id_models import IdModel, load_weights, pad_histories
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,14 @@ def load_id_model(folder: Path | str, dataset: Dataset | None = None) -> IdModel
     if dataset is not None and facts["data_sha256"] != dataset.fingerprint:
         raise UserError(f"{folder} was trained on other data (sha256 {facts['data_sha256'][:12]}, the data folder has "
                         f"{dataset.fingerprint[:12]}); pretrain on this data folder")
-    model = make_id_model(config, facts["n_items"])
     try:
-        model.load_state_dict(checkpoint.load(folder / "model.safetensors")[0])
+        model = load_weights(config, facts["n_items"], checkpoint.load(folder / "model.safetensors")[0])
     except RuntimeError as error:
         raise UserError(f"{folder / 'model.safetensors'} doesn't fit its config.json (edited, or written by another "
                         f"version of laserrec): {error}; pretrain again") from None
     metrics_file = folder / "metrics.json"
     metrics = read_json(metrics_file, "pretrain again") if metrics_file.is_file() else {}
-    return IdModelFolder(model.eval().requires_grad_(False), facts["data_sha256"], metrics)
+    return IdModelFolder(model, facts["data_sha256"], metrics)
 
 
 def _read_config(file: Path) -> tuple[dict, IdModelConfig]:

@@ -44,6 +44,7 @@ def test_encode_covers_users_items_and_shared_items(setting):
     result = engine.bench_encode(setting, progress=False)
     assert result["ratio"] > 0 and result["items"]["ratio"] > 0 and result["items_shared"]["ratio"] > 0
     assert result["items_shared"]["equality_float32"] < 1e-4
+    assert 0 < result["items_shared"]["ratio_with_reading"] < result["items_shared"]["ratio"]
 
 
 def test_both_sides_have_the_same_trained_parts_and_gradients(setting):

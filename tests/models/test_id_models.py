@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from laserrec.config import IdModelConfig
 from laserrec.errors import UserError
-from laserrec.models.id_models import make_id_model, pad_histories
+from laserrec.models.id_models import load_weights, make_id_model, pad_histories
 
 N = 30
 KINDS = ["sasrec", "bert4rec"]
@@ -22,7 +22,7 @@ def make(kind: str, **settings):
     torch.manual_seed(1)
     config = IdModelConfig(**{"kind": kind, "d_id": 16, "blocks": 2, "heads": 2, "max_history": 8, "dropout": 0.3}
                            | settings)
-    model = make_id_model(config, N)
+    model = make_id_model(config, N, None if config.items == "ids" else torch.randn(N, 12))
     with torch.no_grad():  # fresh weights are so small that everything would look alike
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -157,3 +157,56 @@ def test_a_planted_order_is_learnt(kind, loss):
     with torch.no_grad():
         best = model.score([(s + np.arange(4)) % N + 1 for s in range(N)]).argmax(dim=1)
     assert (best == (torch.arange(N) + 4) % N).float().mean() > 0.95
+
+
+@torch.no_grad()
+def test_a_seen_offset_is_in_every_logit_of_the_loss_and_in_the_scores():
+    model, given = make("sasrec", seen_offset=True), histories()
+    model.seen_offset.fill_(-1.7)
+    losses = []
+    for history in given:
+        for t in range(1, len(history)):
+            logits = model.logits(model.states(torch.tensor([history[:t].tolist()]))[0, -1])
+            logits[torch.tensor(sorted(set(history[:t].tolist()))) - 1] -= 1.7
+            losses.append(float(F.cross_entropy(logits[None], torch.tensor([int(history[t]) - 1]))))
+    assert float(model.loss(pad_histories(given, 8))) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    scores = model.score(given)
+    model.seen_offset.fill_(0.0)
+    moved = (model.score(given) - scores) > 1.6
+    assert [sorted((row.nonzero()[:, 0] + 1).tolist()) for row in moved] == [sorted(set(h.tolist())) for h in given]
+
+
+def test_bert4rec_has_seen_what_is_not_hidden():
+    model, items = make("bert4rec", seen_offset=True), torch.tensor([[3, 5, 3, 8]])
+    visible = []
+    add = model._add_seen_offset
+    model._add_seen_offset = lambda logits, seen: visible.append(seen) or add(logits, seen)
+    model.loss(items)
+    for row in visible[0]:
+        assert 0 in row.tolist() and set(row.tolist()) <= {0, 3, 5, 8}
+        assert all(shown in (0, item) for shown, item in zip(row.tolist(), items[0].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_item_tables_made_from_text(kind):
+    text = torch.randn(N, 12) * torch.linspace(2, 0.5, 12)
+    settings = {"kind": kind, "d_id": 16, "heads": 2, "max_history": 8}
+    started = make_id_model(IdModelConfig(**settings, items="llm_start"), N, text)
+    cosine = F.cosine_similarity(started.item_embeddings()[:, :12], text)
+    assert cosine.min() > 0.999 and float(started.item_embeddings()[:, :12].detach().std()) == pytest.approx(0.02)
+    model = make_id_model(IdModelConfig(**settings, items="text"), N, text)
+    torch.testing.assert_close(model.item_embeddings(), text @ model.adaptor.weight.T)
+    model.loss(torch.tensor([[1, 2, 3, 4]])).backward()
+    assert model.adaptor.weight.grad.abs().sum() > 0
+    assert not model.item.weight.grad[1 : N + 1].any() if model.item.weight.grad is not None else True
+    again = load_weights(model.config, N, model.state_dict())
+    assert torch.equal(again.score([np.array([3, 4])]), model.eval().score([np.array([3, 4])]))
+    once_more = load_weights(started.config, N, started.state_dict())
+    assert torch.equal(once_more.item.weight, started.item.weight)
+
+
+def test_item_tables_made_from_text_need_it():
+    with pytest.raises(ValueError, match="made from text vectors"):
+        make_id_model(IdModelConfig(items="text"), N)
+    with pytest.raises(ValueError, match="seen_offset needs loss"):
+        IdModelConfig(loss="bce", seen_offset=True)

@@ -1,0 +1,65 @@
+"""`laserrec reproduce`: the tables. Thin, as cli.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.table import Table
+
+from laserrec.config import load_config
+from laserrec.io import write_json
+from laserrec.settings import Settings
+
+reproduce_app = App(name="reproduce", help="Train and compare, several seeds, as the tables of benchmarks/results say.")
+out_console = Console()
+
+
+@reproduce_app.command
+def quality(out: Path = Path("runs/quality"), *, seeds: int = 5, preset: str = "small", plot: Path | None = None,
+            quiet: bool = False, json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+            settings: Annotated[Settings | None, Parameter(name="*", show_default=False)] = None) -> None:
+    """Laser and its rivals on amazon-scientific: several seeds, paired significance. Run again to resume.
+
+    Example: laserrec reproduce quality --seeds 5 --json benchmarks/results/quality.json
+
+    Parameters
+    ----------
+    out
+        Everything is kept here.
+    seeds
+        Seeds 0, 1, ... of every model.
+    preset
+        Starting point of Laser's settings.
+    plot
+        Draw the table into this file (.svg or .png).
+    quiet
+        No progress.
+    json_file
+        Write all rows to this file.
+    """
+    from laserrec import quality as work
+    from laserrec.bench.machine import describe
+    from laserrec.data.prepare import prepare_source
+    from laserrec.data.sequences import Dataset
+
+    config = load_config(preset, None, settings.model_dump(exclude_unset=True) if settings is not None else None)
+    prepare_source("amazon-scientific", out / "data", config.data)
+    result = work.reproduce(Dataset.load(out / "data"), config, out, range(seeds), not quiet)
+    _print(result["summary"], config.eval.k)
+    if json_file is not None:
+        write_json(json_file, {"machine": describe(), **result})
+    if plot is not None:
+        work.plot(result["summary"], plot, config.eval.k)
+
+
+def _print(summary: list[dict[str, Any]], k: int) -> None:
+    table = Table("model", f"Recall@{k}", f"NDCG@{k}", "MRR", "seeds", f"NDCG@{k} over the best ID model (95%)",
+                  title="amazon-scientific, test split, all items ranked, nothing filtered: mean ± sd over seeds")
+    for row in summary:
+        cells = [f"{row[m]:.4f} ± {row[m + '_sd']:.4f}" for m in (f"recall@{k}", f"ndcg@{k}", "mrr")]
+        difference = f"{row[f'ndcg@{k}_difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
+        table.add_row(row["model"], *cells, str(row["seeds"]), difference)
+    out_console.print(table)

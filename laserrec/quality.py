@@ -1,0 +1,196 @@
+"""`laserrec reproduce quality`: Laser beside its rivals, several seeds, one evaluator, test touched once each.
+
+Everything is kept under one folder, a model per sub-folder, and found again by the next call: the run can be stopped
+and resumed anywhere. Settings were chosen on validation before; this only trains and evaluates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float
+from rich.console import Console
+from torch import Tensor
+
+from laserrec.baselines.popularity import Popularity
+from laserrec.baselines.untrained import UntrainedLLM
+from laserrec.config import Config, IdModelConfig, merge
+from laserrec.data.sequences import Dataset
+from laserrec.errors import UserError
+from laserrec.evaluate import Scorer, evaluate, save_ranks
+from laserrec.io import read_json, write_json
+from laserrec.models.backbone import Backbone, load_backbone
+from laserrec.models.id_store import load_id_model
+from laserrec.presets import ID_MODELS
+from laserrec.pretrain import pretrain_id_model
+from laserrec.progress import Progress
+from laserrec.recommender import LaserRecommender
+from laserrec.text_vectors import text_vectors
+
+LASER, FUSION = "Laser", "SASRec + Laser, ranks fused"
+
+RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
+    # name -> (kind, what differs from the kind's tuned settings)
+    "SASRec": ("id", {"kind": "sasrec"}),
+    "SASRec, seen offset": ("id", {"kind": "sasrec", "seen_offset": True}),
+    "BERT4Rec": ("id", {"kind": "bert4rec"}),
+    "SASRec from LLM embeddings": ("text", {"kind": "sasrec", "items": "llm_start", "seen_offset": True}),
+    "text SASRec": ("text", {"kind": "sasrec", "items": "text", "seen_offset": True}),
+}
+TRIALS = {"SASRec": 11, "SASRec, seen offset": 2, "BERT4Rec": 10, "SASRec from LLM embeddings": 2, "text SASRec": 2,
+          LASER: 8, FUSION: 1}
+"""Settings tried on validation, counted from dev/LOG.md."""
+_RRF = 60
+"""Constant of reciprocal rank fusion (Cormack, Clarke & Buettcher 2009)."""
+
+
+def fuse_ranks(first: Scorer, second: Scorer) -> Scorer:
+    """Reciprocal rank fusion: an item's score is the sum of 1 / (60 + rank) over both models."""
+
+    def score(histories: Sequence[np.ndarray]) -> Float[Tensor, "batch n_items"]:
+        return sum(1 / (_RRF + _ranks(model(histories))) for model in (first, second))
+
+    return score
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1).double() + 1
+
+
+@dataclass
+class _Run:
+    dataset: Dataset
+    config: Config
+    out: Path
+    backbone: Backbone
+    show: bool
+
+    def row(self, folder: Path, name: str, kind: str, seed: int | None, score: Scorer, train_seconds: float) -> dict:
+        """Evaluate once; the row is found in `folder` afterwards."""
+        file = folder / "test.json"
+        if file.is_file():
+            return read_json(file, "delete it to evaluate again")
+        with Progress(f"{name}, seed {seed}: test", self.dataset.n_users, self.show) as bar:
+            result = evaluate(name, score, self.dataset, "test", self.config.eval.k, progress=bar.advance)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_ranks(folder / "ranks.parquet", self.dataset, "test", result.ranks)
+        row = {"model": name, "kind": kind, "seed": seed, **result.plain.as_dict(),
+               "exclude_seen": result.exclude_seen.as_dict(), "train_seconds": round(train_seconds, 1),
+               "trials": TRIALS.get(name, 0), "folder": str(folder.relative_to(self.out))}
+        write_json(file, row)
+        return row
+
+    def text(self) -> Float[Tensor, "n_items d_text"]:
+        return text_vectors(self.dataset, self.config, self.show, self.backbone)
+
+    def seed(self, seed: int) -> list[dict]:
+        folder = self.out / f"seed-{seed}"
+        rows, scorers = [], {}
+        for name, (kind, settings) in RIVALS.items():
+            own = folder / _slug(name)
+            config = IdModelConfig(**{**ID_MODELS[settings["kind"]], **settings, "seed": seed})
+            metrics = pretrain_id_model(self.dataset, config, own, self.show, self.text)
+            scorers[name] = load_id_model(own, self.dataset).model.score
+            rows.append(self.row(own, name, kind, seed, scorers[name], metrics["seconds"]))
+        return rows + self._lasers(folder, seed, scorers)
+
+    def _lasers(self, folder: Path, seed: int, scorers: dict[str, Scorer]) -> list[dict]:
+        config = Config.model_validate(merge(self.config.model_dump(), {
+            "train": {"seed": seed}, "id_model": {"seed": seed}}))
+        id_folder = folder / "laser-id-model"
+        seconds = pretrain_id_model(self.dataset, config.id_model, id_folder, self.show, self.text)["seconds"]
+        model = LaserRecommender.fit_dataset(self.dataset, load_id_model(id_folder, self.dataset).model, config,
+                                             folder / "laser", self.show, self.backbone)
+        seconds += model.facts["training"]["seconds"]
+        fused = fuse_ranks(scorers["SASRec"], model.score)
+        rows = [self.row(folder / "laser-test", LASER, "laser", seed, model.score, seconds),
+                self.row(folder / "fusion", FUSION, "fusion", seed, fused, seconds)]
+        if seed == 0:  # nothing of these depends on a seed
+            popular, untrained = Popularity(self.dataset), UntrainedLLM(model.encoder, whitened=True)
+            rows += [self.row(self.out / "popularity", "popularity", "id", None, popular.score, 0.0),
+                     self.row(self.out / "untrained", "untrained LLM, whitened", "text", None, untrained.score, 0.0)]
+        return rows
+
+
+def _slug(name: str) -> str:
+    return "-".join(name.lower().replace(",", "").split())
+
+
+def reproduce(
+    dataset: Dataset, config: Config, out: Path, seeds: Sequence[int], progress: bool = True
+) -> dict[str, Any]:
+    """Train and evaluate all models for all seeds. Returns {"rows": [...], "summary": [...]}, written to
+    OUT/quality.json after every seed."""
+    run = _Run(dataset, config, out, load_backbone(config.backbone), progress)
+    rows: list[dict] = []
+    for seed in seeds:
+        rows += run.seed(seed)
+        result = {"rows": rows, "summary": summarise(rows, out, config.eval.k), "config": json.loads(
+            config.model_dump_json())}
+        write_json(out / "quality.json", result)
+        Console(stderr=True).print(f"seed {seed} done; {out / 'quality.json'}")
+    return result
+
+
+def summarise(rows: list[dict], out: Path, k: int = 10) -> list[dict[str, Any]]:
+    """Per model: mean and standard deviation over seeds, and the paired difference of per-user NDCG to the best model
+    of kind id with its 95% bootstrap interval (users resampled, seeds averaged first)."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    gains = {name: np.mean([_gains(out / r["folder"] / "ranks.parquet", k) for r in rows if r["model"] == name], axis=0)
+             for name in names}
+    rivals = [n for n in names if next(r["kind"] for r in rows if r["model"] == n) == "id"]
+    best = max(rivals, key=lambda n: gains[n].mean())
+    table = []
+    for name in names:
+        own = [row for row in rows if row["model"] == name]
+        low, high = _interval(gains[name] - gains[best])
+        entry = {"model": name, "kind": own[0]["kind"], "seeds": len(own), "against": best,
+                 f"ndcg@{k}_difference": float((gains[name] - gains[best]).mean()), "low": low, "high": high}
+        for metric in (f"recall@{k}", f"ndcg@{k}", "mrr"):
+            values = [row[metric] for row in own]
+            entry |= {metric: float(np.mean(values)),
+                      f"{metric}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
+        table.append(entry)
+    return table
+
+
+def _gains(file: Path, k: int) -> Float[np.ndarray, "users"]:
+    ranks = pl.read_parquet(file)["rank"].to_numpy()
+    return np.where(ranks <= k, 1 / np.log2(1 + ranks), 0.0)
+
+
+def _interval(difference: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    rng = np.random.default_rng(0)
+    means = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(draws)]
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def plot(summary: list[dict[str, Any]], file: Path, k: int = 10) -> None:
+    """Bars of Recall@k and NDCG@k with their standard deviations over seeds, as SVG or PNG by the file's name.
+    Raises UserError without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("the plot needs matplotlib: pip install 'laserrec[plot]'") from None
+    rows = sorted(summary, key=lambda r: r[f"ndcg@{k}"])
+    colours = {"id": "#8a8f98", "text": "#5b8db8", "laser": "#d1495b", "fusion": "#edae49"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.45 * len(rows) + 1.2), sharey=True, layout="constrained")
+    for axis, metric in zip(axes, (f"recall@{k}", f"ndcg@{k}"), strict=True):
+        bars = axis.barh([r["model"] for r in rows], [r[metric] for r in rows], xerr=[r[f"{metric}_sd"] for r in rows],
+                         color=[colours[r["kind"]] for r in rows], error_kw={"ecolor": "#333", "capsize": 2})
+        axis.bar_label(bars, [f"{r[metric]:.4f}" for r in rows], padding=6, fontsize=8)
+        axis.set_title(metric, fontsize=10)
+        axis.margins(x=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
