@@ -1,7 +1,8 @@
 """The fast path keeps results: the same fit on our engine, compiled, and on transformers' model, seed by seed.
 
 Layout prefix_first, two layers, short texts, one random cut per user, one epoch: small enough for transformers' model
-on two cores. The spread between seeds is the noise that a difference of engines must be seen against. Test is not touched.
+on two cores. The spread between seeds is the noise that a difference of engines must be seen against. Test is not
+touched.
 
   python benchmarks/fast_path.py runs/data runs/id_model --out benchmarks/results/fast_path.json
 """

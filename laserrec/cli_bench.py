@@ -90,7 +90,8 @@ def _print_engine(title: str, result: dict[str, Any]) -> None:
     out_console.print(table)
     out_console.print(f"ratio {result['ratio']:.2f} (medians {result['ratio_of_medians']:.2f}; to the fastest "
                       f"reference {result['ratio_to_fastest_reference']:.2f}); {result['real_tokens']:,} real tokens, "
-                      f"products' peak {result['product_peak_gflops']:.0f} GFLOP/s", highlight=False, soft_wrap=True)
+                      f"products' peak {result['product_peak_gflops']:.0f} GFLOP/s; compiling took "
+                      f"{result['compile_seconds']:.0f} s, once", highlight=False, soft_wrap=True)
 
 
 def _print_encoding(result: dict[str, Any]) -> None:

@@ -130,7 +130,8 @@ def _check_equality(setting: Setting, dataset: Dataset) -> dict[str, float]:
 def _report(setting: Setting, works: dict[str, Callable[[], object]], tokens: int, flops: float, show: bool,
             title: str) -> dict[str, Any]:
     with Progress(title, setting.runs * len(works), show) as bar:
-        times = dict(zip(works, side_by_side(list(works.values()), setting.runs, bar.advance), strict=True))
+        first, measured = side_by_side(list(works.values()), setting.runs, bar.advance)
+    times = dict(zip(works, measured, strict=True))
     peak = product_peak(torch.bfloat16 if resolve_precision(Precision.AUTO) == Precision.BF16 else torch.float32)
     best = {name: min(t) for name, t in times.items()}
     fastest = min((n for n in best if n not in (OURS, READING)), key=best.get)
@@ -140,6 +141,7 @@ def _report(setting: Setting, works: dict[str, Callable[[], object]], tokens: in
         "ratio_to_fastest_reference": best[fastest] / best[OURS],
         "tokens_per_second": tokens / best[OURS], "reference_tokens_per_second": tokens / best[THEIRS],
         "peak_share": flops / best[OURS] / peak, "reference_peak_share": flops / best[THEIRS] / peak,
+        "compile_seconds": max(0.0, first[0] - statistics.median(times[OURS])),
         "product_peak_gflops": peak / 1e9, "real_tokens": tokens, "runs": setting.runs,
         "times": {name: spread(t) for name, t in times.items()},
     }

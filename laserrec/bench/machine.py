@@ -46,18 +46,17 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def side_by_side(works: Sequence[Callable[[], object]], runs: int, progress: Callable[[int], None] | None = None
-                 ) -> list[list[float]]:
-    """Seconds of each work, `runs` times in turn after one warm-up each, so that a slow spell of a shared machine
-    strikes all of them."""
-    for work in works:
-        work()
+                 ) -> tuple[list[float], list[list[float]]]:
+    """Seconds of each work's first call (compilation included), and of `runs` further ones, in turn, so that a slow
+    spell of a shared machine strikes all of them."""
+    first = [seconds(work) for work in works]
     out: list[list[float]] = [[] for _ in works]
     for _ in range(runs):
         for times, work in zip(out, works, strict=True):
             times.append(seconds(work))
             if progress:
                 progress(1)
-    return out
+    return first, out
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:

@@ -73,7 +73,7 @@ def bench_score(sizes: list[int], width: int, users: int, runs: int, progress: b
                 if float((ours - theirs).abs().max()) > scale:
                     raise AssertionError(f"{task} of {n_items} items differs from plain torch")
                 del ours, theirs
-                times = side_by_side([partial(work, mine, *inputs) for mine in (True, False)], runs)
+                _, times = side_by_side([partial(work, mine, *inputs) for mine in (True, False)], runs)
                 memory = [peak_memory(_in_a_process, task, mine, n_items, width, users) - base
                           for mine in (True, False)]
                 rows.append({"items": n_items, "task": task, "ours_seconds": min(times[0]),

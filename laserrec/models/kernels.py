@@ -6,6 +6,7 @@ compiler at run time. Weights are frozen, so nothing here has a weight gradient.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
@@ -13,6 +14,8 @@ from functools import cache
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from laserrec.models.fetch import cache_folder
 
 
 def _add_norm(x: Tensor, delta: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,6 +76,9 @@ _PLAIN = _Kernels()
 
 @cache
 def _compiled() -> _Kernels:
+    # torch's own default is a folder that a restart of the machine empties.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+
     def fuse(function: Callable) -> Callable:
         return torch.compile(function, dynamic=True)
 
