@@ -28,7 +28,7 @@ _SMALL: dict[str, Any] = {
     "train": {"lr": 1e-3, "weight_decay": 1.0, "batch_size": 128, "stage_one_epochs": 3, "stage_two_epochs": 1,
               "warmup_fraction": 0.05, "cosine_decay": True, "item_gradient": True, "history_negatives": False,
               "temperature": 0.1},
-    "eval": {"batch_size": 128},
+    "eval": {"batch_size": 64},
 }
 
 PRESETS: dict[str, dict[str, Any]] = {"small": _SMALL, "quickstart": _SMALL, "paper": _PAPER}

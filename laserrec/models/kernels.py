@@ -60,6 +60,21 @@ def _softmax_back(d_weights: Tensor, weights: Tensor, scale: float) -> Tensor:
     return (share * (wide - (wide * share).sum(dim=-1, keepdim=True)) * scale).to(weights.dtype)
 
 
+# Where nothing fuses the steps, each widening to float32 is a copy: the plain ones stay in the outputs' own type, as
+# transformers' do.
+def _plain_swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+def _plain_rotate(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
+    out, half, (cos, sin) = x.clone(), x.shape[-1] // 2, (cos.to(x.dtype), sin.to(x.dtype))
+    first, second = x[:, :turned, :half], x[:, :turned, half:]
+    out[:, :turned, :half].mul_(cos).addcmul_(second, sin, value=-1)
+    out[:, :turned, half:].mul_(cos).addcmul_(first, sin)
+    return out
+
+
 @dataclass(frozen=True)
 class _Kernels:
     add_norm: Callable = _add_norm
@@ -71,7 +86,8 @@ class _Kernels:
     softmax_back: Callable = _softmax_back
 
 
-_PLAIN = _Kernels()
+_FUSIBLE = _Kernels()
+_PLAIN = _Kernels(swiglu=_plain_swiglu, rotate=_plain_rotate)
 
 
 @cache
@@ -82,7 +98,7 @@ def _compiled() -> _Kernels:
     def fuse(function: Callable) -> Callable:
         return torch.compile(function, dynamic=True)
 
-    return _Kernels(*(fuse(getattr(_PLAIN, field.name)) for field in fields(_Kernels)))
+    return _Kernels(*(fuse(getattr(_FUSIBLE, field.name)) for field in fields(_Kernels)))
 
 
 class _AddNorm(torch.autograd.Function):
