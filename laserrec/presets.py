@@ -19,12 +19,13 @@ _PAPER: dict[str, Any] = {
 
 # The paper's method at a size for two CPU cores, with what was found to help there.
 _SMALL: dict[str, Any] = {
-    "id_model": {"kind": "sasrec", **ID_MODELS["sasrec"]},
+    "id_model": {"kind": "sasrec", "items": "llm_start", "seen_offset": True, **ID_MODELS["sasrec"]},
     "backbone": {"layers": 6},
     "prompt": {"layout": "text_first", "item_side": "plain", "max_item_tokens": 24},
     "mformer": {"experts": 4, "queries": 4, "blocks": 2, "d_model": 128, "heads": 4, "zero_init": True,
                 "routing": "gate_scaled", "state_dropout": 0.05},
-    "head": {"suffix_from_eos": True, "whiten_dims": 512, "projection": True, "dropout": 0.2, "id_share": 0.45},
+    "head": {"suffix_from_eos": True, "whiten_dims": 512, "projection": True, "dropout": 0.2, "id_share": 0.45,
+             "seen_offset": True},
     "train": {"lr": 1e-3, "weight_decay": 1.0, "batch_size": 128, "stage_one_epochs": 3, "stage_two_epochs": 1,
               "warmup_fraction": 0.05, "cosine_decay": True, "item_gradient": True, "history_negatives": False,
               "temperature": 0.1},

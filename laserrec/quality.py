@@ -91,24 +91,26 @@ class _Run:
 
     def seed(self, seed: int) -> list[dict]:
         folder = self.out / f"seed-{seed}"
-        rows, scorers = [], {}
+        rows, scorers, folders = [], {}, {}
         for name, (kind, settings) in RIVALS.items():
             own = folder / _slug(name)
             config = IdModelConfig(**{**ID_MODELS[settings["kind"]], **settings, "seed": seed})
             metrics = pretrain_id_model(self.dataset, config, own, self.show, self.text)
             scorers[name] = load_id_model(own, self.dataset).model.score
             rows.append(self.row(own, name, kind, seed, scorers[name], metrics["seconds"]))
-        return rows + self._lasers(folder, seed, scorers)
+            folders[config.model_dump_json()] = own
+        return rows + self._lasers(folder, seed, scorers, folders)
 
-    def _lasers(self, folder: Path, seed: int, scorers: dict[str, Scorer]) -> list[dict]:
+    def _lasers(self, folder: Path, seed: int, scorers: dict[str, Scorer], folders: dict[str, Path]) -> list[dict]:
         config = Config.model_validate(merge(self.config.model_dump(), {
             "train": {"seed": seed}, "id_model": {"seed": seed}}))
-        id_folder = folder / "laser-id-model"
+        # Often one of the rivals is the ID model under Laser; its training counts for both.
+        id_folder = folders.get(config.id_model.model_dump_json(), folder / "laser-id-model")
         seconds = pretrain_id_model(self.dataset, config.id_model, id_folder, self.show, self.text)["seconds"]
         model = LaserRecommender.fit_dataset(self.dataset, load_id_model(id_folder, self.dataset).model, config,
                                              folder / "laser", self.show, self.backbone)
         seconds += model.facts["training"]["seconds"]
-        fused = fuse_ranks(scorers["SASRec"], model.score)
+        fused = fuse_ranks(scorers["SASRec, seen offset"], model.score)
         rows = [self.row(folder / "laser-test", LASER, "laser", seed, model.score, seconds),
                 self.row(folder / "fusion", FUSION, "fusion", seed, fused, seconds)]
         if seed == 0:  # nothing of these depends on a seed
