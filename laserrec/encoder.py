@@ -39,6 +39,7 @@ class Catalogue:
                             f"backbone {laser.backbone.name!r} runs on transformers'; use layout prefix_first")
         self._rows: list[np.ndarray] = []
         self._cache: TextCache | None = None
+        self._used = 0  # rows of the cache that hold text; behind them is room for more
         if self.shared:
             self._read_instruction()
         with Progress("reading item texts", items.height, progress) as bar:
@@ -64,17 +65,16 @@ class Catalogue:
         else:
             keys, values = self.laser.backbone.decoder.encode_text(self.laser.backbone.embed(ids))
             self._cache = TextCache(keys[:, 0], values[:, 0])
+        self._used = ids.shape[1]
 
     def _read(self, new: list[np.ndarray], progress: Callable[[int], None] | None) -> None:
         """Each item's block after the instruction: it sees the instruction and itself. Sorted by length for speed."""
         blocks = [self.prompt.block(tokens) for tokens in new]
         lengths = np.array([len(b) for b in blocks], dtype=np.int64)
-        start = self._cache.keys.shape[1]
-        ends = start + np.cumsum(lengths)
-        total = int(ends[-1]) if len(ends) else start
-        old, layers = self._cache, self._cache.keys.shape[0]
-        keys, values = (torch.empty(layers, total, old.keys.shape[2], dtype=old.keys.dtype) for _ in range(2))
-        keys[:, :start], values[:, :start] = old.keys, old.values
+        ends = self._used + np.cumsum(lengths)
+        total = int(ends[-1]) if len(ends) else self._used
+        self._make_room(total)
+        keys, values = self._cache.keys, self._cache.values
         order = np.argsort(lengths, kind="stable")
         for at in range(0, len(order), _READ_AT_ONCE):
             chunk = order[at : at + _READ_AT_ONCE]
@@ -87,7 +87,24 @@ class Catalogue:
             if progress:
                 progress(len(chunk))
         self._rows += [np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)]
+        self._used = total
+
+    def _make_room(self, total: int) -> None:
+        """A few items more must not copy the whole cache, which may take gigabytes: it grows by a quarter at a time.
+        Memory that nothing was written to takes no room."""
+        old = self._cache.keys
+        if total <= old.shape[1]:
+            return
+        keys, values = (torch.empty(old.shape[0], total + total // 4, old.shape[2], dtype=old.dtype) for _ in range(2))
+        keys[:, : self._used], values[:, : self._used] = old[:, : self._used], self._cache.values[:, : self._used]
         self._cache = TextCache(keys, values)
+
+    def truncate(self, count: int) -> None:
+        """Forget the items behind the first `count`."""
+        del self.tokens[count:]
+        if len(self._rows) > count:
+            self._used = int(self._rows[count][0])
+            del self._rows[count:]
 
     def _instruction(self, batch: int) -> Past:
         rows = torch.as_tensor(self._instruction_rows)
@@ -193,8 +210,7 @@ class Encoder:
     ) -> Float[Tensor, "histories d_out"]:
         """Embeddings of any number of histories, in the order given, without gradient or dropout.
         raw: the LLM's outputs before the head."""
-        training = self.laser.training
-        self.laser.eval()
+        training = self._stop_training()
         order = np.argsort([self.catalogue.text_length(h) for h in histories], kind="stable")
         parts = []
         for at in range(0, len(order), batch_size):
@@ -202,9 +218,26 @@ class Encoder:
             parts.append((self.outputs if raw else self.embed)(chunk, as_item)[0])
             if progress:
                 progress(len(chunk))
-        self.laser.train(training)
+        if training:
+            self.laser.train()
         out = torch.cat(parts)
         return out[torch.as_tensor(np.argsort(order, kind="stable"))]
+
+    @torch.no_grad()
+    def read(self, histories: Sequence[np.ndarray]) -> tuple[Float[Tensor, "batch d_out"], Route | None]:
+        """`embed` without gradient or dropout: one batch, one forward."""
+        training = self._stop_training()
+        read = self.embed(histories)
+        if training:
+            self.laser.train()
+        return read
+
+    def _stop_training(self) -> bool:
+        """Whether dropout was on; where it is off already, the walk over all modules is saved."""
+        training = self.laser.training
+        if training:
+            self.laser.eval()
+        return training
 
     def encode_items(self, batch_size: int, first: int = 1, raw: bool = False,
                      progress: Callable[[int], None] | None = None) -> Float[Tensor, "items d_out"]:

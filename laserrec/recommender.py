@@ -26,7 +26,9 @@ from laserrec.models.backbone import Backbone, load_backbone
 from laserrec.models.id_models import IdModel
 from laserrec.models.id_store import load_id_model
 from laserrec.models.laser import Laser
+from laserrec.models.mformer import Route
 from laserrec.pretrain import pretrain_id_model
+from laserrec.ranking import Ask, Ranked, best
 from laserrec.text_vectors import text_vectors
 from laserrec.train import Fit, fit_fingerprint
 
@@ -35,10 +37,14 @@ class LaserRecommender:
     """A fitted model with its catalogue. Make one with `fit`, `fit_dataset` or `from_pretrained`."""
 
     def __init__(self, encoder: Encoder, items: pl.DataFrame, embeddings: Float[Tensor, "n_items d_out"], facts: dict):
-        self.encoder, self.items, self.facts = encoder, items, facts
+        self.encoder, self.items, self.facts = encoder, items, dict(facts)
         self.embeddings = embeddings
         """Of unit length, so that a score is a product."""
-        self._index = {item_id: i for i, item_id in enumerate(items["item_id"].to_list(), 1)}
+        self._names: list[str] = items["item_id"].to_list()
+        # Rows of removed items stay: an item's number is its row, and the ID model and the texts count on it.
+        self._removed: list[int] = self.facts.pop("removed", [])
+        gone = set(self._removed)
+        self._index = {item_id: i for i, item_id in enumerate(self._names, 1) if i not in gone}
 
     # -- make ---------------------------------------------------------------------------------------------------
 
@@ -101,7 +107,8 @@ class LaserRecommender:
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the adapter, the ID model and the catalogue with its embeddings; the LLM is named, not copied."""
-        save_model(Path(folder), self.encoder, self.items, self.embeddings, self.facts, None)
+        removed = {"removed": self._removed} if self._removed else {}
+        save_model(Path(folder), self.encoder, self.items, self.embeddings, {**self.facts, **removed}, None)
 
     # -- use ----------------------------------------------------------------------------------------------------
 
@@ -119,21 +126,16 @@ class LaserRecommender:
         if k < 1:
             raise UserError(f"k is {k}; it must be at least 1")
         asked = self._read(histories, unknown)
-        allowed = self._candidate_mask(candidates)
+        allowed = None if candidates is None else self.dense_items(list(map(str, candidates)), "candidates")
         users, ids, scores, ranks = [], [], [], []
         size = rows_at_once(len(self.embeddings), self.encoder.laser.config.eval.batch_size)
-        names = np.array(self.items["item_id"].to_list(), dtype=object)
         for at in range(0, len(asked.rows), size):
-            rows = asked.rows[at : at + size]
-            batch = self.score(rows)
-            self._hide(batch, rows, allowed, exclude_seen)
-            top = batch.topk(min(k, batch.shape[1]), dim=1)
-            for user, values, index in zip(asked.users[at : at + size], top.values, top.indices, strict=True):
-                real = int((values > -torch.inf).sum())
-                users += [user] * real
-                ids += names[index[:real].numpy()].tolist()
-                scores += values[:real].tolist()
-                ranks += range(1, real + 1)
+            asks = [Ask(row, k, exclude_seen, allowed) for row in asked.rows[at : at + size]]
+            for user, ranked in zip(asked.users[at : at + size], self.rank(asks), strict=True):
+                users += [user] * len(ranked.items)
+                ids += self.item_ids(ranked.items)
+                scores += ranked.scores.tolist()
+                ranks += range(1, len(ranked.items) + 1)
         frame = pl.DataFrame({"user_id": users, "item_id": ids, "score": scores, "rank": ranks},
                              schema={"user_id": asked.user_type, "item_id": pl.String, "score": pl.Float32,
                                      "rank": pl.Int32})
@@ -148,54 +150,81 @@ class LaserRecommender:
         """Float32[items d_out], of unit length, of these items, or of the whole catalogue in the order of `items`."""
         if item_ids is None:
             return self.embeddings.numpy().copy()
-        rows = torch.tensor([i - 1 for i in self._dense(list(map(str, item_ids)), "item_ids")], dtype=torch.long)
-        return self.embeddings[rows].numpy()
+        names = list(map(str, item_ids))
+        self.dense_items(names, "item_ids")  # names what is unknown
+        return self.embeddings[torch.tensor([self._index[i] - 1 for i in names], dtype=torch.long)].numpy()
 
-    def add_items(self, frame: Any) -> int:
+    def add_items(self, frame: Any, embeddings: Float[Tensor, "new d_out"] | None = None) -> int:
         """Add items (item_id, title, and brand, category if known) to the catalogue and encode them; they can be
         recommended and stand in histories at once. Nothing is retrained: the ID model doesn't know them, their text
-        does the work. Returns how many. Raises UserError for a missing title, a repeated or an existing id."""
+        does the work. embeddings: these items' own, from an earlier call on the same model, which saves the encoding.
+        Returns how many. Raises UserError for a missing title, a repeated or an existing id; then nothing is added."""
         new = self._checked_items(to_polars(frame))
-        first = len(self.encoder.catalogue) + 1
-        self.encoder.catalogue.add(new)
-        embeddings = self.encoder.encode_items(self.encoder.laser.config.eval.batch_size, first=first)
-        self.embeddings = torch.cat([self.embeddings, torch.nn.functional.normalize(embeddings, dim=-1)])
+        catalogue, size = self.encoder.catalogue, self.encoder.laser.config.eval.batch_size
+        first = len(catalogue) + 1
+        try:
+            catalogue.add(new)
+            if embeddings is None:
+                embeddings = self.encoder.encode_items(size, first=first)
+            joined = torch.cat([self.embeddings, torch.nn.functional.normalize(embeddings, dim=-1)])
+        except BaseException:
+            catalogue.truncate(first - 1)
+            raise
         new = new.with_columns(pl.Series("item", range(first, first + new.height), dtype=pl.Int32))
-        self.items = pl.concat([self.items, new.select(self.items.columns)])
-        self._index |= {item_id: first + i for i, item_id in enumerate(new["item_id"].to_list())}
+        self.items, self.embeddings = pl.concat([self.items, new.select(self.items.columns)]), joined
+        ids = new["item_id"].to_list()
+        self._names += ids
+        self._index |= {item_id: first + i for i, item_id in enumerate(ids)}
         return new.height
+
+    def remove_items(self, item_ids: Sequence[str]) -> int:
+        """Take items out of the catalogue: they are never recommended again, and unknown in histories and candidates.
+        Their rows stay in `items` and `embeddings`. The same id may be added anew, as an item of its own. Returns how
+        many. Raises UserError for an unknown id; then nothing is removed."""
+        names = list(dict.fromkeys(map(str, item_ids)))
+        gone = self.dense_items(names, "remove_items").tolist()
+        self._removed = [*self._removed, *gone]
+        for name in names:
+            del self._index[name]
+        return len(names)
+
+    def rank(self, asks: Sequence[Ask]) -> list[Ranked]:
+        """Answers to requests in dense items, in one forward of the model: what `recommend` and the server build on.
+        Memory grows with len(asks) x items."""
+        scores, route = self._score([ask.history for ask in asks])
+        if self._removed:
+            scores[:, torch.tensor(self._removed) - 1] = -torch.inf
+        experts = [None] * len(asks) if route is None else route.expert.tolist()
+        return [best(row, ask, expert) for row, ask, expert in zip(scores, asks, experts, strict=True)]
+
+    def dense_items(self, item_ids: Sequence[str], what: str) -> np.ndarray:
+        """Int32[items] without repetition, in the order given. Raises UserError for unknown ids, as those of `what`."""
+        if missing := self.unknown_items(item_ids):
+            raise UserError(f"{what}: {len(missing)} unknown item ids, first {missing[:3]}; add them with add_items")
+        return np.array([self._index[i] for i in dict.fromkeys(item_ids)], dtype=np.int32)
+
+    def unknown_items(self, item_ids: Sequence[str]) -> list[str]:
+        """Those that are not in the catalogue."""
+        return [i for i in item_ids if i not in self._index]
+
+    def item_ids(self, items: np.ndarray) -> list[str]:
+        """Dense items -> the caller's ids."""
+        return [self._names[i - 1] for i in items.tolist()]
 
     def score(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch n_items"]:
         """Scores: dense items in, one column per item of the catalogue out; cosines, and the learnt offset of items
         that stand in the history if the model has one."""
-        users = torch.nn.functional.normalize(self.encoder.encode(histories, len(histories)), dim=-1)
-        return self.encoder.laser.add_seen_offset(users @ self.embeddings.T, histories)
+        return self._score(histories)[0]
 
     # -- inside -------------------------------------------------------------------------------------------------
 
+    def _score(self, histories: Sequence[np.ndarray]) -> tuple[Float[Tensor, "batch n_items"], Route | None]:
+        embeddings, route = self.encoder.read(histories)
+        users = torch.nn.functional.normalize(embeddings, dim=-1)
+        return self.encoder.laser.add_seen_offset(users @ self.embeddings.T, histories), route
+
     def _read(self, histories: Any, unknown: str) -> Histories:
         return read_histories(histories, self._index, unknown)
-
-    def _dense(self, item_ids: Sequence[str], what: str) -> list[int]:
-        missing = [i for i in item_ids if i not in self._index]
-        if missing:
-            raise UserError(f"{what}: {len(missing)} unknown item ids, first {missing[:3]}; add them with add_items")
-        return [self._index[i] for i in item_ids]
-
-    def _candidate_mask(self, candidates: Sequence[str] | None) -> Tensor | None:
-        if candidates is None:
-            return None
-        mask = torch.zeros(len(self._index), dtype=torch.bool)
-        mask[torch.tensor(self._dense(list(map(str, candidates)), "candidates"), dtype=torch.long) - 1] = True
-        return mask
-
-    @staticmethod
-    def _hide(scores: Tensor, rows: Sequence[np.ndarray], allowed: Tensor | None, exclude_seen: bool) -> None:
-        if allowed is not None:
-            scores[:, ~allowed] = -torch.inf
-        if exclude_seen:
-            for i, history in enumerate(rows):
-                scores[i, torch.as_tensor(history.astype(np.int64)) - 1] = -torch.inf
 
     def _checked_items(self, frame: pl.DataFrame) -> pl.DataFrame:
         missing = [c for c in ("item_id", "title") if c not in frame.columns]
