@@ -18,12 +18,13 @@ _DIMS = 512
 
 
 def text_vectors(
-    dataset: Dataset, config: Config, progress: bool = False, backbone: Backbone | None = None
+    dataset: Dataset, config: Config, progress: bool = False, backbone: Backbone | None = None,
+    whiten_by: int | None = None,
 ) -> Float[Tensor, "n_items d_text"]:
     """One row per item, dense order, centred and whitened, the most important dimension first; at most 512 wide.
 
     The text, the layers and the layout are the config's; no prefix, [EOS] as the suffix, nothing trained. Nothing but
-    the catalogue is read.
+    the catalogue is read. whiten_by: mean and covariance are those of the first so many items alone.
     """
     backbone = backbone or load_backbone(config.backbone)
     prompt = PromptConfig(**{**dict(config.prompt), "item_side": ItemSide.PLAIN})
@@ -35,5 +36,5 @@ def text_vectors(
     with Progress("encoding item texts", dataset.n_items, progress) as bar:
         outputs = encoder.encode_items(config.eval.batch_size, raw=True, progress=bar.advance)
     head = Head(HeadConfig(whiten_dims=min(_DIMS, backbone.d_llm)), backbone.d_llm)
-    head.fit_whitening(outputs)
+    head.fit_whitening(outputs[:whiten_by])
     return head(outputs)
