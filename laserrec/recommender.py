@@ -27,6 +27,7 @@ from laserrec.models.id_models import IdModel
 from laserrec.models.id_store import load_id_model
 from laserrec.models.laser import Laser
 from laserrec.models.mformer import Route
+from laserrec.new_items import lend_id_part
 from laserrec.pretrain import pretrain_id_model
 from laserrec.ranking import Ask, Ranked, best
 from laserrec.text_vectors import text_vectors
@@ -156,8 +157,9 @@ class LaserRecommender:
 
     def add_items(self, frame: Any, embeddings: Float[Tensor, "new d_out"] | None = None) -> int:
         """Add items (item_id, title, and brand, category if known) to the catalogue and encode them; they can be
-        recommended and stand in histories at once. Nothing is retrained: the ID model doesn't know them, their text
-        does the work. embeddings: these items' own, from an earlier call on the same model, which saves the encoding.
+        recommended and stand in histories at once. Nothing is retrained: their text does the work, and where scores
+        have an ID part, the items nearest by text lend them theirs. embeddings: these items' own, from an earlier call
+        on the same model, which saves the encoding.
         Returns how many. Raises UserError for a missing title, a repeated or an existing id; then nothing is added."""
         new = self._checked_items(to_polars(frame))
         catalogue, size = self.encoder.catalogue, self.encoder.laser.config.eval.batch_size
@@ -165,7 +167,7 @@ class LaserRecommender:
         try:
             catalogue.add(new)
             if embeddings is None:
-                embeddings = self.encoder.encode_items(size, first=first)
+                embeddings = self._with_id_part(self.encoder.encode_items(size, first=first))
             joined = torch.cat([self.embeddings, torch.nn.functional.normalize(embeddings, dim=-1)])
         except BaseException:
             catalogue.truncate(first - 1)
@@ -217,6 +219,11 @@ class LaserRecommender:
         return self._score(histories)[0]
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _with_id_part(self, new: Float[Tensor, "new d_out"]) -> Float[Tensor, "new d_out"]:
+        if not self.encoder.laser.head.id_share:
+            return new
+        return lend_id_part(new, self.embeddings[: self.encoder.catalogue.n_known], self.encoder.id_model.d_id)
 
     def _score(self, histories: Sequence[np.ndarray]) -> tuple[Float[Tensor, "batch n_items"], Route | None]:
         embeddings, route = self.encoder.read(histories)

@@ -187,6 +187,8 @@ def test_unknown_items_can_be_dropped(model):
 def test_added_items_are_recommended_and_read(copy):
     before = copy.recommend([["i1"]], k=N)
     assert copy.add_items(NEW) == 2
+    lent = copy.embeddings[:, -tiny.ID_MODEL.d_id :].norm(dim=1)
+    assert torch.allclose(lent[N:], lent[:N].mean(), atol=1e-5)
     after = copy.recommend([["i1"]], k=99)
     assert sorted(after["item_id"]) == sorted([*before["item_id"], "new1", "new2"])
     old = after.filter(pl.col("item_id").str.starts_with("i"))
