@@ -16,6 +16,7 @@ from laserrec import __version__
 from laserrec.cli_bench import bench_app
 from laserrec.cli_output import print_recommendations, print_results
 from laserrec.cli_reproduce import reproduce_app
+from laserrec.cli_serve import serve_app
 from laserrec.config import Config, load_config
 from laserrec.errors import UserError
 from laserrec.io import write_json
@@ -28,6 +29,7 @@ backbone_app = App(name="backbone", help="The frozen LLM: fetch the default one,
 app.command(backbone_app)
 app.command(bench_app)
 app.command(reproduce_app)
+app.command(serve_app)
 
 out_console = Console()
 

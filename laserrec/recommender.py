@@ -199,6 +199,11 @@ class LaserRecommender:
         experts = [None] * len(asks) if route is None else route.expert.tolist()
         return [best(row, ask, expert) for row, ask, expert in zip(scores, asks, experts, strict=True)]
 
+    @property
+    def removed(self) -> frozenset[int]:
+        """Dense items that were taken out of the catalogue."""
+        return frozenset(self._removed)
+
     def dense_items(self, item_ids: Sequence[str], what: str) -> np.ndarray:
         """Int32[items] without repetition, in the order given. Raises UserError for unknown ids, as those of `what`."""
         if missing := self.unknown_items(item_ids):

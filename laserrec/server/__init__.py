@@ -1,0 +1,1 @@
+"""`laserrec serve`: recommendations over HTTP (extra `serve`). See docs/serving.md."""
