@@ -172,3 +172,39 @@ def score(*, sizes: Annotated[list[int] | None, Parameter(consume_multiple=True)
     out_console.print(table)
     if json_file is not None:
         write_json(json_file, {"machine": describe(), "rows": rows})
+
+
+@bench_app.command
+def serve(model: Path, *, callers: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
+          requests: int = 400, seconds: float = 60.0, history: int = 10, quiet: bool = False,
+          json_file: JsonFile = None) -> None:
+    """Start a server on loopback and drive it: seconds per request and requests per second, by callers at once.
+
+    Example: laserrec bench serve runs/quickstart/model --json benchmarks/results/serve.json
+
+    Parameters
+    ----------
+    model
+        A model folder.
+    callers
+        Callers at once, each asking again as soon as it is answered; 1, 4 and 16 if not given.
+    requests
+        Requests for each number of callers.
+    seconds
+        Time bound for each number of callers.
+    history
+        Items of a history; they are drawn at random, so that no answer is in the cache.
+    quiet
+        No progress.
+    """
+    from laserrec.bench.serve import serve_bench
+
+    rows = serve_bench(model, callers or [1, 4, 16], requests, seconds, history, not quiet)
+    table = Table("callers", "p50 ms", "p99 ms", "requests/s", "requests", "turned away",
+                  title=f"histories of {history} items, no answer cached, over loopback")
+    for row in rows:
+        table.add_row(str(row["callers"]), f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}",
+                      f"{row['requests_per_second']:.1f}", str(row["requests"]), str(row["shed"]))
+    out_console.print(table)
+    if json_file is not None:
+        write_json(json_file, rows)

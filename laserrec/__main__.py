@@ -1,0 +1,5 @@
+"""`python -m laserrec`: the command line."""
+
+from laserrec.cli import main
+
+main()

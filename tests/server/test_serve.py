@@ -1,0 +1,63 @@
+"""The real command in its own process: driven over loopback, ended in order, mistakes in one line."""
+
+import json
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from laserrec import cli_serve
+from laserrec.bench import serve as bench
+from laserrec.errors import UserError
+
+
+def test_driven_over_loopback(model_folder):
+    with bench.running(model_folder, "--threads", "1") as port:
+        names = [f"i{j}" for j in range(1, 13)]
+        row = bench.drive(port, bench.random_histories(names, 30, 5, 0), callers=3, seconds=30)
+        assert row["requests"] == 30 and row["shed"] == 0 and 0 < row["p50_ms"] <= row["p99_ms"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            assert 'route="/v1/recommend",status="200"} 30.0' in answer.read().decode()
+        with pytest.raises(RuntimeError, match="answered 422"):
+            bench.drive(port, [["nope"]], 1, 5)
+
+
+def test_a_server_that_can_not_start_says_why(tmp_path):
+    with pytest.raises(UserError, match="not a model folder"), bench.running(tmp_path):
+        pass
+    with pytest.raises(UserError, match="not a model folder"):
+        bench.serve_bench(tmp_path, [1], 1, 1, 1, False)
+
+
+def test_another_address_without_a_token_is_warned_of(model_folder, tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "laserrec", "serve", str(model_folder), "--host", "0.0.0.0",
+                                "--port", "0", "--state", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    text = process.stderr.readline() + process.stderr.readline()
+    process.terminate()
+    assert "no API token is set" in " ".join((text + process.communicate(timeout=30)[1]).split())
+
+
+@pytest.mark.parametrize(("host", "inside"), [("127.0.0.1", True), ("::1", True), ("localhost", True),
+                                              ("0.0.0.0", False), ("example.org", False)])
+def test_loopback(host, inside):
+    assert cli_serve._loopback(host) == inside
+
+
+def test_the_token_comes_from_file_or_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("LASERREC_API_TOKEN", "from-environment")
+    assert cli_serve._read_token(None) == "from-environment"
+    (tmp_path / "token").write_text("from-file\n")
+    assert cli_serve._read_token(tmp_path / "token") == "from-file"
+    (tmp_path / "token").write_text("\n")
+    with pytest.raises(UserError, match="empty"):
+        cli_serve._read_token(tmp_path / "token")
+    with pytest.raises(UserError, match="can't be read"):
+        cli_serve._read_token(tmp_path / "none")
+
+
+def test_random_histories_are_fixed_by_their_seed():
+    names = [f"i{j}" for j in range(50)]
+    one, two = bench.random_histories(names, 5, 10, 1), bench.random_histories(names, 5, 10, 2)
+    assert one == bench.random_histories(names, 5, 10, 1) and one != two
+    assert all(len(h) == 10 for h in one) and json.dumps(one)
