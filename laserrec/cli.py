@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from laserrec import __version__
+from laserrec.cli_batch import batch_app
 from laserrec.cli_bench import bench_app
 from laserrec.cli_output import print_recommendations, print_results
 from laserrec.cli_reproduce import reproduce_app
@@ -30,6 +31,7 @@ app.command(backbone_app)
 app.command(bench_app)
 app.command(reproduce_app)
 app.command(serve_app)
+app.command(batch_app)
 
 out_console = Console()
 

@@ -1,0 +1,69 @@
+"""`laserrec batch`. Thin, as cli.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+from laserrec.errors import UserError
+from laserrec.io import write_json
+
+batch_app = App(name="batch")
+out_console = Console()
+
+
+@batch_app.default
+def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen: bool = False, chunk: int = 4096,
+          unknown: Literal["skip", "error"] = "skip", shard: str = "1/1", quiet: bool = False,
+          json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
+    """Recommend for every user of a Parquet file, in bounded memory. Run again to resume.
+
+    Example: laserrec batch runs/quickstart/model histories.parquet recommendations --k 20
+
+    Parameters
+    ----------
+    model
+        A model folder.
+    histories
+        Parquet: user_id and items (a list), or user_id and item_id with a user's rows together, oldest first.
+    out
+        Folder of part-*.parquet: user_id, item_id, score, rank.
+    k
+        Items per user.
+    exclude_seen
+        Never recommend what stands in the history.
+    chunk
+        Users per part.
+    unknown
+        Unknown items: skip leaves them out of a history, error stops.
+    shard
+        I/N does the I-th of N shares, so that N processes or machines fill one folder.
+    quiet
+        No progress.
+    json_file
+        Write the numbers to this file.
+    """
+    from laserrec import batch as work
+    from laserrec.recommender import LaserRecommender
+
+    if k < 1 or chunk < 1:
+        raise UserError(f"k is {k} and chunk is {chunk}; both must be at least 1")
+    settings = work.BatchSettings(k, exclude_seen, chunk, unknown)
+    share = _shard(shard)
+    work.HistoryFile(histories)  # mistakes are told before the model is loaded
+    result = work.run(LaserRecommender.from_pretrained(model), model, histories, out, settings, share, not quiet)
+    left = f", {result['parts_missing']} parts are left to other shards" if result["parts_missing"] else ""
+    done = f"{result['users']:,} users, {result['skipped']:,} skipped, {result['parts']} parts in {out}"
+    out_console.print(done + left, highlight=False)
+    if json_file is not None:
+        write_json(json_file, result)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, count = text.partition("/")
+    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise UserError(f"shard is {text!r}; give I/N with I from 1 to N")
+    return int(first), int(count)
