@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from laserrec import quickstart
+from laserrec.config import load_config
 from laserrec.quickstart import verdict
 
 N = 10
@@ -43,6 +44,15 @@ def test_the_whole_way(source, llm_folder, tmp_path, capsys, monkeypatch):
     again = quickstart.run(tmp_path / "run", config, progress=False)  # nothing is trained a second time
     measures = [[{k: v for k, v in r.items() if k != "seconds"} for r in table] for table in (rows, again)]
     assert measures[0] == measures[1]
+
+
+def test_id_models_of_ids_alone_stand_beside_the_one_under_laser():
+    used = load_config("quickstart").id_model
+    settings = quickstart._id_settings(used)
+    assert list(settings) == ["SASRec from LLM embeddings", "SASRec", "BERT4Rec"]
+    assert settings["SASRec from LLM embeddings"] == used
+    assert all(settings[n].items == "ids" and settings[n].seen_offset for n in ("SASRec", "BERT4Rec"))
+    assert list(quickstart._id_settings(settings["SASRec"])) == ["SASRec", "BERT4Rec"]
 
 
 @pytest.mark.parametrize(("laser", "word"), [(0.0520, "above"), (0.0510, "level with"), (0.0490, "level with"),
