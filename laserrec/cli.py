@@ -15,6 +15,7 @@ from rich.table import Table
 from laserrec import __version__
 from laserrec.cli_batch import batch_app
 from laserrec.cli_bench import bench_app
+from laserrec.cli_index import index_app
 from laserrec.cli_output import print_recommendations, print_results
 from laserrec.cli_reproduce import reproduce_app
 from laserrec.cli_serve import serve_app
@@ -32,6 +33,7 @@ app.command(bench_app)
 app.command(reproduce_app)
 app.command(serve_app)
 app.command(batch_app)
+app.command(index_app)
 
 out_console = Console()
 
