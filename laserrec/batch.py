@@ -24,6 +24,7 @@ import polars as pl
 from laserrec.errors import UserError
 from laserrec.interrupt import DeferredInterrupt
 from laserrec.io import read_json, write_json, write_parquet
+from laserrec.model_folder import model_identity
 from laserrec.progress import Progress
 from laserrec.recommender import LaserRecommender
 
@@ -116,7 +117,7 @@ def run(model: LaserRecommender, model_folder: Path, histories: Path, out: Path,
     Raises UserError for bad input, and for a folder that another input, model or other settings began.
     """
     source = HistoryFile(histories)
-    _claim(out, {"format": 1, "input": source.identity(), "model": _model_sha256(model_folder), **asdict(settings)})
+    _claim(out, {"format": 1, "input": source.identity(), "model": model_identity(model_folder), **asdict(settings)})
     parts = range(-(-source.n_users // settings.chunk))
     own = [p for p in parts if p % shard[1] == shard[0] - 1]
     todo = [p for p in own if not _part(out, p).is_file()]
@@ -141,13 +142,6 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
         raise UserError(f"{out} holds other files; name another folder")
     else:
         write_json(file, manifest)
-
-
-def _model_sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in ("model.json", "adapter.safetensors", "items.safetensors"):
-        digest.update((folder / name).read_bytes())
-    return digest.hexdigest()
 
 
 def _part(out: Path, part: int, skipped: bool = False) -> Path:

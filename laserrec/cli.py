@@ -19,6 +19,7 @@ from laserrec.cli_index import index_app
 from laserrec.cli_output import print_recommendations, print_results
 from laserrec.cli_reproduce import reproduce_app
 from laserrec.cli_serve import serve_app
+from laserrec.cli_share import card_app, push_app
 from laserrec.config import Config, load_config
 from laserrec.errors import UserError
 from laserrec.io import write_json
@@ -34,6 +35,8 @@ app.command(reproduce_app)
 app.command(serve_app)
 app.command(batch_app)
 app.command(index_app)
+app.command(push_app)
+app.command(card_app)
 
 out_console = Console()
 
@@ -169,23 +172,28 @@ def fit(data: Path, id_model: Path, out: Path, *, preset: Preset = "small", conf
 
 @app.command
 def evaluate(data: Path, models: list[str], *, split: Literal["validation", "test"] = "test", k: int = 10,
-             ranks: Path | None = None, quiet: bool = False, json_file: JsonFile = None) -> None:
+             ranks: Path | None = None, record: bool = False, quiet: bool = False, json_file: JsonFile = None
+             ) -> None:
     """Rank all items for every user of a split, with each model, and print one table.
 
-    Example: laserrec evaluate runs/data runs/model runs/id_model popularity --json results.json
+    Examples:
+      laserrec evaluate runs/data runs/model runs/id_model popularity --json results.json
+      laserrec evaluate runs/data runs/model --record
 
     Parameters
     ----------
     data
         A data folder.
     models
-        Model folders, ID-model folders, or the name popularity.
+        Model folders, models on the hub (ORG/NAME), ID-model folders, or the name popularity.
     split
         validation or test. Choose settings on validation only.
     k
         Cut-off of Recall and NDCG.
     ranks
         Folder for a parquet file per model with each user's rank (for significance tests).
+    record
+        Keep each model folder's numbers in that folder, for its card.
     quiet
         No progress.
     """
@@ -193,6 +201,7 @@ def evaluate(data: Path, models: list[str], *, split: Literal["validation", "tes
     from laserrec.evaluate import evaluate as run
     from laserrec.evaluate import save_ranks
     from laserrec.progress import Progress
+    from laserrec.results import record_result
     from laserrec.scorers import load_scorer
 
     dataset, rows = Dataset.load(data), []
@@ -203,6 +212,8 @@ def evaluate(data: Path, models: list[str], *, split: Literal["validation", "tes
         rows.append(result.row())
         if ranks is not None:
             save_ranks(ranks / f"{Path(name).name}.parquet", dataset, split, result.ranks)
+        if record and (Path(name) / "model.json").is_file():
+            record_result(Path(name), result, dataset)
     print_results(rows, k, f"{split} split, all {dataset.n_items:,} items ranked, nothing filtered")
     _finish(rows, json_file)
 
@@ -216,11 +227,12 @@ def recommend(model: Path, *, history: str | None = None, histories: Path | None
     Examples:
       laserrec recommend runs/model --history B00TNNWMXI,B00IBZE2EQ
       laserrec recommend runs/model --histories users.csv --out recommendations.parquet
+      laserrec recommend my-shop/laser-tools --history SKU-17,SKU-4
 
     Parameters
     ----------
     model
-        A model folder.
+        A model folder, or ORG/NAME[@REVISION] on the Hugging Face Hub.
     history
         Item ids, oldest first, separated by commas.
     histories

@@ -26,7 +26,7 @@ def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen:
     Parameters
     ----------
     model
-        A model folder.
+        A model folder, or ORG/NAME[@REVISION] on the Hugging Face Hub.
     histories
         Parquet: user_id and items (a list), or user_id and item_id with a user's rows together, oldest first.
     out
@@ -47,6 +47,7 @@ def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen:
         Write the numbers to this file.
     """
     from laserrec import batch as work
+    from laserrec.hub import local_folder
     from laserrec.recommender import LaserRecommender
 
     if k < 1 or chunk < 1:
@@ -54,7 +55,8 @@ def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen:
     settings = work.BatchSettings(k, exclude_seen, chunk, unknown)
     share = _shard(shard)
     work.HistoryFile(histories)  # mistakes are told before the model is loaded
-    result = work.run(LaserRecommender.from_pretrained(model), model, histories, out, settings, share, not quiet)
+    folder = local_folder(model)
+    result = work.run(LaserRecommender.from_pretrained(folder), folder, histories, out, settings, share, not quiet)
     left = f", {result['parts_missing']} parts are left to other shards" if result["parts_missing"] else ""
     done = f"{result['users']:,} users, {result['skipped']:,} skipped, {result['parts']} parts in {out}"
     out_console.print(done + left, highlight=False)

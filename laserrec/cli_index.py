@@ -24,7 +24,7 @@ def build(model: Path, out: Path, *, kind: Literal["exact", "usearch", "qdrant"]
     Parameters
     ----------
     model
-        A model folder.
+        A model folder, or ORG/NAME[@REVISION] on the Hugging Face Hub.
     out
         The index's folder.
     kind

@@ -26,7 +26,7 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
     Parameters
     ----------
     model
-        A model folder.
+        A model folder, or ORG/NAME[@REVISION] on the Hugging Face Hub.
     host
         Address to listen on; the default can be reached from this machine alone.
     port
@@ -34,7 +34,7 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
     token_file
         File with the API token that callers must give; else the environment variable LASERREC_API_TOKEN, else none.
     state
-        Folder for items that callers add and remove; default: MODEL/served.
+        Folder for items that callers add and remove; default: MODEL/served, for a model of the hub served/ORG/NAME.
     max_batch
         Requests that go through the model together.
     max_wait_ms
@@ -58,6 +58,7 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
         raise UserError("serving needs the extra serve: pip install 'laserrec[serve]'") from None
     import torch
 
+    from laserrec.hub import is_repo, local_folder
     from laserrec.server.app import make_app
     from laserrec.server.service import Service
     from laserrec.server.settings import Limits
@@ -69,7 +70,10 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
         console.print(f"[yellow]warning:[/] {host} can be reached by others and no API token is set "
                       f"(--token-file or {_TOKEN}); anybody there can change the catalogue")
     limits = Limits(max_batch, max_wait_ms / 1000, max_queue, timeout, max_body, cache)
-    with Service.opened(model, state or model / "served", limits) as service:
+    if state is None:  # never inside the hub's cache, which people delete
+        state = Path("served") / model if is_repo(model) else model / "served"
+    name = model.as_posix() if is_repo(model) else model.name
+    with Service.opened(local_folder(model), state, limits, name) as service:
         console.print(f"{len(service.listing):,} items; ready on port {port} of {host}, page at /, API at /docs")
         uvicorn.run(make_app(service, token), host=host, port=port, log_level="warning", access_log=False,
                     timeout_graceful_shutdown=max(1, round(timeout)))

@@ -13,13 +13,15 @@ from laserrec.cli_output import print_recommendations, print_results
 from laserrec.config import Config, IdModelConfig, IdModelKind, ItemTable
 from laserrec.data.prepare import prepare_source
 from laserrec.data.sequences import Dataset
-from laserrec.evaluate import Scorer, evaluate
+from laserrec.evaluate import Result, Scorer, evaluate
 from laserrec.io import write_json
+from laserrec.model_folder import tell_card
 from laserrec.models.id_store import load_id_model
 from laserrec.presets import ID_MODELS
 from laserrec.pretrain import pretrain_id_model
 from laserrec.progress import Progress
 from laserrec.recommender import LaserRecommender
+from laserrec.results import record_result
 from laserrec.text_vectors import text_vectors
 
 _DATA = "amazon-scientific"
@@ -34,10 +36,11 @@ class _Table:
     show: bool
     rows: list[dict] = field(default_factory=list)
 
-    def add(self, name: str, score: Scorer, train_seconds: float) -> None:
+    def add(self, name: str, score: Scorer, train_seconds: float) -> Result:
         with Progress(f"evaluating {name}", self.dataset.n_users, self.show) as bar:
             result = evaluate(name, score, self.dataset, "test", self.k, progress=bar.advance)
         self.rows.append({**result.row(), "seconds": round(train_seconds + result.seconds, 1)})
+        return result
 
 
 def _id_settings(used: IdModelConfig) -> dict[str, IdModelConfig]:
@@ -77,7 +80,11 @@ def run(out: Path, config: Config, progress: bool = True) -> list[dict]:
     console.print(f"  {training['trained_parameters']:,} trained parameters, {training['seconds']:.0f} s")
 
     console.print("[bold]4 evaluate[/] on the test split")
-    rows = _evaluate(model, id_models, seconds, _Table(dataset, config.eval.k, progress))
+    table = _Table(dataset, config.eval.k, progress)
+    laser = table.add("Laser", model.score, training["seconds"] + seconds[used])
+    tell_card(out / "model", data_name=Path(_DATA).name)
+    record_result(out / "model", laser, dataset)
+    rows = _evaluate_others(model, id_models, seconds, table)
     write_json(out / "results.json", rows)
     print_results(rows, config.eval.k, f"{_DATA}, test split: {dataset.n_users:,} users, all {dataset.n_items:,} items "
                   "ranked, nothing filtered")
@@ -88,9 +95,7 @@ def run(out: Path, config: Config, progress: bool = True) -> list[dict]:
     return rows
 
 
-def _evaluate(model: LaserRecommender, id_models: dict, seconds: dict, table: _Table) -> list[dict]:
-    used = next(iter(id_models))
-    table.add("Laser", model.score, model.facts["training"]["seconds"] + seconds[used])
+def _evaluate_others(model: LaserRecommender, id_models: dict, seconds: dict, table: _Table) -> list[dict]:
     for name, id_model in id_models.items():
         table.add(name, id_model.score, seconds[name])
     table.add("popularity", Popularity(table.dataset).score, 0.0)

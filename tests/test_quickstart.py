@@ -41,6 +41,10 @@ def test_the_whole_way(source, llm_folder, tmp_path, capsys, monkeypatch):
     titles = pl.read_csv(source / "items.csv")["title"].to_list()
     assert sum(t in said for t in titles) >= 3
 
+    card = (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    assert "| data set | source |" in card
+    assert f"| test | {rows[0]['recall@10']:.4f} | {rows[0]['ndcg@10']:.4f} | {rows[0]['mrr']:.4f} | 30 |" in card
+
     again = quickstart.run(tmp_path / "run", config, progress=False)  # nothing is trained a second time
     measures = [[{k: v for k, v in r.items() if k != "seconds"} for r in table] for table in (rows, again)]
     assert measures[0] == measures[1]

@@ -244,25 +244,126 @@ def test_other_backbone_weights_are_refused(model, llm_folder, tmp_path):
     model.save_pretrained(tmp_path / "m")
     tiny.save_llm(tmp_path / "other", "llama", seed=3)
     config = settings(tmp_path / "other").backbone
-    with pytest.raises(UserError, match="the adapter means nothing to other weights"):
-        LaserRecommender.from_pretrained(tmp_path / "m", load_backbone(config))
+    for other in (load_backbone(config), tmp_path / "other", str(tmp_path / "other")):
+        with pytest.raises(UserError, match=r"means nothing to other weights\. Get the weights it was trained with"):
+            LaserRecommender.from_pretrained(tmp_path / "m", other)
+
+
+def test_a_branch_that_went_on_is_passed_over_for_the_commit_that_was_trained_with(model, llm_folder, tmp_path,
+                                                                                   monkeypatch):
+    import shutil
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    place, old, new = tmp_path / "cache" / "models--lab--llm", "a" * 40, "b" * 40
+    shutil.copytree(llm_folder(), place / "snapshots" / old)
+    tiny.save_llm(place / "snapshots" / new, "llama", seed=9)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(new)
+    model.save_pretrained(tmp_path / "m")
+    config = config_of(tmp_path / "m")
+    note = json.loads((tmp_path / "m" / "model.json").read_text())
+    edit(tmp_path / "m", config={**config, "backbone": {**config["backbone"], "name": "lab/llm"}},
+         backbone={**note["backbone"], "name": "lab/llm", "revision": old})
+    again = LaserRecommender.from_pretrained(tmp_path / "m")
+    assert again.recommend([["i1"]], k=3).equals(model.recommend([["i1"]], k=3))
+    edit(tmp_path / "m", backbone={**note["backbone"], "name": "lab/llm", "revision": None})
+    with pytest.raises(UserError, match="means nothing to other weights"):
+        LaserRecommender.from_pretrained(tmp_path / "m")
+
+
+def test_weights_that_changed_in_their_place_are_refused(model, llm_folder, llm, tmp_path):
+    """The folder's name is the same, its bytes are not."""
+    import shutil
+
+    place = shutil.copytree(llm_folder(), tmp_path / "llm")
+    model.save_pretrained(tmp_path / "m")
+    assert LaserRecommender.from_pretrained(tmp_path / "m", place).embeddings.equal(model.embeddings)
+    tiny.save_llm(place, "llama", seed=3)
+    with pytest.raises(UserError, match=r"was trained with backbone .* of sha256 .* here has"):
+        LaserRecommender.from_pretrained(tmp_path / "m", place)
 
 
 @pytest.mark.parametrize(("spoil", "message"), [
     (lambda f: (f / "model.json").unlink(), "is not a model folder; make one with laserrec fit"),
-    (lambda f: (f / "adapter.safetensors").write_bytes(b"xx"), "damaged or not a safetensors file"),
-    (lambda f: (f / "items.safetensors").unlink(), "no such file"),
-    (lambda f: (f / "items.parquet").unlink(), "no such file"),
-    (lambda f: (f / "items.parquet").write_bytes(b"xx"), "items.parquet is damaged"),
-    (lambda f: (f / "model.json").write_text("{"), "model.json.*damaged"),
-    (lambda f: edit(f, format=99), "format 99 is not 1"),
-    (lambda f: edit(f, config={"train": {"nonsense": 1}}), "train.nonsense"),
+    (lambda f: (f / "adapter.safetensors").write_bytes(b"xx"), r"adapter\.safetensors is cut short: it has 2 of"),
+    (lambda f: (f / "items.safetensors").unlink(), r"items\.safetensors is missing; copy or download the folder anew"),
+    (lambda f: (f / "items.parquet").unlink(), r"items\.parquet is missing"),
+    (lambda f: flip(f / "items.parquet"), r"items\.parquet has changed: its sha256 is"),
+    (lambda f: flip(f / "adapter.safetensors"), r"adapter\.safetensors has changed"),
+    (lambda f: flip(f / "id_model" / "model.safetensors"), r"id_model/model\.safetensors has changed"),
+    (lambda f: (f / "model.json").write_text("{"), r"model\.json.*damaged"),
+    (lambda f: (f / "model.json").write_text("[]"), r"model\.json is not a model's: its format is None"),
+    (lambda f: edit(f, format=99), r"has format 99 and laserrec [\d.]+ knows formats up to 2.*pip install --upgrade"),
+    (lambda f: edit(f, files={}), r"model\.json is damaged: it lacks files of adapter\.safetensors"),
+    (lambda f: edit(f, files={**manifest_of(f), "../evil": {"bytes": 1, "sha256": ""}}), r"names files .* '\.\./evil'"),
+    (lambda f: edit(f, config={"train": {"nonsense": 1}}), r"train\.nonsense"),
+    (lambda f: edit(f, config={**config_of(f), "mformer": {"prefix": "none"}}), "doesn't fit the settings"),
 ])
 def test_a_spoilt_folder_is_named(model, llm, tmp_path, spoil, message):
     model.save_pretrained(tmp_path / "m")
     spoil(tmp_path / "m")
     with pytest.raises(UserError, match=message):
         LaserRecommender.from_pretrained(tmp_path / "m", llm())
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda f: (f / "adapter.safetensors").write_bytes(b"xx"), "damaged or not a safetensors file"),
+    (lambda f: (f / "items.safetensors").unlink(), "no such file"),
+    (lambda f: (f / "items.parquet").unlink(), "no such file"),
+    (lambda f: (f / "items.parquet").write_bytes(b"xx"), r"items\.parquet is damaged"),
+])
+def test_a_spoilt_folder_of_the_first_format_is_named_too(model, llm, tmp_path, spoil, message):
+    as_format_1(model, tmp_path / "m")
+    spoil(tmp_path / "m")
+    with pytest.raises(UserError, match=message):
+        LaserRecommender.from_pretrained(tmp_path / "m", llm())
+
+
+def test_a_folder_of_the_first_format_is_loaded(model, llm, tmp_path):
+    """As written before there were checksums and cards."""
+    as_format_1(model, tmp_path / "m")
+    again = LaserRecommender.from_pretrained(tmp_path / "m", llm())
+    assert again.recommend([["i1", "i2"]], k=N).equals(model.recommend([["i1", "i2"]], k=N))
+    again.save_pretrained(tmp_path / "n")
+    assert json.loads((tmp_path / "n" / "model.json").read_text())["format"] == 2
+
+
+def as_format_1(model, folder):
+    model.save_pretrained(folder)
+    note = json.loads((folder / "model.json").read_text())
+    for name in ("laserrec", "n_items", "files"):
+        del note[name]
+    (folder / "model.json").write_text(json.dumps({**note, "format": 1}))
+    (folder / "README.md").unlink()
+
+
+def test_what_was_recorded_makes_no_other_model(model, tmp_path):
+    from laserrec.model_folder import model_identity, update_note
+
+    model.save_pretrained(tmp_path / "m")
+    before = model_identity(tmp_path / "m")
+    update_note(tmp_path / "m", results=[], card={"licence": "mit"})
+    assert model_identity(tmp_path / "m") == before
+    as_format_1(model, tmp_path / "old")
+    assert model_identity(tmp_path / "old") == before
+    edit(tmp_path / "m", removed=[3])
+    assert model_identity(tmp_path / "m") != before
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def manifest_of(folder):
+    return json.loads((folder / "model.json").read_text())["files"]
+
+
+def config_of(folder):
+    return json.loads((folder / "model.json").read_text())["config"]
 
 
 def edit(folder, **changes):

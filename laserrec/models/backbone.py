@@ -34,6 +34,7 @@ class Backbone:
     tokenizer: object
     name: str
     revision: str | None
+    """The commit, if the weights come from the hub."""
     sha256: str
     """Over the weight files."""
     config: BackboneConfig
@@ -138,7 +139,8 @@ def load_backbone(config: BackboneConfig) -> Backbone:
         raise UserError(f"backbone.layers is {config.layers}, but {config.name} has {model.config.num_hidden_layers}")
     embedding = model.get_input_embeddings().weight.detach()
     decoder = _decoder(model, config, dtype)
-    return Backbone(decoder, embedding, tokenizer, config.name, config.revision, _files_sha256(path), config)
+    folder, revision = _weights_folder(path, config.revision)
+    return Backbone(decoder, embedding, tokenizer, config.name, revision, _files_sha256(folder), config)
 
 
 def _quantization_options(config: BackboneConfig, dtype: torch.dtype) -> dict[str, object]:
@@ -169,17 +171,23 @@ def _decoder(model: nn.Module, config: BackboneConfig, dtype: torch.dtype) -> nn
     return NativeDecoder(model, dtype, config.layers, config.compiled, config.gradient_checkpointing)
 
 
-def _files_sha256(path: str) -> str:
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
+def _weights_folder(path: str, revision: str | None) -> tuple[Path | None, str | None]:
+    """Where the weights lie, and the commit they are of if they come from the hub: a branch's name says nothing of
+    tomorrow's weights."""
+    if Path(path).is_dir():
+        return Path(path), None
+    from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(path, "config.json")
-        if not isinstance(found, str):
-            return ""
-        folder = Path(found).parent
+    found = try_to_load_from_cache(path, "config.json", revision=revision)
+    if not isinstance(found, str):
+        return None, revision
+    folder = Path(found).parent
+    return folder, folder.name  # .../snapshots/COMMIT/config.json
+
+
+def _files_sha256(folder: Path | None) -> str:
     digest = hashlib.sha256()
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    files = [] if folder is None else sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
     for file in files:
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

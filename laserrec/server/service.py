@@ -57,13 +57,14 @@ class Service:
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, folder: Path, state_folder: Path, limits: Limits) -> Iterator[Service]:
+    def opened(cls, folder: Path, state_folder: Path, limits: Limits, name: str | None = None) -> Iterator[Service]:
         """Load the model and the changes that were made to its catalogue, and start the worker; at the end, finish what
-        is queued. Raises UserError for a folder that is no model, a damaged state or one in use."""
+        is queued. name: what callers are told, else the folder's. Raises UserError for a folder that is no model, a
+        damaged state or one in use."""
         state = State(state_folder, model_sha256(folder) if (folder / "model.json").is_file() else "")
         model = LaserRecommender.from_pretrained(folder)
         with state.held():
-            service = cls(model, state, limits, folder.name)
+            service = cls(model, state, limits, name or folder.name)
             service.worker.start()
             try:
                 yield service

@@ -106,6 +106,24 @@ def test_hashes_tell_weights_apart(llm_folder, llm, tmp_path):
     assert again.tensor_hash() != llm().tensor_hash()
 
 
+def test_weights_of_the_hub_are_told_by_their_commit(llm_folder, tmp_path, monkeypatch):
+    """As the hub's library keeps them: a branch is a file that names a commit, a commit is a folder."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    place, commits = tmp_path / "models--lab--llm", {"main": "a" * 40, "spring": "b" * 40}
+    shutil.copytree(llm_folder(), place / "snapshots" / commits["main"])
+    tiny.save_llm(place / "snapshots" / commits["spring"], "llama", seed=9)
+    (place / "refs").mkdir()
+    for branch, commit in commits.items():
+        (place / "refs" / branch).write_text(commit)
+    main = load_backbone(BackboneConfig(name="lab/llm", precision=Precision.FP32))
+    spring = load_backbone(BackboneConfig(name="lab/llm", revision="spring", precision=Precision.FP32))
+    own = load_backbone(BackboneConfig(name=str(llm_folder()), precision=Precision.FP32))
+    assert (main.revision, spring.revision, own.revision) == (commits["main"], commits["spring"], None)
+    assert main.sha256 == own.sha256 != spring.sha256
+
+
 def test_precision_auto_is_decided_once():
     first = resolve_precision(Precision.AUTO)
     assert first in (Precision.BF16, Precision.FP32)
