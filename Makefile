@@ -19,7 +19,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 lint: setup
-	$(BIN)/ruff check laserrec tests benchmarks
+	$(BIN)/ruff check laserrec tests benchmarks examples
 
 clean:
 	rm -rf $(VENV) runs

@@ -200,10 +200,14 @@ def evaluate(data: Path, models: list[str], *, split: Literal["validation", "tes
     from laserrec.data.sequences import Dataset
     from laserrec.evaluate import evaluate as run
     from laserrec.evaluate import save_ranks
+    from laserrec.hub import is_repo
     from laserrec.progress import Progress
     from laserrec.results import record_result
     from laserrec.scorers import load_scorer
 
+    if record and (far := [name for name in models if is_repo(name)]):
+        raise UserError(f"--record keeps numbers in a model's folder, and {far[0]} is none here; evaluate the folder "
+                        "and push it again")
     dataset, rows = Dataset.load(data), []
     for name in models:
         score = load_scorer(name, dataset)

@@ -134,7 +134,8 @@ class LaserRecommender:
                     data_name: str | None = None) -> str:
         """`save_pretrained` to ORG/NAME on the Hugging Face Hub, in one commit; returns its address. The repository is
         made if it isn't there (private: as what), the branch `revision` too. token: else that of `hf auth login` or
-        HF_TOKEN. Raises UserError for what the hub refuses and without a network."""
+        HF_TOKEN. Where the LLM is a local folder, its path is in model.json, and who loads the model brings the LLM.
+        Raises UserError for what the hub refuses and without a network."""
         with tempfile.TemporaryDirectory(prefix="laserrec-") as scratch:
             self.save_pretrained(scratch, licence, data_name)
             return push_folder(Path(scratch), repo_id, private, token, revision, commit_message)

