@@ -107,7 +107,7 @@ class _Pretraining:
         offset = self.model.seen_offset
         self.watch.add(loss=loss, grad_norm=norm)
         self.watch.step(step, examples, epoch=self.place.epoch + 1, lr=self.config.lr,
-                        seen_offset=None if offset is None else float(offset))
+                        seen_offset=None if offset is None else offset.item())
 
     def _validate(self) -> dict[str, Any]:
         self.model.eval()

@@ -183,7 +183,7 @@ class Fit:
             loss.backward()
             total += float(loss.detach())
             self.watch.add(contrast=contrast.detach() * (len(chunk) / len(examples)),
-                           balance=0.0 if balance is None else balance.detach())
+                           **({} if balance is None else {"balance": balance.detach()}))
         norm = torch.nn.utils.clip_grad_norm_(self._trained(), self.config.train.max_grad_norm)
         self.watch.add(grad_norm=norm)
         self.optimizer.step()
@@ -230,7 +230,7 @@ class Fit:
 
     def _settings_now(self) -> dict[str, float | None]:
         offset = self.laser.seen_offset
-        return {"lr": self.optimizer.param_groups[0]["lr"], "seen_offset": None if offset is None else float(offset)}
+        return {"lr": self.optimizer.param_groups[0]["lr"], "seen_offset": None if offset is None else offset.item()}
 
     def _set_rate(self, steps_per_epoch: int) -> None:
         train, place = self.config.train, self.place
