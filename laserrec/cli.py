@@ -17,6 +17,7 @@ from laserrec.cli_batch import batch_app
 from laserrec.cli_bench import bench_app
 from laserrec.cli_index import index_app
 from laserrec.cli_output import print_recommendations, print_results
+from laserrec.cli_report import report_app
 from laserrec.cli_reproduce import reproduce_app
 from laserrec.cli_serve import serve_app
 from laserrec.config import Config, load_config
@@ -34,6 +35,7 @@ app.command(reproduce_app)
 app.command(serve_app)
 app.command(batch_app)
 app.command(index_app)
+app.command(report_app)
 
 out_console = Console()
 

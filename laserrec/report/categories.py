@@ -41,12 +41,11 @@ def _department(path: tuple[str, ...], ends: Counter, going: Counter, branches: 
 
 
 def _common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The words that nearly all non-empty paths begin with, so long as most go on behind them."""
+    """The words that nearly all non-empty paths begin with, and go on behind."""
     some = [p for p in paths if p]
     common: tuple[str, ...] = ()
-    while some:
-        word, count = Counter(p[: len(common) + 1] for p in some if len(p) > len(common) + 1).most_common(1)[0] if any(
-            len(p) > len(common) + 1 for p in some) else ((), 0)
+    while going := Counter(p[: len(common) + 1] for p in some if len(p) > len(common) + 1):
+        word, count = going.most_common(1)[0]
         if count < _NEARLY_ALL * len(some):
             break
         common = word
