@@ -78,18 +78,18 @@ def bar_chart(title: str, names: Sequence[str], values: Sequence[float], labels:
     row, top, full = 30, 8, _WIDTH - 8
     height = top + row * len(names) + 4
     most = max([*values, even or 0.0]) or 1.0
-    parts = []
+    bars, words = [], []
     for i, (name, value, label) in enumerate(zip(names, values, labels, strict=True)):
         y = top + i * row
         short = name if len(name) <= 46 else name[:45] + "…"
-        parts += [tag("text", short, x=4, y=y + 10, class_="tick"),
-                  tag("text", label, x=4 + full, y=y + 10, class_="tick strong end"),
-                  tag("rect", x=4, y=y + 14, width=f"{full * value / most:.1f}", height=10, rx=2, class_="f1")]
+        bars.append(tag("rect", x=4, y=y + 15, width=f"{full * value / most:.1f}", height=10, rx=2, class_="f1"))
+        words += [tag("text", short, x=4, y=y + 9, class_="tick halo"),
+                  tag("text", label, x=4 + full, y=y + 9, class_="tick strong end halo")]
     if even is not None:
         x = 4 + full * even / most
-        parts.append(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=2, y2=height - 2, class_="mark"))
+        bars.append(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=2, y2=height - 2, class_="mark"))
     said = f"{title}, {unit}: " + ", ".join(f"{n} {v}" for n, v in zip(names, labels, strict=True))
-    return _figure(title, said, height, parts, [])
+    return _figure(title, said, height, bars + words, [])
 
 
 def scatter(title: str, said: str, x: np.ndarray, y: np.ndarray, group: np.ndarray, titles: Sequence[str]) -> Markup:
@@ -142,11 +142,14 @@ class _Frame:
         return join(parts)
 
     def mark(self, mark: Mark, place: int) -> Markup:
-        """A second mark's name stands lower, so that near ones don't cover each other."""
+        """Its name stands over the lines, or among them where the y axis' own name is; a second mark's stands lower, so
+        that near ones don't cover each other."""
         x = self.at(mark.x, self.ys[0])[0]
-        right = x > _WIDTH * 0.6
-        return join(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="mark"),
-                    tag("text", mark.label, x=f"{x + (-5 if right else 5):.1f}", y=_TOP + 12 + 14 * place,
+        over, right = x > _WIDTH * 0.5 and place == 0, x > _WIDTH * 0.6
+        left, top = x + (-5 if right else 5), 15 if over else _TOP + 12 + 14 * place
+        return join(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=6 if over else _TOP, y2=_HEIGHT - _BOTTOM,
+                        class_="mark"),
+                    tag("text", mark.label, x=f"{left:.1f}", y=top,
                         class_="tick strong halo" + (" end" if right else "")))
 
 

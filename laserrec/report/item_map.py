@@ -16,6 +16,8 @@ from laserrec.report.categories import groups
 
 MOST = 5000
 """Points on the page; of a larger catalogue a random part is drawn, so that the page stays small."""
+_TITLE = 120
+"""Characters of a title; longer ones are cut."""
 _COLOURS = 8
 OTHER, UNKNOWN = "other", "unknown"
 
@@ -53,7 +55,8 @@ def draw(embeddings: Float[Tensor, "n_items d_out"], titles: Sequence[str], cate
     kind = "category" if any(categories) else "brand"
     names = groups(categories) if kind == "category" else list(brands)
     group, found = _most_frequent([names[r] for r in rows])
-    return ItemMap(method, points[:, 0], points[:, 1], tuple(titles[r] for r in rows), group, found, kind, n)
+    cut = tuple(t if len(t) <= _TITLE else t[: _TITLE - 1] + "…" for t in (titles[r] for r in rows))
+    return ItemMap(method, points[:, 0], points[:, 1], cut, group, found, kind, n)
 
 
 def _most_frequent(names: Sequence[str | None]) -> tuple[np.ndarray, tuple[str, ...]]:

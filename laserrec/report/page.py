@@ -79,7 +79,7 @@ def _results(results: Results | None) -> Markup:
                       [r.metrics[ndcg] for r in results.rows], [f"{r.metrics[ndcg]:.4f}" for r in results.rows],
                       _metric(ndcg))
     table = _table("Results", ["model", *heads], rows)
-    return join(_note(text), tag("div", table, chart, class_="split"))
+    return join(_note(text), table, tag("div", chart, class_="split below"))
 
 
 def _value(row: Row, metric: str, best: dict[str, float]) -> Markup:
@@ -147,8 +147,8 @@ def _expert(expert: Expert, mean_history: float) -> Markup:
     users = [tag("li", tag("span", f"{user.user_id} ", tag("span", f"router {user.score:.2f}", class_="soft")),
                  tag("ul", [tag("li", title) for title in user.titles])) for user in expert.examples]
     return tag("article", title, tag("p", facts), _traits("Categories", "category", expert.categories),
-               _traits("Brands", "brand", expert.brands), tag("h4", "Users the router is surest of, with their last items"),
-               tag("ul", users, class_="users"))
+               _traits("Brands", "brand", expert.brands),
+               tag("h4", "Users the router is surest of, with their last items"), tag("ul", users, class_="users"))
 
 
 def _traits(kinds: str, kind: str, traits: Sequence[Trait]) -> Markup:
@@ -156,7 +156,7 @@ def _traits(kinds: str, kind: str, traits: Sequence[Trait]) -> Markup:
         return tag("p", f"{kinds}: none above the average.", class_="soft")
     rows = [tag("tr", tag("th", t.name, scope="row"), tag("td", f"{t.lift:.2f}×"), tag("td", f"{t.share:.1%}"),
                 tag("td", f"{t.average:.1%}")) for t in traits]
-    return _table(f"{kinds} typical of it", [kind, "lift", "its users", "all users"], rows)
+    return _table(f"{kinds} typical of it, share of users with one", [kind, "lift", "its", "all"], rows)
 
 
 # -- items ------------------------------------------------------------------------------------------------------------

@@ -68,10 +68,11 @@ def _sha256(data: Path) -> str | None:
 def _id_model(model: Path) -> Path | None:
     """The sibling that holds the very weights that the model carries."""
     own = model / "id_model" / "model.safetensors"
-    weights = own.read_bytes() if own.is_file() else None
     for folder in sorted(model.parent.iterdir()):
-        file = folder / "model.safetensors"
-        if (folder / "config.json").is_file() and file.is_file() and file.stat().st_size == own.stat().st_size \
-                and file.read_bytes() == weights:
+        if (folder / "config.json").is_file() and (folder / own.name).is_file() and _same(folder / own.name, own):
             return folder
     return None
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
