@@ -155,6 +155,8 @@ def test_a_model_without_router_and_items_added_later(run_folder, llm, llm_folde
     model.save_pretrained(tmp_path / "saved")
     report = collect(find(tmp_path / "saved", data=run_folder / "data"), "pca")
     assert report.experts is None and all(e.expert is None for e in report.examples)
+    suggested = [(s, e) for e in report.examples for s in e.top]
+    assert any(s.seen for s, _ in suggested) and all(s.title in e.history for s, e in suggested if s.seen)
     assert report.items.n_items == dataset.n_items and "A new drill" in report.items.titles
     assert report.fit.steps == [] and report.fit.epochs == [] and report.results is None
 
