@@ -17,6 +17,7 @@ from laserrec.cli_batch import batch_app
 from laserrec.cli_bench import bench_app
 from laserrec.cli_index import index_app
 from laserrec.cli_output import print_recommendations, print_results
+from laserrec.cli_report import report_app
 from laserrec.cli_reproduce import reproduce_app
 from laserrec.cli_serve import serve_app
 from laserrec.cli_share import card_app, push_app
@@ -37,6 +38,7 @@ app.command(batch_app)
 app.command(index_app)
 app.command(push_app)
 app.command(card_app)
+app.command(report_app)
 
 out_console = Console()
 

@@ -27,6 +27,7 @@ from laserrec.metrics import Metrics
 from laserrec.models.id_models import IdModel, make_id_model, pad_histories
 from laserrec.models.id_store import load_id_model, save_id_model
 from laserrec.progress import Progress
+from laserrec.watch import Watch
 
 _CHECKPOINT_SECONDS = 60.0
 
@@ -54,13 +55,16 @@ class _Pretraining:
         self.optimizer = torch.optim.AdamW([{"params": rest}, {"params": offset, "weight_decay": 0.0}], lr=config.lr,
                                            weight_decay=config.weight_decay)
         self.place, self.log, self.best = _Place(), [], copy.deepcopy(self.model.state_dict())
+        self.watch = Watch(folder)
         self._boundary: tuple[dict, dict] = ({}, {})
         tree = [dataset.fingerprint, config.model_dump(mode="json"), None if text is None else _sha256(text)]
         self.fingerprint = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
         self._started = self._saved = time.monotonic()
 
     def run(self) -> IdModel:
-        self._restore()
+        restored = self._restore()
+        steps_per_epoch = -(-len(self.sequences) // self.config.batch_size)
+        self.watch.start(self.place.epoch * steps_per_epoch if restored else None)
         try:
             while self.place.epoch < self.config.max_epochs and self.place.worse < self.config.patience:
                 self._epoch()
@@ -68,6 +72,8 @@ class _Pretraining:
             if self._boundary[0]:
                 self._save(self._boundary)  # an epoch takes seconds: the broken one is run again
             raise
+        finally:
+            self.watch.close()
         self.model.load_state_dict(self.best)
         return self.model
 
@@ -82,8 +88,10 @@ class _Pretraining:
                 loss = self.model.loss(pad_histories([self.sequences[i] for i in index], config.max_history))
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
                 self.optimizer.step()
                 total += float(loss.detach())
+                self._watch_step(place.epoch * len(plan) + done, len(index), loss.detach(), norm)
                 bar.advance(loss=total / done)
         place.epoch += 1
         entry: dict[str, Any] = {"epoch": place.epoch, "loss": total / len(plan)}
@@ -91,8 +99,15 @@ class _Pretraining:
             entry |= self._validate()
         self.log.append(entry)
         self._write_log()
+        self.watch.epoch(place.epoch * len(plan), entry)
         if time.monotonic() - self._saved > _CHECKPOINT_SECONDS:
             self._save(self._state())
+
+    def _watch_step(self, step: int, examples: int, loss: Tensor, norm: Tensor) -> None:
+        offset = self.model.seen_offset
+        self.watch.add(loss=loss, grad_norm=norm)
+        self.watch.step(step, examples, epoch=self.place.epoch + 1, lr=self.config.lr,
+                        seen_offset=None if offset is None else offset.item())
 
     def _validate(self) -> dict[str, Any]:
         self.model.eval()
@@ -124,12 +139,13 @@ class _Pretraining:
                          "fingerprint": self.fingerprint}
 
     def _save(self, state: tuple[dict, dict]) -> None:
+        self.watch.flush()
         checkpoint.save(self._file, *state)
         self._saved = time.monotonic()
 
-    def _restore(self) -> None:
+    def _restore(self) -> bool:
         if not self._file.exists():
-            return
+            return False
         tensors, facts = checkpoint.load(self._file)
         if facts["fingerprint"] != self.fingerprint:
             raise UserError(f"{self._file} belongs to a training with other settings or data; name another folder, or "
@@ -139,6 +155,7 @@ class _Pretraining:
         checkpoint.restore_optimizer(self.optimizer, checkpoint.part(tensors, "optimizer"))
         torch.set_rng_state(tensors["rng"])
         self.place, self.log = _Place(**facts["place"]), facts["log"]
+        return True
 
     def metrics(self) -> dict[str, Any]:
         best = next((e for e in self.log if e["epoch"] == self.place.best_epoch), {})

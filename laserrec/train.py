@@ -32,6 +32,7 @@ from laserrec.memory import rows_at_once
 from laserrec.metrics import Metrics
 from laserrec.progress import Progress
 from laserrec.seen import Seen
+from laserrec.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Place:
     """Validation NDCG of the best epoch so far."""
     seconds: float = 0.0
     """Time spent in earlier runs."""
+    steps: int = 0
+    """Steps done in both stages."""
 
 
 class Fit:
@@ -83,7 +86,7 @@ class Fit:
         self.best_items: Tensor = torch.empty(0)
         self.best_state: dict[str, Tensor] = {}
         self.validation = self._validation_cases()
-        self.fingerprint = fingerprint
+        self.fingerprint, self.watch = fingerprint, Watch(folder)
         self._started = self._saved = time.monotonic()
 
     # -- the whole way ------------------------------------------------------------------------------------------
@@ -91,7 +94,9 @@ class Fit:
     def run(self) -> list[dict[str, Any]]:
         """Both stages from wherever the folder's checkpoint stands. Ctrl-C saves a checkpoint and is raised again."""
         self._new_optimizer()
-        if not self._restore():
+        restored = self._restore()
+        self.watch.start(self.place.steps if restored else None)
+        if not restored:
             torch.manual_seed(self.config.train.seed)
             self._prepare_items()
         with DeferredInterrupt() as self._interrupt:
@@ -102,6 +107,8 @@ class Fit:
             except KeyboardInterrupt:
                 self._save()
                 raise
+            finally:
+                self.watch.close()
         self.laser.load_state_dict(self.best_state)
         return self.log
 
@@ -119,7 +126,7 @@ class Fit:
                 self.items = self.best_items
             else:
                 self._keep(self._validate())
-            self.place = Place(stage=2, best=self.place.best, seconds=self.place.seconds)
+            self.place = Place(stage=2, best=self.place.best, seconds=self.place.seconds, steps=self.place.steps)
             self._new_optimizer()
             self._save()
 
@@ -144,8 +151,9 @@ class Fit:
             for index in plan[place.step :]:
                 self._set_rate(len(plan))
                 loss = self._train_step([examples[i] for i in index])
-                place.step += 1
+                place.step, place.steps = place.step + 1, place.steps + 1
                 place.loss_sum += loss
+                self.watch.step(place.steps, len(index), stage=place.stage, epoch=place.epoch, **self._settings_now())
                 bar.advance(loss=place.loss_sum / place.step)
                 self._interrupt.check()
                 if time.monotonic() - self._saved > 60 * train.checkpoint_minutes:
@@ -174,7 +182,10 @@ class Fit:
             loss = total_loss(contrast * (len(chunk) / len(examples)), balance, self.config.train.balance_weight)
             loss.backward()
             total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(self._trained(), self.config.train.max_grad_norm)
+            self.watch.add(contrast=contrast.detach() * (len(chunk) / len(examples)),
+                           **({} if balance is None else {"balance": balance.detach()}))
+        norm = torch.nn.utils.clip_grad_norm_(self._trained(), self.config.train.max_grad_norm)
+        self.watch.add(grad_norm=norm)
         self.optimizer.step()
         return total
 
@@ -188,6 +199,7 @@ class Fit:
         """Item contrast and load balance, means over these examples. hide: Bool[batch], whose ID states are hidden."""
         train, histories = self.config.train, [e.history for e in examples]
         outputs, route = self.encoder.outputs(histories, hide_states=hide)
+        self.watch.routed(route)
         users = self.laser.head(outputs)
         targets = torch.tensor([e.target - 1 for e in examples])
         offset = self.laser.seen_offset
@@ -215,6 +227,10 @@ class Fit:
         self.optimizer = torch.optim.AdamW(
             [{"params": g, "weight_decay": d} for g, d in zip(groups, (train.weight_decay, 0.0), strict=True)],
             lr=train.lr)
+
+    def _settings_now(self) -> dict[str, float | None]:
+        offset = self.laser.seen_offset
+        return {"lr": self.optimizer.param_groups[0]["lr"], "seen_offset": None if offset is None else offset.item()}
 
     def _set_rate(self, steps_per_epoch: int) -> None:
         train, place = self.config.train, self.place
@@ -270,6 +286,7 @@ class Fit:
         entry = {"stage": self.place.stage, "epoch": epoch, "loss": loss, "text_tokens": tokens,
                  "seconds": round(self._elapsed(), 1), **{f"validation_{k}": v for k, v in metrics.as_dict().items()}}
         self.log.append(entry)
+        self.watch.epoch(self.place.steps, entry)
 
     def _elapsed(self) -> float:
         return self.place.seconds + time.monotonic() - self._started
@@ -295,6 +312,7 @@ class Fit:
         tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
         tensors |= {f"optimizer.{k}": v for k, v in checkpoint.optimizer_tensors(self.optimizer).items()}
         place = {**vars(self.place), "seconds": self._elapsed()}
+        self.watch.flush()
         checkpoint.save(self._file, tensors, {"place": place, "log": self.log, "fingerprint": self.fingerprint})
         self._saved = time.monotonic()
 

@@ -139,7 +139,8 @@ def test_from_a_data_folder_to_recommendations(run, settings, tmp_path):
 
 COMMANDS = ["prepare", "pretrain", "fit", "evaluate", "recommend", "quickstart", "backbone fetch", "backbone list",
             "backbone check", "bench train", "bench encode", "bench engine", "bench score", "bench serve",
-            "reproduce quality", "reproduce cold-start", "serve", "batch", "index build", "push", "card"]
+             "reproduce quality", "reproduce cold-start", "serve", "batch", "index build", "push", "card",
+             "report"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -96,7 +96,8 @@ def test_stop_and_resume_equals_uninterrupted(tmp_path, monkeypatch, kind, error
     assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "parts" / "log.jsonl").read_text()
     assert {**whole, "seconds": 0} == {**parts, "seconds": 0}
     assert sorted(f.name for f in (tmp_path / "parts").iterdir()) == [
-        "config.json", "log.jsonl", "metrics.json", "model.safetensors", "states.safetensors"]
+        "config.json", "log.jsonl", "metrics.json", "model.safetensors", "states.safetensors", "tensorboard",
+        "training.jsonl"]
 
 
 def test_the_best_epoch_on_validation_is_kept_and_patience_ends_it(tmp_path):

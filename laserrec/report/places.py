@@ -1,0 +1,78 @@
+"""Where the parts of a run lie: the model, its data, its ID model's training, a results file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from laserrec.errors import UserError
+from laserrec.io import read_json
+
+
+@dataclass(frozen=True)
+class Places:
+    """Folders and files that are there."""
+
+    model: Path
+    data: Path
+    id_model: Path | None
+    """The folder the ID model was trained in; None where it is not beside the model."""
+    results: Path | None
+
+
+def find(run: Path, data: Path | None = None, results: Path | None = None) -> Places:
+    """run: a model folder, or a folder with model/ in it (`laserrec quickstart`, `LaserRecommender.fit`).
+
+    What is not given is looked for beside the model, as quickstart and `reproduce quality` lay it out; a data folder
+    counts only if the model was trained on it. Raises UserError for a folder that is no run or is unfinished, and
+    where no data folder is found or the one given is another's.
+    """
+    model = _model_folder(run)
+    trained_on = read_json(model / "model.json", "fit again").get("data", {}).get("sha256")
+    around = (run, model.parent, model.parent.parent)
+    if data is None:
+        data = next((f / "data" for f in around if _sha256(f / "data") == trained_on is not None), None)
+    elif trained_on is not None and _sha256(data) != trained_on:
+        raise UserError(f"{data} is not the data folder that {model} was trained on"
+                        f" (sha256 {trained_on[:12]}); name that one: --data")
+    if data is None:
+        raise UserError(f"no data folder of {model} lies beside it; name it: --data DATA")
+    if results is None:
+        results = next((f for f in (model.parent / "results.json", model.parent.parent / "quality.json")
+                        if f.is_file()), None)
+    elif not results.is_file():
+        raise UserError(f"no such file: {results}; laserrec evaluate --json makes one")
+    return Places(model, data, _id_model(model), results)
+
+
+def _model_folder(run: Path) -> Path:
+    for folder in (run, run / "model"):
+        if (folder / "model.json").is_file():
+            return folder
+        if (folder / "checkpoint.safetensors").is_file() and not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is an unfinished training; run the same command again to finish it. Until then: "
+                            f"tensorboard --logdir {folder}")
+    if not run.is_dir():
+        raise UserError(f"no such folder: {run}")
+    raise UserError(f"{run} is no run: there is neither model.json nor model/model.json in it; make one with laserrec "
+                    "quickstart or laserrec fit")
+
+
+def _sha256(data: Path) -> str | None:
+    """A data folder's fingerprint; None if it is none."""
+    if not (data / "meta.json").is_file():
+        return None
+    return read_json(data / "meta.json", "prepare again").get("sha256")
+
+
+def _id_model(model: Path) -> Path | None:
+    """The sibling that holds the very weights that the model carries."""
+    own = model / "id_model" / "model.safetensors"
+    for folder in sorted(model.parent.iterdir()):
+        if (folder / "config.json").is_file() and (folder / own.name).is_file() and _same(folder / own.name, own):
+            return folder
+    return None
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
