@@ -20,7 +20,7 @@ IDS = ["SKU-17", "SKU-4", "SKU-9", *(f"SKU-{i}" for i in range(100, 107)), "B000
 TINY = {
     "data": {"min_user_interactions": 2, "min_item_interactions": 1},
     "id_model": {"d_id": 16, "blocks": 1, "max_history": 6, "max_epochs": 2, "batch_size": 32},
-    "prompt": {"max_items": 4, "max_item_tokens": 8},
+    "prompt": {"max_items": 3, "max_item_tokens": 8},
     "mformer": {"experts": 3, "queries": 2, "blocks": 2, "d_model": 16, "heads": 2},
     "train": {"batch_size": 32, "stage_one_epochs": 1, "stage_two_epochs": 1},
     "eval": {"batch_size": 32},
@@ -30,7 +30,7 @@ TINY = {
 def small_files(folder: Path) -> None:
     """orders.csv and goods.csv; the same with a shop's own columns; histories for the batch."""
     own = pl.col("item_id").replace({f"i{i}": name for i, name in enumerate(IDS, 1)})
-    orders, goods = (table.with_columns(own) for table in tiny.planted_tables(len(IDS), users=30))
+    orders, goods = (table.with_columns(own) for table in tiny.planted_tables(len(IDS), users=14))
     orders.write_csv(folder / "orders.csv")
     goods.write_csv(folder / "goods.csv")
     orders.rename({"user_id": "customer", "item_id": "sku"}).write_csv(folder / "sales.csv")
@@ -46,7 +46,7 @@ def small_files(folder: Path) -> None:
 def patch(llm_folder):
     """The presets in small: their own choices, sizes of a few neurons, a tiny LLM under every name."""
     with pytest.MonkeyPatch.context() as patch:
-        here = {"backbone": {"name": str(llm_folder()), "precision": "fp32", "layers": None}}
+        here = {"backbone": {"name": str(llm_folder()), "precision": "fp32", "layers": 1}}
         for name, tree in presets.PRESETS.items():
             whiten = {"head": {"whiten_dims": 8}} if tree.get("head", {}).get("whiten_dims") else {}
             patch.setitem(presets.PRESETS, name, merge(merge(merge(tree, TINY), here), whiten))
