@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cyclopts import App
 
 from laserrec import cli
 from laserrec.bench.serve import running
@@ -55,6 +56,15 @@ def starts_with(page: Path) -> list[str]:
     """Folders that a reader of the page has already."""
     mark = re.search(r"<!-- starts with: (.+) -->", page.read_text(encoding="utf-8"))
     return mark[1].split() if mark else []
+
+
+def leaves(command: App, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], App]:
+    """Every command that does something, by its words."""
+    names = [name for name in command if not name.startswith("-")]
+    found = {path: command} if command.default_command is not None and path else {}
+    for name in names:
+        found |= leaves(command[name], (*path, name))
+    return found
 
 
 class Reader:

@@ -12,13 +12,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from cyclopts import App
+from snippets import ROOT, leaves
 
 from laserrec.cli import app
 from laserrec.config import Config, load_config
 from laserrec.presets import PRESETS
 
-ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
@@ -59,15 +58,6 @@ class Page(HTMLParser):
         self.words.append(data)
         if self._row:
             self._row[-1] += data
-
-
-def leaves(command: App, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], App]:
-    """Every command that does something, by its words."""
-    names = [name for name in command if not name.startswith("-")]
-    found = {path: command} if command.default_command is not None and path else {}
-    for name in names:
-        found |= leaves(command[name], (*path, name))
-    return found
 
 
 @pytest.fixture(scope="module")

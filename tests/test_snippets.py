@@ -1,5 +1,6 @@
 """What the pages tell a reader to type is run: every console and python block, on small files and a tiny LLM."""
 
+import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,11 +8,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 import tiny
-from snippets import ROOT, RUN, SHOWN, Reader, blocks, starts_with
+from snippets import ROOT, RUN, SHOWN, Block, Reader, blocks, leaves, starts_with
 
 from laserrec import LaserRecommender, presets
 from laserrec.cli import app
-from laserrec.config import load_config, merge
+from laserrec.config import Config, load_config, merge
 from laserrec.data import sources
 from laserrec.models import backbone
 
@@ -95,6 +96,25 @@ def test_what_a_page_says_runs(page, reader, made):
             raise
 
 
+def test_a_wrong_snippet_is_noticed(reader):
+    for text in ("$ laserrec evaluate runs/nowhere popularity", "$ laserrec fit a b c --train.speed 3",
+                 "$ laserrec serv model", "$ rm -rf runs", "$ pip install 'laserrec[unheard-of]'", "$ make coffee"):
+        with pytest.raises((AssertionError, KeyError)):
+            reader.run(Block("console", text, 1, None))
+    with pytest.raises(ImportError):
+        reader.run(Block("python", "from laserrec import Maser", 1, None))
+
+
+def test_blocks_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- starts with: runs/a runs/b -->\n# T\n```console\n$ a --b \\\n  'c d'  # e\nout\n```\n\n"
+                    "<!-- shown only: no network -->\n```python\nimport x\n```\n```{include} y\n```\n```text\n```\n")
+    shell, python, text = blocks(page)
+    assert starts_with(page) == ["runs/a", "runs/b"]
+    assert shell.commands() == [["a", "--b", "c d"]] and shell.shown_only is None and shell.line == 3
+    assert python.shown_only == "no network" and text.language == "text" and text.text == ""
+
+
 def test_every_block_says_what_it_is():
     for page in PAGES:
         for block in blocks(page):
@@ -111,3 +131,19 @@ def test_commands_that_are_only_shown_parse():
             for words in block.commands() if block.language == "console" else ():
                 if words[0] == "laserrec":
                     app.parse_args(words[1:], print_error=False, exit_on_error=False)
+
+
+def test_flags_and_settings_named_in_the_text_are_there():
+    flags = {name for command in leaves(app).values() for argument in command.assemble_argument_collection()
+             for name in argument.names} | {"--help"}
+    settings = {f"{section}.{field}" for section, info in Config.model_fields.items()
+                for field in info.annotation.model_fields}
+    seen = set()
+    for page in (*PAGES, ROOT / "README.md"):
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for code in re.findall(r"`([^`\n]+)`", text):
+            named = {*re.findall(r"(?<!\S)--[a-z][\w.-]*", code)}
+            named |= {*re.findall(rf"^(?:{'|'.join(Config.model_fields)})\.[a-z_]+(?![\w.])", code)}
+            assert named <= flags | settings, f"{page.relative_to(ROOT)}: {named - flags - settings}"
+            seen |= named
+    assert {"--preset", "prompt.layout", "--mformer.prefix"} <= seen

@@ -176,14 +176,15 @@ def quality() -> str:
     """benchmarks/results/quality.json as a table: means over seeds, ± the standard deviation of several."""
     result = _results("quality")
     k = result["config"]["eval"]["k"]
-    metrics = (f"recall@{k}", f"ndcg@{k}", "mrr")
-    rows = [["model", f"Recall@{k}", f"NDCG@{k}", "MRR", "seeds", f"NDCG@{k} over the best of IDs alone (95%)"]]
+    rows = [["model", f"Recall@{k}", f"NDCG@{k}", "MRR", "seeds", f"gain in NDCG@{k}"]]
     rows.append(["---"] * len(rows[0]))
     for row in sorted(result["summary"], key=lambda r: -r[f"ndcg@{k}"]):
-        spread = row["seeds"] > 1
-        cells = [_figure(row[m]) + (f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{_figure(row[m + '_sd'])}" if spread else "") for m in metrics]
-        itself = row["model"] == row["against"]
+        cells = [_figure(row[m]) for m in (f"recall@{k}", f"ndcg@{k}", "mrr")]
+        if row["seeds"] > 1:
+            spreads = (_figure(row[f"{m}_sd"]) for m in (f"recall@{k}", f"ndcg@{k}", "mrr"))
+            cells = [f"{mean}\xa0±\xa0{spread}" for mean, spread in zip(cells, spreads, strict=True)]
         gain, low, high = (_figure(row[name], "+") for name in (f"ndcg@{k}_difference", "low", "high"))
+        itself = row["model"] == row["against"]
         rows.append([row["model"], *cells, str(row["seeds"]), "" if itself else f"{gain} ({low} to {high})"])
     return _table(rows)
 
