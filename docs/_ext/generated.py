@@ -176,7 +176,7 @@ def quality() -> str:
     """benchmarks/results/quality.json as a table: means over seeds, ± the standard deviation of several."""
     result = _results("quality")
     k = result["config"]["eval"]["k"]
-    rows = [["model", f"Recall@{k}", f"NDCG@{k}", "MRR", "seeds", f"gain in NDCG@{k}"]]
+    rows = [["model", f"Recall@{k}", f"NDCG@{k}", "MRR", "seeds", "gain", "95%"]]
     rows.append(["---"] * len(rows[0]))
     for row in sorted(result["summary"], key=lambda r: -r[f"ndcg@{k}"]):
         cells = [_figure(row[m]) for m in (f"recall@{k}", f"ndcg@{k}", "mrr")]
@@ -184,8 +184,8 @@ def quality() -> str:
             spreads = (_figure(row[f"{m}_sd"]) for m in (f"recall@{k}", f"ndcg@{k}", "mrr"))
             cells = [f"{mean}\xa0±\xa0{spread}" for mean, spread in zip(cells, spreads, strict=True)]
         gain, low, high = (_figure(row[name], "+") for name in (f"ndcg@{k}_difference", "low", "high"))
-        itself = row["model"] == row["against"]
-        rows.append([row["model"], *cells, str(row["seeds"]), "" if itself else f"{gain} ({low} to {high})"])
+        against = ["", ""] if row["model"] == row["against"] else [gain, f"{low}\xa0to\xa0{high}"]
+        rows.append([row["model"], *cells, str(row["seeds"]), *against])
     return _table(rows)
 
 
