@@ -90,6 +90,7 @@ class Reader:
 
     def _laserrec(self, words: list[str]) -> None:
         if words[1] == "serve":
+            self._patch.setenv("PYTHONPATH", str(ROOT))  # its process starts elsewhere, and must run this source
             self.port = self._stack.enter_context(running(Path(words[2]), "--threads", "1", *words[3:]))
             return
         self._patch.setattr(sys, "argv", words)
