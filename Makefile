@@ -26,4 +26,4 @@ docs: setup
 	@echo 'docs/_build/html/index.html'
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs docs/_build
