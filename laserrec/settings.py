@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from enum import Enum
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -18,6 +19,9 @@ def _partial(model: type[BaseModel]) -> type[BaseModel]:
             part = _partial(annotation)
             fields[name] = (part, Field(default=part()))
         else:
+            if isinstance(annotation, type) and issubclass(annotation, Enum):
+                # Of an enum, --help would show the members' names in the command line's spelling, which are no values.
+                annotation = Literal[tuple(member.value for member in annotation)]
             fields[name] = (annotation | None, Field(default=None, description=info.description))
     return create_model(f"{model.__name__}Flags", __config__=ConfigDict(frozen=True, extra="forbid"), **fields)
 

@@ -3,13 +3,14 @@
 import json
 import re
 import sys
+from enum import Enum
 
 import polars as pl
 import pytest
 import tiny
 
 from laserrec import cli
-from laserrec.config import load_config
+from laserrec.config import Config, load_config
 from laserrec.data.prepare import prepare_source
 
 N = 10
@@ -147,6 +148,20 @@ COMMANDS = ["prepare", "pretrain", "fit", "evaluate", "recommend", "quickstart",
 def test_help_has_an_example(run, command):
     code, out, _ = run(*command.split(), "--help")
     assert code == 0 and f"laserrec {command}" in out and re.search(rf"Examples?: (.*)?laserrec {command}", out)
+
+
+def test_choices_in_the_help_are_values(run):
+    """cyclopts would spell an enum's members its own way, bert4-rec and text-first, which no setting takes."""
+    shown = {}
+    for argument in cli.app["fit"].assemble_argument_collection():
+        shown |= {argument.name.removeprefix("--"): argument.get_choices()}
+    for section, info in Config.model_fields.items():
+        for field, setting in info.annotation.model_fields.items():
+            if isinstance(setting.annotation, type) and issubclass(setting.annotation, Enum):
+                choices = shown[f"{section}.{field}".replace("_", "-")]
+                assert [*choices] == [member.value for member in setting.annotation]
+    _, out, _ = run("fit", "--help")
+    assert "bert4rec]" in out and "bert4-rec" not in out
 
 
 def test_every_command_is_tested(run):

@@ -2,12 +2,13 @@
 
 import re
 import shlex
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import polars as pl
 import pytest
 import tiny
+from snippets import Reader
 
 from laserrec import cli, recommender
 
@@ -18,6 +19,14 @@ IDS = ["SKU-17", "SKU-4", "SKU-9", *(f"SKU-{i}" for i in range(100, 107))]
 def block(language: str, heading: str) -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8").split(f"## {heading}")[1]
     return re.search(rf"```{language}\n(.*?)```", text, re.DOTALL).group(1)
+
+
+def run(commands: str, monkeypatch) -> None:
+    """A block without a language: a command a line."""
+    with ExitStack() as stack:
+        reader = Reader(stack, monkeypatch)
+        for line in commands.splitlines():
+            reader.command(shlex.split(line, comments=True))
 
 
 @pytest.fixture
@@ -45,20 +54,24 @@ def test_own_data_in_ten_lines(shop, monkeypatch):
     orders.rename({"user_id": "customer", "item_id": "sku"}).write_csv("orders.csv")
     goods.rename({"item_id": "sku", "title": "name"}).write_csv("goods.csv")
     orders.select("user_id", "item_id").write_csv("users.csv")
-    lines = [shlex.split(line) for line in block("", "Your own data in ten lines").splitlines()]
-    commands = [line for line in lines if line[0] == "laserrec"]
-    assert len(commands) >= 6
-    for command in commands:
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-            sys.exit(0)
-        assert not stop.value.code, command
+    run(block("", "Your own data in ten lines"), monkeypatch)
     assert pl.read_parquet("recommendations.parquet")["user_id"].n_unique() == 30
     assert Path("results.json").is_file()
 
 
+def test_in_production(shop, monkeypatch):
+    orders, goods = shop
+    recommender.LaserRecommender.fit(orders, goods, recommender.load_config(), "runs", progress=False)
+    orders.group_by("user_id").agg(pl.col("item_id").alias("items")).write_parquet("histories.parquet")
+    run(block("", "In production"), monkeypatch)
+    assert pl.read_parquet("recommendations/part-*.parquet")["user_id"].n_unique() == 30
+
+
+def test_what_to_make_is_in_the_makefile(monkeypatch):
+    run(re.search(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1], monkeypatch)
+
+
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -1,0 +1,233 @@
+"""What is made from the code and from benchmarks/results: commands, settings, tables. A page has a mark for each."""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from docstrings import escape
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from sphinx.application import Sphinx
+
+from laserrec.cli import app as command_line
+from laserrec.config import Config
+from laserrec.presets import PRESETS
+
+_DOCS = Path(__file__).parents[1]
+_RESULTS = _DOCS.parent / "benchmarks" / "results"
+
+# -- the command line ---------------------------------------------------------------------------------------------
+
+_SETTINGS_ARE_FLAGS = ("* Every setting of the [configuration](configuration.md) as a flag, `--SECTION.NAME VALUE`, "
+                       "such as `--train.lr 1e-3`.")
+
+
+def commands() -> str:
+    """Markdown of all commands, as cyclopts writes it. The settings, which many commands take as flags, are left to
+    their own page."""
+    text = command_line.generate_docs(output_format="markdown")
+    text = re.sub(r"^(laserrec\b[^\[\n]*?) -m \S+", r"\1", text, flags=re.MULTILINE)  # `python -m sphinx` gets in
+    return _with_examples(_without_settings(text[text.index("**Commands**") :]))
+
+
+def _without_settings(text: str) -> str:
+    """A parameter is a bullet; its further lines are indented."""
+    settings = "|".join(name.replace("_", "-") for name in Config.model_fields)
+    bullet = rf"^\* `--(?:{settings})\..*\n(?:    .*\n)*"
+    return re.sub(rf"(?:{bullet})+", _SETTINGS_ARE_FLAGS + "\n", text, flags=re.MULTILINE)
+
+
+def _with_examples(text: str) -> str:
+    """'Example: COMMAND' and 'Examples:' with indented lines become console blocks."""
+
+    def block(match: re.Match) -> str:
+        lines = [line.strip() for line in match[1].splitlines() if line.strip()]
+        return "```console\n" + "".join(f"$ {line}\n" for line in lines) + "```\n"
+
+    return re.sub(r"^Examples?:(.*\n(?: +.*\n)*)", block, text, flags=re.MULTILINE)
+
+
+# -- the settings ---------------------------------------------------------------------------------------------------
+
+
+def settings() -> str:
+    """Markdown of every setting: per section a table of the presets' values and what each setting means."""
+    return "\n".join(_section(name, info.annotation) for name, info in Config.model_fields.items())
+
+
+def _section(name: str, section: type[BaseModel]) -> str:
+    columns = _preset_columns()
+    head = ["setting", "default", *(", ".join(names) for names in columns)]
+    rows = [head, ["---"] * len(head)]
+    meanings = []
+    for field, info in section.model_fields.items():
+        full = f"{name}.{field}"
+        own = [PRESETS[names[0]].get(name, {}).get(field, info.default) for names in columns]
+        cells = [_value(info.default), *(_value(v) if v == info.default else f"**{_value(v)}**" for v in own)]
+        rows.append([f"[`{full}`](#{_anchor(full)})", *cells])
+        meanings.append(f"[`{full}`]{{#{_anchor(full)}}}\n: {_text(info.description)}\n\n"
+                        f"  {_kind(info)}; `{_flag(full, info)}`\n")
+    return f"(section-{name})=\n## {name}\n\n{_text(section.__doc__)}\n\n{_table(rows)}\n" + "\n".join(meanings)
+
+
+def _preset_columns() -> list[list[str]]:
+    """Presets of equal values share a column."""
+    columns: list[list[str]] = []
+    for name, tree in PRESETS.items():
+        same = next((names for names in columns if PRESETS[names[0]] == tree), None)
+        columns.append([name]) if same is None else same.append(name)
+    return columns
+
+
+def _anchor(full: str) -> str:
+    return "setting-" + full.replace(".", "-").replace("_", "-")
+
+
+def _text(text: str | None) -> str:
+    """One line, with nothing that Markdown would take for markup but `code`."""
+    if not text:
+        raise ValueError("a setting or section has no description")
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    return "".join(p if p.startswith("`") else re.sub(r"([\\*_<>\[\]{}$|])", r"\\\1", p) for p in parts)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(_value, value))
+    if isinstance(value, bool) or value is None:
+        return f"`{str(value).lower()}`"
+    if isinstance(value, float) and 0 < abs(value) < 1e-2:
+        return f"`{value:.0e}`".replace("e-0", "e-") if float(f"{value:.0e}") == value else f"`{value}`"
+    return f"`{value}`"
+
+
+_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "none"}
+
+
+def _kind(info: FieldInfo) -> str:
+    """Type and bounds in words."""
+    bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    limits = [f"{words} {getattr(m, key):g}" for m in info.metadata for key, words in bounds.items() if hasattr(m, key)]
+    return ", ".join([_type(info.annotation), *limits])
+
+
+def _type(annotation: Any) -> str:
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return "one of " + ", ".join(f"`{member.value}`" for member in annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(_type(part) for part in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        return f"list of {_type(typing.get_args(annotation)[0])} (repeat the flag)"
+    return _NAMES[annotation]
+
+
+def _flag(full: str, info: FieldInfo) -> str:
+    section, name = full.replace("_", "-").split(".")
+    if info.annotation is bool:
+        return f"--{section}.{name}` or `--{section}.no-{name}"
+    return f"--{section}.{name}"
+
+
+def sections() -> str:
+    """The config's classes for the Python reference; their fields are described by `settings`."""
+    lines = ["```{eval-rst}", ".. py:class:: laserrec.config.Config", "", f"   {Config.__doc__} Frozen.", ""]
+    for name, info in Config.model_fields.items():
+        kind = info.annotation.__name__
+        lines += [f"   .. py:attribute:: {name}", f"      :type: {kind}", ""]
+    for name, info in Config.model_fields.items():
+        lines += [f".. py:class:: laserrec.config.{info.annotation.__name__}", "",
+                  f"   {escape(' '.join(info.annotation.__doc__.split()))} Fields: :ref:`section-{name}`.", ""]
+    return "\n".join([*lines, "```"])
+
+
+# -- the pages in order ---------------------------------------------------------------------------------------------
+
+_GUIDES = ("concepts", "data", "python", "serving", "scaling", "reproducing", "method")
+
+
+def guides() -> str:
+    """A table of contents of the pages that are there: those named above in their order, then all others."""
+    there = {file.stem for file in _DOCS.glob("*.md")} - {"index"}
+    pages = [page for page in _GUIDES if page in there] + sorted(there - {*_GUIDES})
+    return "\n".join(["```{toctree}", ":caption: Guide", ":maxdepth: 1", "", *pages, "```"])
+
+
+# -- measured figures ---------------------------------------------------------------------------------------------
+
+
+def _results(name: str) -> dict[str, Any]:
+    return json.loads((_RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _figure(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4f}".replace("0.", ".", 1)
+
+
+def quality() -> str:
+    """benchmarks/results/quality.json as a table: means over seeds, ± the standard deviation of several."""
+    result = _results("quality")
+    k = result["config"]["eval"]["k"]
+    rows = [["model", f"Recall@{k}", f"NDCG@{k}", "MRR", "seeds", "gain", "95%"]]
+    rows.append(["---"] * len(rows[0]))
+    for row in sorted(result["summary"], key=lambda r: -r[f"ndcg@{k}"]):
+        cells = [_figure(row[m]) for m in (f"recall@{k}", f"ndcg@{k}", "mrr")]
+        if row["seeds"] > 1:
+            spreads = (_figure(row[f"{m}_sd"]) for m in (f"recall@{k}", f"ndcg@{k}", "mrr"))
+            cells = [f"{mean}\xa0±\xa0{spread}" for mean, spread in zip(cells, spreads, strict=True)]
+        gain, low, high = (_figure(row[name], "+") for name in (f"ndcg@{k}_difference", "low", "high"))
+        against = ["", ""] if row["model"] == row["against"] else [gain, f"{low}\xa0to\xa0{high}"]
+        rows.append([row["model"], *cells, str(row["seeds"]), *against])
+    return _table(rows)
+
+
+def cold_start() -> str:
+    """benchmarks/results/cold_start.json, whole histories: means over seeds."""
+    result = _results("cold_start")
+    k = result["config"]["eval"]["k"]
+    whole = [row for row in result["rows"] if row["history"] == "all"]
+    rows = [["target", "model", f"Recall@{k}", f"NDCG@{k}", "MRR", "cases", "seeds"]]
+    rows.append(["---"] * len(rows[0]))
+    for target in ("new", "known"):
+        for model in dict.fromkeys(row["model"] for row in whole):
+            own = [row for row in whole if (row["target"], row["model"]) == (target, model)]
+            means = [_figure(sum(row[m] for row in own) / len(own)) for m in (f"recall@{k}", f"ndcg@{k}", "mrr")]
+            rows.append([target, model, *means, f"{sum(row['users'] for row in own):,}", str(len(own))])
+    return _table(rows)
+
+
+def _table(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+# -- into the pages -----------------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[], str]] = {"commands": commands, "settings": settings,
+                                       "sections": sections, "guides": guides,
+                                       "quality": quality, "cold-start": cold_start}
+"""NAME -> what replaces a page's line `<!-- generated: NAME -->`."""
+_MARK = re.compile(r"^<!-- generated: (.+) -->$", re.MULTILINE)
+
+
+def _fill(app: Sphinx, page: str, content: list[str]) -> None:
+    content[0] = _MARK.sub(lambda mark: PARTS[mark[1]](), content[0])
+
+
+def _generated(app: Sphinx, env: Any, added: set, changed: set, removed: set) -> list[str]:
+    """These pages are read anew at every build: their source doesn't tell when the code changed."""
+    return [page for page in env.found_docs if _MARK.search(Path(env.doc2path(page)).read_text(encoding="utf-8"))]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Sphinx calls this."""
+    app.connect("source-read", _fill)
+    app.connect("env-get-outdated", _generated)
+    return {"parallel_read_safe": True}
