@@ -129,7 +129,7 @@ def test_another_input_model_or_setting_is_refused(model, folder, tmp_path):
 def test_bad_files_are_named(frame, message, tmp_path):
     pl.DataFrame(frame).write_parquet(tmp_path / "h.parquet")
     with pytest.raises(UserError, match=message):
-        HistoryFile(tmp_path / "h.parquet")
+        _ = HistoryFile(tmp_path / "h.parquet").n_users
 
 
 def test_no_file_and_no_parquet(tmp_path):
