@@ -157,12 +157,13 @@ def plan(model_folder: Path, histories: Path, out: Path, settings: BatchSettings
 
 def run(model: LaserRecommender, model_folder: Path, histories: Path, out: Path, settings: BatchSettings,
         shard: tuple[int, int] = (1, 1), progress: bool = True) -> dict[str, Any]:
-    """Recommend for every user of the file, in this process. shard: (i, n) does the i-th of n shares of the parts, so
-    that n machines fill one folder. Returns {"users", "skipped", "parts", "parts_missing"} of the whole folder.
+    """Recommend for every user of the file, in this process, through the model's index if it has one. shard: (i, n)
+    does the i-th of n shares of the parts, so that n machines fill one folder. Returns {"users", "skipped", "parts",
+    "parts_missing"} of the whole folder.
 
     Raises UserError for bad input, and for a folder that another input, model or other settings began.
     """
-    work = plan(model_folder, histories, out, settings, shard)
+    work = plan(model_folder, histories, out, settings, shard, None if model.index is None else model.index.kind)
     with DeferredInterrupt() as interrupt, bar_of(work, settings.chunk, progress) as bar:
         for part in work.todo:
             write_part(model, work.source, out, part, settings)

@@ -32,6 +32,7 @@ from laserrec.batch import (
     write_part,
 )
 from laserrec.errors import UserError
+from laserrec.index import index_kind
 from laserrec.interrupt import DeferredInterrupt
 from laserrec.io import read_json
 from laserrec.recommender import LaserRecommender
@@ -58,6 +59,7 @@ class _Job:
     model: Path
     histories: Path
     out: Path
+    index: Path | None
     settings: BatchSettings
     manifest: dict[str, Any]
     threads: int
@@ -67,16 +69,17 @@ class _Job:
 
 
 def run(model_folder: Path, histories: Path, out: Path, settings: BatchSettings, cluster: Cluster,
-        shard: tuple[int, int] = (1, 1), progress: bool = True) -> dict[str, Any]:
+        shard: tuple[int, int] = (1, 1), progress: bool = True, index: Path | None = None) -> dict[str, Any]:
     """As `laserrec.batch.run`, by the workers of a Ray cluster, with the same files as its result; each engine goes on
     where the other was stopped. An initialised Ray is used as it is. Raises UserError also for a Ray that can't be
     reached, a machine that doesn't share the files, and workers that die."""
     model_folder, histories, out = (path.absolute() for path in (model_folder, histories, out))
-    work = plan(model_folder, histories, out, settings, shard)
+    index = None if index is None else index.absolute()
+    work = plan(model_folder, histories, out, settings, shard, None if index is None else index_kind(index))
     if work.todo:
         with _silent_core(), _connected(cluster) as ray, _told(ray):
             cpus, workers = _share(ray, cluster.workers, len(work.todo))
-            job = _Job(model_folder, histories, out, settings, work.manifest, cpus, parts_in(out))
+            job = _Job(model_folder, histories, out, index, settings, work.manifest, cpus, parts_in(out))
             with (DeferredInterrupt() as interrupt, bar_of(work, settings.chunk, progress) as bar,
                   contextlib.closing(_results(ray, work, job, workers, cpus)) as results):
                 for error in results:
@@ -138,7 +141,9 @@ def _opened(job: _Job, again: bool = False) -> tuple[LaserRecommender, HistoryFi
     if model_sha256(job.model) != job.manifest["model"]:
         raise UserError(f"{host} has another model in {job.model}; {advice}")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or job.threads))
-    return LaserRecommender.from_pretrained(job.model), source
+    model = LaserRecommender.from_pretrained(job.model)
+    model.use_index(job.index)
+    return model, source
 
 
 # -- Ray itself -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ out_console = Console()
 @batch_app.default
 def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen: bool = False, chunk: int = 4096,
           unknown: Literal["skip", "error"] = "skip", shard: str = "1/1", engine: Literal["local", "ray"] = "local",
-          workers: int | None = None, address: str | None = None, quiet: bool = False,
+          workers: int | None = None, address: str | None = None, index: Path | None = None, quiet: bool = False,
           json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
     """Recommend for every user of a Parquet file, in bounded memory. Run again to resume.
 
@@ -27,8 +27,8 @@ def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen:
       laserrec batch /mnt/model /mnt/histories.parquet /mnt/recommendations --engine ray --address auto --workers 8
 
     --engine ray does the same parts with several workers, on this machine or on the cluster at --address. All of its
-    machines must see MODEL, HISTORIES and OUT under the same paths, on a file system that they share. Engines and
-    shards may be mixed: each goes on with the parts that are missing when it starts.
+    machines must see MODEL, HISTORIES, OUT and the index under the same paths, on a file system that they share.
+    Engines and shards may be mixed: each goes on with the parts that are missing when it starts.
 
     Parameters
     ----------
@@ -55,6 +55,8 @@ def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen:
     address
         A running Ray cluster that this machine is part of: auto or host:port. Default: one is started here for
         the run.
+    index
+        Folder that laserrec index build made of MODEL; else users are compared with all items.
     quiet
         No progress.
     json_file
@@ -74,11 +76,13 @@ def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen:
         from laserrec import batch_ray
 
         cluster = batch_ray.Cluster(address, workers)
-        result = batch_ray.run(model, histories, out, settings, cluster, share, not quiet)
+        result = batch_ray.run(model, histories, out, settings, cluster, share, not quiet, index)
     else:
         from laserrec.recommender import LaserRecommender
 
-        result = work.run(LaserRecommender.from_pretrained(model), model, histories, out, settings, share, not quiet)
+        loaded = LaserRecommender.from_pretrained(model)
+        loaded.use_index(index)
+        result = work.run(loaded, model, histories, out, settings, share, not quiet)
     left = f", {result['parts_missing']} parts are left to other shards" if result["parts_missing"] else ""
     done = f"{result['users']:,} users, {result['skipped']:,} skipped, {result['parts']} parts in {out}"
     out_console.print(done + left, highlight=False)

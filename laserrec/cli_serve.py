@@ -17,8 +17,9 @@ _TOKEN = "LASERREC_API_TOKEN"
 
 @serve_app.default
 def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file: Path | None = None,
-          state: Path | None = None, max_batch: int = 32, max_wait_ms: float = 2.0, max_queue: int = 256,
-          timeout: float = 10.0, max_body: int = 1_048_576, cache: int = 4096, threads: int | None = None) -> None:
+          state: Path | None = None, index: Path | None = None, max_batch: int = 32, max_wait_ms: float = 2.0,
+          max_queue: int = 256, timeout: float = 10.0, max_body: int = 1_048_576, cache: int = 4096,
+          threads: int | None = None) -> None:
     """Serve a model over HTTP: recommendations, similar items, adding and removing items, a page to try it.
 
     Example: laserrec serve runs/quickstart/model --port 8000
@@ -35,6 +36,8 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
         File with the API token that callers must give; else the environment variable LASERREC_API_TOKEN, else none.
     state
         Folder for items that callers add and remove; default: MODEL/served.
+    index
+        Folder that laserrec index build made of MODEL; else requests are compared with all items. It is only read.
     max_batch
         Requests that go through the model together.
     max_wait_ms
@@ -69,7 +72,7 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
         console.print(f"[yellow]warning:[/] {host} can be reached by others and no API token is set "
                       f"(--token-file or {_TOKEN}); anybody there can change the catalogue")
     limits = Limits(max_batch, max_wait_ms / 1000, max_queue, timeout, max_body, cache)
-    with Service.opened(model, state or model / "served", limits) as service:
+    with Service.opened(model, state or model / "served", limits, index) as service:
         console.print(f"{len(service.listing):,} items; ready on port {port} of {host}, page at /, API at /docs")
         uvicorn.run(make_app(service, token), host=host, port=port, log_level="warning", access_log=False,
                     timeout_graceful_shutdown=max(1, round(timeout)))

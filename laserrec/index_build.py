@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from laserrec.errors import UserError
 from laserrec.index import ExactIndex, Index, IndexKind, make_index, recall_against_exact
+from laserrec.indexed import live_items, note_catalogue
 from laserrec.recommender import LaserRecommender
 
 _HISTORY = 5
@@ -20,7 +21,7 @@ _HISTORY = 5
 def user_queries(model: LaserRecommender, count: int, seed: int = 0) -> Float[np.ndarray, "count d_out"]:
     """Unit-length embeddings of random histories: users lie elsewhere than items do, and recall differs."""
     rng = np.random.default_rng(seed)
-    live = [i for i in range(1, len(model.embeddings) + 1) if i not in model.removed]
+    live = live_items(len(model.embeddings), model.removed)
     names = [model.item_ids(rng.choice(live, min(_HISTORY, len(live)))) for _ in range(count)]
     users = model.encode_users(names)
     return users / np.linalg.norm(users, axis=1, keepdims=True)
@@ -28,7 +29,7 @@ def user_queries(model: LaserRecommender, count: int, seed: int = 0) -> Float[np
 
 def fill_index(model: LaserRecommender, kind: IndexKind, **place: object) -> Index:
     """All items that can be recommended, under their dense numbers. place: `url`, `folder`, `collection` of Qdrant."""
-    live = np.array([i for i in range(1, len(model.embeddings) + 1) if i not in model.removed], dtype=np.int64)
+    live = live_items(len(model.embeddings), model.removed)
     index = make_index(kind, model.embeddings.shape[1], **place)
     index.add(live, model.embeddings.numpy()[live - 1])
     return index
@@ -45,6 +46,7 @@ def build_index(model: LaserRecommender, kind: IndexKind, folder: Path, url: str
     start = time.monotonic()
     index = fill_index(model, kind, **({} if url is None else {"url": url}))
     index.save(folder)
+    note_catalogue(folder, model.embeddings, model.removed)
     seconds = time.monotonic() - start
     exact: ExactIndex = index if kind == IndexKind.EXACT else fill_index(model, IndexKind.EXACT)
     recall = recall_against_exact(index, exact, user_queries(model, queries), k)

@@ -144,7 +144,7 @@ def job(folder, histories, local):
     """What a worker is told of the local engine's finished folder."""
     out, _ = local
     work = batch.plan(folder, histories, out, SETTINGS)
-    return batch_ray._Job(folder, histories, out, SETTINGS, work.manifest, threads=1, done=0)
+    return batch_ray._Job(folder, histories, out, None, SETTINGS, work.manifest, threads=1, done=0)
 
 
 def changed(job, **facts):
