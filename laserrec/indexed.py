@@ -94,6 +94,8 @@ def attach(index: Index | Path | str, embeddings: Float[Tensor, "n_items d_out"]
     """An index, or a folder that `build_index` made, for this catalogue. Raises UserError if it is of another one."""
     if isinstance(index, Path | str):
         folder = Path(index)
+        if not (folder / _FILE).is_file():
+            raise UserError(f"{folder} is not a finished index; make one with laserrec index build")
         note = read_json(folder / _FILE, _AGAIN)
         if note.get("sha256") != _sha256(embeddings, removed):
             raise UserError(f"{folder} is an index of another model or catalogue; {_AGAIN}")

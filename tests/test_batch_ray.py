@@ -15,6 +15,8 @@ from laserrec import LaserRecommender, __version__, batch, batch_ray
 from laserrec.batch import BatchSettings
 from laserrec.batch_ray import Cluster
 from laserrec.errors import UserError
+from laserrec.index import IndexKind
+from laserrec.index_build import build_index
 
 N = 12
 SETTINGS = BatchSettings(3, exclude_seen=True, chunk=4)
@@ -86,6 +88,16 @@ def test_it_ends_what_the_local_engine_began_with_the_same_files(cluster, folder
     assert batch_ray.run(folder, histories, out, SETTINGS, Cluster(workers=2), progress=False) == numbers
     assert numbers["skipped"] > 80 and files(out) == files(want)
     assert all(f.stat().st_mtime_ns == at for f, at in before.items())  # not done twice
+
+
+def test_an_index_in_the_workers(cluster, folder, histories, local, llm, tmp_path):
+    out, model = tmp_path / "out", LaserRecommender.from_pretrained(folder, llm())
+    build_index(model, IndexKind.USEARCH, tmp_path / "index", queries=5)
+    batch_ray.run(folder, histories, out, SETTINGS, Cluster(), progress=False, index=tmp_path / "index")
+    got, want = (pl.concat([pl.read_parquet(f) for f in sorted(o.glob("part-*.parquet"))]) for o in (out, local[0]))
+    assert got.drop("score").equals(want.drop("score"))
+    model.use_index(tmp_path / "index")
+    assert batch.run(model, folder, histories, out, SETTINGS, progress=False)["parts_missing"] == 0  # the same manifest
 
 
 def test_a_workers_user_error_is_the_local_engines(cluster, folder, histories, llm, tmp_path):

@@ -130,7 +130,7 @@ def test_an_index_of_another_catalogue_is_refused(pair, kind, tmp_path):
     with pytest.raises(UserError, match="index of another model or catalogue; build it again"):
         mine.use_index(tmp_path / "index")
     (tmp_path / "index" / "catalogue.json").unlink()
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="not a finished index; make one with"):
         mine.use_index(tmp_path / "index")
     assert mine.index is None
 
