@@ -1,12 +1,13 @@
 """`laserrec batch`: a file of histories -> a folder of recommendations, chunk by chunk.
 
-  OUT/manifest.json            what goes in: the input's size and digest, the model, the settings
+  OUT/manifest.json            what goes in: the input's size and digest, the model, the index, the settings
   OUT/part-000000.parquet      user_id, item_id, score, rank of one chunk of users, in the input's order
   OUT/skipped/part-...parquet  user_id, reason: users for whom nothing can be recommended
   OUT/done.json                numbers of the finished run
 
 Each part is written to a temporary name and renamed; which parts are there says what is done. A killed run goes on with
-the next missing part, and every user is in exactly one part.
+the missing parts, and every user is in exactly one part. A part depends on its users alone, so that it doesn't matter
+who writes it: this module's loop, other shards, or the workers of `laserrec.batch_ray`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +46,19 @@ class BatchSettings:
     """Items that the model doesn't know: "skip" leaves them out of the history, "error" stops."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """One part's number, and its rows [first, end) of the input."""
+
+    number: int
+    first: int
+    end: int
+
+
 class HistoryFile:
     """A Parquet file with a row per user (user_id, items: a list) or per interaction (user_id, item_id; a user's rows
-    together, oldest first). Raises UserError for another shape."""
+    together, oldest first). Raises UserError for another shape. Opening it reads no rows; the users are found, and
+    what is wrong with them is told, when they are first asked for."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -65,9 +78,9 @@ class HistoryFile:
                             f"{', '.join(f'{n} {t}' for n, t in schema.items())}")
         self.user_type = schema["user_id"]
         self._rows = self._rows.select(wanted)
-        self._starts = self._user_starts()
 
-    def _user_starts(self) -> np.ndarray:
+    @cached_property
+    def _starts(self) -> np.ndarray:
         """Int64[users + 1]: the row where each user begins, and the end."""
         if self._rows.select(pl.col("user_id").is_null().any()).collect().item():
             row = self._rows.select(pl.col("user_id").is_null().arg_max()).collect().item()
@@ -90,68 +103,112 @@ class HistoryFile:
     def n_users(self) -> int:
         return len(self._starts) - 1
 
-    def read(self, first: int, count: int) -> Iterator[tuple[Any, list[str]]]:
-        """(user_id, item ids) of the users from `first` on."""
-        a, b = self._starts[first], self._starts[min(first + count, self.n_users)]
-        frame = self._rows.slice(int(a), int(b - a)).collect()
+    def parts(self, chunk: int) -> list[Part]:
+        """All parts of `chunk` users each."""
+        edges = [*range(0, self.n_users, chunk), self.n_users]
+        rows = self._starts[edges].tolist()
+        return [Part(number, a, b) for number, (a, b) in enumerate(pairwise(rows))]
+
+    def read(self, part: Part) -> Iterator[tuple[Any, list[str]]]:
+        """(user_id, item ids) of a part's users."""
+        frame = self._rows.slice(part.first, part.end - part.first).collect()
         if not self.listed:
             frame = frame.group_by("user_id", maintain_order=True).agg(pl.col("item_id").alias("items"))
         for user, items in frame.iter_rows():
             yield user, [str(i) for i in items or [] if i is not None]
 
-    def identity(self) -> dict[str, Any]:
+    def ends(self) -> dict[str, Any]:
         """Size and a digest of both ends: tells this input from another."""
         size = self.file.stat().st_size
         with open(self.file, "rb") as file:
             ends = file.read(_DIGEST_BYTES)
             file.seek(max(0, size - _DIGEST_BYTES))
             ends += file.read()
-        return {"bytes": size, "sha256_of_ends": hashlib.sha256(ends).hexdigest(), "users": self.n_users}
+        return {"bytes": size, "sha256_of_ends": hashlib.sha256(ends).hexdigest()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run has to do."""
+
+    source: HistoryFile
+    manifest: dict[str, Any]
+    numbers: range
+    """Of all parts of the folder."""
+    own: int
+    """Parts of this run's shard."""
+    todo: list[Part]
+    """Those of them that are missing."""
+
+
+def plan(model_folder: Path, histories: Path, out: Path, settings: BatchSettings, shard: tuple[int, int] = (1, 1),
+         index: str | None = None) -> Plan:
+    """Look at the input, claim the folder, see what is missing. index: its kind.
+
+    Raises UserError for bad input, and for a folder that another input, model, index or other settings began.
+    """
+    source = HistoryFile(histories)
+    manifest = {"format": 1, "input": {**source.ends(), "users": source.n_users}, "model": model_identity(model_folder),
+                "index": index, **asdict(settings)}
+    parts = source.parts(settings.chunk)
+    _claim(out, manifest)
+    own = [part for part in parts if part.number % shard[1] == shard[0] - 1]
+    return Plan(source, manifest, range(len(parts)), len(own), [p for p in own if not _file(out, p.number).is_file()])
 
 
 def run(model: LaserRecommender, model_folder: Path, histories: Path, out: Path, settings: BatchSettings,
         shard: tuple[int, int] = (1, 1), progress: bool = True) -> dict[str, Any]:
-    """Recommend for every user of the file. shard: (i, n) does the i-th of n shares of the parts, so that n machines
-    fill one folder. Returns {"users", "skipped", "parts", "parts_missing"} of the whole folder.
+    """Recommend for every user of the file, in this process, through the model's index if it has one. shard: (i, n)
+    does the i-th of n shares of the parts, so that n machines fill one folder. Returns {"users", "skipped", "parts",
+    "parts_missing"} of the whole folder.
 
     Raises UserError for bad input, and for a folder that another input, model or other settings began.
     """
-    source = HistoryFile(histories)
-    _claim(out, {"format": 1, "input": source.identity(), "model": model_identity(model_folder), **asdict(settings)})
-    parts = range(-(-source.n_users // settings.chunk))
-    own = [p for p in parts if p % shard[1] == shard[0] - 1]
-    todo = [p for p in own if not _part(out, p).is_file()]
-    done = (len(own) - len(todo)) * settings.chunk
-    with (DeferredInterrupt() as interrupt,
-          Progress("recommending", len(own) * settings.chunk, progress, done=done) as bar):
-        for part in todo:
-            _write_part(model, source, out, part, settings)
+    work = plan(model_folder, histories, out, settings, shard, None if model.index is None else model.index.kind)
+    with DeferredInterrupt() as interrupt, bar_of(work, settings.chunk, progress) as bar:
+        for part in work.todo:
+            write_part(model, work.source, out, part, settings)
             bar.advance(settings.chunk)
             interrupt.check()
-    return _summary(out, parts, source.n_users)
+    return summary(out, work)
+
+
+def bar_of(work: Plan, chunk: int, show: bool) -> Progress:
+    """A progress bar over users."""
+    return Progress("recommending", work.own * chunk, show, done=(work.own - len(work.todo)) * chunk)
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:
     file = out / "manifest.json"
     if file.is_file():
         found = read_json(file, "name another folder")
-        other = [name for name in manifest if manifest[name] != found.get(name)]
-        if other:
+        if other := differing(manifest, found):
             raise UserError(f"{out} was begun with another {', '.join(other)}; name another folder or delete it")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):  # another shard's, just now
         raise UserError(f"{out} holds other files; name another folder")
     else:
         write_json(file, manifest)
 
 
-def _part(out: Path, part: int, skipped: bool = False) -> Path:
-    return (out / "skipped" if skipped else out) / f"part-{part:06}.parquet"
+def differing(manifest: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Names of what differs; what an older manifest doesn't name yet is None."""
+    return [name for name in manifest if manifest[name] != found.get(name)]
 
 
-def _write_part(model: LaserRecommender, source: HistoryFile, out: Path, part: int, settings: BatchSettings) -> None:
+def _file(out: Path, number: int, skipped: bool = False) -> Path:
+    return (out / "skipped" if skipped else out) / f"part-{number:06}.parquet"
+
+
+def parts_in(out: Path) -> int:
+    """How many parts a folder has."""
+    return sum(1 for _ in out.glob("part-*.parquet"))
+
+
+def write_part(model: LaserRecommender, source: HistoryFile, out: Path, part: Part, settings: BatchSettings) -> None:
+    """Recommend for a part's users; whole or not at all. Raises UserError for unknown items, if they shall stop it."""
     rows: dict[Any, list[str]] = {}
     skipped = []
-    for user, items in source.read(part * settings.chunk, settings.chunk):
+    for user, items in source.read(part):
         gone = set(model.unknown_items(items))
         if gone and settings.unknown == "error":
             raise UserError(f"{source.file}: the history of user {user!r} holds unknown items, first "
@@ -161,7 +218,7 @@ def _write_part(model: LaserRecommender, source: HistoryFile, out: Path, part: i
         else:
             skipped.append({"user_id": user, "reason": "no known item" if items else "empty history"})
     if skipped:  # before the part, whose presence says that all of it is done
-        write_parquet(_part(out, part, skipped=True), pl.DataFrame(skipped, schema={
+        write_parquet(_file(out, part.number, skipped=True), pl.DataFrame(skipped, schema={
             "user_id": source.user_type, "reason": pl.String}))
     frame = pl.DataFrame(schema={"user_id": source.user_type, "item_id": pl.String, "score": pl.Float32,
                                  "rank": pl.Int32})
@@ -169,14 +226,15 @@ def _write_part(model: LaserRecommender, source: HistoryFile, out: Path, part: i
         frame = model.recommend(list(rows.values()), k=settings.k, exclude_seen=settings.exclude_seen)
         users = pl.Series("user_id", list(rows), dtype=source.user_type)
         frame = frame.with_columns(users.gather(frame["user_id"]).alias("user_id"))
-    write_parquet(_part(out, part), frame)
+    write_parquet(_file(out, part.number), frame)
 
 
-def _summary(out: Path, parts: range, users: int) -> dict[str, Any]:
-    missing = sum(not _part(out, part).is_file() for part in parts)
-    files = [_part(out, part, skipped=True) for part in parts]
+def summary(out: Path, work: Plan) -> dict[str, Any]:
+    """Numbers of the whole folder; done.json once nothing is missing."""
+    missing = sum(not _file(out, number).is_file() for number in work.numbers)
+    files = [_file(out, number, skipped=True) for number in work.numbers]
     skipped = sum(pl.scan_parquet(f).select(pl.len()).collect().item() for f in files if f.is_file())
-    result = {"users": users, "skipped": skipped, "parts": len(parts), "parts_missing": missing}
+    result = {"users": work.source.n_users, "skipped": skipped, "parts": len(work.numbers), "parts_missing": missing}
     if not missing:
         write_json(out / "done.json", json.loads(json.dumps(result)))
     return result

@@ -227,7 +227,7 @@ def evaluate(data: Path, models: list[str], *, split: Literal["validation", "tes
 @app.command
 def recommend(model: Path, *, history: str | None = None, histories: Path | None = None, out: Path | None = None,
               k: int = 10, exclude_seen: bool = False, unknown: Literal["error", "drop"] = "error",
-              json_file: JsonFile = None) -> None:
+              index: Path | None = None, json_file: JsonFile = None) -> None:
     """Recommend the next items for one history, or for a file of histories.
 
     Examples:
@@ -251,6 +251,8 @@ def recommend(model: Path, *, history: str | None = None, histories: Path | None
         Leave out the history's own items.
     unknown
         drop leaves out history items that are not in the catalogue.
+    index
+        Folder that laserrec index build made of MODEL; else histories are compared with all items.
     """
     from laserrec.recommender import LaserRecommender
     from laserrec.tables import read_frame, write_frame
@@ -259,6 +261,7 @@ def recommend(model: Path, *, history: str | None = None, histories: Path | None
         raise UserError("give either --history ID,ID,... or --histories FILE")
     asked = [[i.strip() for i in history.split(",") if i.strip()]] if history is not None else read_frame(histories)
     loaded = LaserRecommender.from_pretrained(model)
+    loaded.use_index(index)
     frame = loaded.recommend(asked, k=k, exclude_seen=exclude_seen, unknown=unknown)
     _finish(frame.to_dicts(), json_file)
     if out is not None:

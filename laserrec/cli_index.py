@@ -16,10 +16,14 @@ out_console = Console()
 
 @index_app.command
 def build(model: Path, out: Path, *, kind: Literal["exact", "usearch", "qdrant"] = "usearch", url: str | None = None,
-          queries: int = 200, json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
+          collection: str = "items", queries: int = 200,
+          json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
     """Build an index of all items and say how much of the exact top 10 it finds.
 
     Example: laserrec index build runs/model runs/index --kind usearch
+
+    Then: laserrec recommend, batch or serve runs/model --index runs/index. The index is of the catalogue as it is now:
+    after a new fit it is built again. Items that a server adds are seen to beside it.
 
     Parameters
     ----------
@@ -31,6 +35,8 @@ def build(model: Path, out: Path, *, kind: Literal["exact", "usearch", "qdrant"]
         exact compares with all; usearch is a graph in one file; qdrant a collection.
     url
         A Qdrant server; without it the collection is kept in OUT.
+    collection
+        The collection's name on that server, one for each model.
     queries
         Random histories that the recall is measured with.
     json_file
@@ -40,7 +46,8 @@ def build(model: Path, out: Path, *, kind: Literal["exact", "usearch", "qdrant"]
     from laserrec.index_build import build_index
     from laserrec.recommender import LaserRecommender
 
-    result = build_index(LaserRecommender.from_pretrained(model), IndexKind(kind), out, url, queries)
+    result = build_index(LaserRecommender.from_pretrained(model), IndexKind(kind), out, url, queries,
+                         collection=collection)
     out_console.print(f"{result['items']:,} items, {result['width']} wide, in {result['seconds']:.1f} s, "
                       f"{result['bytes'] / 2**20:.1f} MiB; recall@10 against exact {result['recall@10']:.3f} over "
                       f"{result['queries']} random histories", highlight=False)

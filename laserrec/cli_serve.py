@@ -17,8 +17,9 @@ _TOKEN = "LASERREC_API_TOKEN"
 
 @serve_app.default
 def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file: Path | None = None,
-          state: Path | None = None, max_batch: int = 32, max_wait_ms: float = 2.0, max_queue: int = 256,
-          timeout: float = 10.0, max_body: int = 1_048_576, cache: int = 4096, threads: int | None = None) -> None:
+          state: Path | None = None, index: Path | None = None, max_batch: int = 32, max_wait_ms: float = 2.0,
+          max_queue: int = 256, timeout: float = 10.0, max_body: int = 1_048_576, cache: int = 4096,
+          threads: int | None = None) -> None:
     """Serve a model over HTTP: recommendations, similar items, adding and removing items, a page to try it.
 
     Example: laserrec serve runs/quickstart/model --port 8000
@@ -35,6 +36,8 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
         File with the API token that callers must give; else the environment variable LASERREC_API_TOKEN, else none.
     state
         Folder for items that callers add and remove; default: MODEL/served, for a model of the hub served/ORG/NAME.
+    index
+        Folder that laserrec index build made of MODEL; else requests are compared with all items. It is only read.
     max_batch
         Requests that go through the model together.
     max_wait_ms
@@ -73,7 +76,7 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
     if state is None:  # never inside the hub's cache, which people delete
         state = Path("served") / model if is_repo(model) else model / "served"
     name = model.as_posix() if is_repo(model) else model.name
-    with Service.opened(local_folder(model), state, limits, name) as service:
+    with Service.opened(local_folder(model), state, limits, index, name) as service:
         console.print(f"{len(service.listing):,} items; ready on port {port} of {host}, page at /, API at /docs")
         uvicorn.run(make_app(service, token), host=host, port=port, log_level="warning", access_log=False,
                     timeout_graceful_shutdown=max(1, round(timeout)))

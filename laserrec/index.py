@@ -7,10 +7,12 @@ the smaller id.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,10 +34,13 @@ class IndexKind(StrEnum):
     QDRANT = "qdrant"
 
 
+@runtime_checkable
 class Index(Protocol):
     """What each index can do. Methods raise ValueError for vectors of another width or k < 1."""
 
     kind: IndexKind
+    d: int
+    """Width of the vectors."""
 
     def __len__(self) -> int: ...
 
@@ -104,7 +109,7 @@ class ExactIndex:
             if wanted is not None:
                 block[:, ~wanted] = -np.inf
             for row, gone in enumerate(() if excluded is None else excluded[at : at + step]):
-                block[row, np.isin(self._ids, np.fromiter(gone, dtype=np.int64))] = -np.inf
+                block[row, self._columns(gone)] = -np.inf
             columns = _top(block, k)
             best = np.take_along_axis(block, columns, axis=1)
             real = np.isfinite(best)
@@ -112,6 +117,14 @@ class ExactIndex:
             ids[rows] = np.where(real, self._ids[columns], -1)
             scores[rows] = best
         return ids, scores
+
+    def _columns(self, ids: Iterable[int]) -> Int[np.ndarray, "found"]:
+        """Where those of `ids` that are here stand."""
+        wanted = np.fromiter(ids, dtype=np.int64)
+        places = np.searchsorted(self._ids, wanted)
+        there = places < len(self._ids)
+        there[there] = self._ids[places[there]] == wanted[there]
+        return places[there]
 
     def vectors(self, ids: Sequence[int]) -> Float[np.ndarray, "n d"]:
         """Of ids that are in the index."""
@@ -123,8 +136,8 @@ class ExactIndex:
         write_json(folder / "index.json", {"kind": self.kind, "d": self.d})
 
     @classmethod
-    def load(cls, folder: Path, d: int) -> ExactIndex:
-        """From a folder that `save` wrote."""
+    def load(cls, folder: Path, shared: bool, d: int) -> ExactIndex:
+        """As `load_index`."""
         index = cls(d)
         stored, _ = checkpoint.load(folder / "vectors.safetensors")
         index._ids, index._vectors = stored["ids"].numpy(), stored["vectors"].numpy()
@@ -182,11 +195,19 @@ class UsearchIndex:
             return few.search(queries, k, None, excluded)
         if not len(self) or not len(queries):
             return _nothing(len(queries), k)
-        count = min(len(self), k + _most(excluded))
+        return _past_excluded(self._nearest, queries, len(self), k, excluded)
+
+    def _nearest(self, queries: Float[np.ndarray, "queries d"], count: int) -> Found:
+        ids, scores = _nothing(len(queries), count)
         matches = self._index.search(queries, count)
         keys = np.asarray(matches.keys).reshape(len(queries), -1).astype(np.int64)
-        scores = 1 - np.asarray(matches.distances, dtype=np.float32).reshape(len(queries), -1)
-        return _without(keys, scores, k, excluded)
+        # The graph may find fewer than it was asked for; what stands behind them then means nothing.
+        found = np.atleast_1d(matches.counts) if hasattr(matches, "counts") else np.array([keys.shape[1]])
+        real = np.arange(keys.shape[1]) < found[:, None]
+        ids[:, : keys.shape[1]][real] = keys[real]
+        products = 1 - np.asarray(matches.distances, dtype=np.float32).reshape(keys.shape)
+        scores[:, : keys.shape[1]][real] = products[real]
+        return ids, scores
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,10 +217,12 @@ class UsearchIndex:
         write_json(folder / "index.json", {"kind": self.kind, "d": self.d})
 
     @classmethod
-    def load(cls, folder: Path, d: int) -> UsearchIndex:
-        """From a folder that `save` wrote."""
-        index = cls(d)
-        index._index.load(str(folder / "graph.usearch"))
+    def load(cls, folder: Path, shared: bool, d: int) -> UsearchIndex:
+        """As `load_index`."""
+        index, file = cls(d), folder / "graph.usearch"
+        if not file.is_file():
+            raise UserError(f"no such file: {file}; build the index again")
+        (index._index.view if shared else index._index.load)(str(file))
         return index
 
 
@@ -238,35 +261,49 @@ class QdrantIndex:
         only = None
         if allowed is not None:
             only = self._models.Filter(must=[self._models.HasIdCondition(has_id=[int(i) for i in allowed])])
-        count = k + _most(excluded)
-        requests = [self._models.QueryRequest(query=q.tolist(), limit=count, filter=only) for q in queries]
-        keys = np.full((len(queries), count), -1, dtype=np.int64)
-        scores = np.full((len(queries), count), -np.inf, dtype=np.float32)
-        for row, answer in enumerate(self._client.query_batch_points(self.collection, requests) if requests else ()):
-            for column, point in enumerate(answer.points):
-                keys[row, column], scores[row, column] = point.id, point.score
-        return _without(keys, scores, k, excluded)
+
+        def nearest(some: np.ndarray, count: int) -> Found:
+            ids, scores = _nothing(len(some), count)
+            requests = [self._models.QueryRequest(query=q.tolist(), limit=count, filter=only) for q in some]
+            for row, answer in enumerate(self._client.query_batch_points(self.collection, requests)):
+                for column, point in enumerate(answer.points):
+                    ids[row, column], scores[row, column] = point.id, point.score
+            return ids, scores
+
+        return _past_excluded(nearest, queries, len(self), k, excluded)
 
     def save(self, folder: Path) -> None:
         """A server keeps its collection; from memory or another folder the points are copied."""
         if not self.url:
             copy = QdrantIndex(self.d, folder=folder / "collection", collection=self.collection)
-            points, after = [], None
-            while True:
-                page, after = self._client.scroll(self.collection, limit=1000, offset=after, with_vectors=True)
-                points += page
-                if after is None:
-                    break
-            if points:
-                copy.add(np.array([p.id for p in points]), np.array([p.vector for p in points], dtype=np.float32))
+            self._copy_to(copy)
             copy._client.close()
         write_json(folder / "index.json", {"kind": self.kind, "d": self.d, "url": self.url,
                                            "collection": self.collection})
 
     @classmethod
-    def load(cls, folder: Path, d: int, url: str | None = None, collection: str = "items") -> QdrantIndex:
-        """From a folder that `save` wrote."""
-        return cls(d, url=url, folder=None if url else folder / "collection", collection=collection)
+    def load(cls, folder: Path, shared: bool, d: int, url: str | None = None, collection: str = "items"
+             ) -> QdrantIndex:
+        """As `load_index`."""
+        if url or not shared:
+            return cls(d, url=url, folder=None if url else folder / "collection", collection=collection)
+        index = cls(d, collection=collection)
+        with tempfile.TemporaryDirectory(prefix="laserrec-") as scratch:  # the client locks the folder that it opens
+            stored = QdrantIndex(d, folder=shutil.copytree(folder / "collection", Path(scratch) / "collection",
+                                                           ignore=shutil.ignore_patterns(".lock")),
+                                 collection=collection)
+            stored._copy_to(index)
+            stored._client.close()
+        return index
+
+    def _copy_to(self, other: QdrantIndex) -> None:
+        after = None
+        while True:
+            page, after = self._client.scroll(self.collection, limit=1000, offset=after, with_vectors=True)
+            if page:
+                other.add(np.array([p.id for p in page]), np.array([p.vector for p in page], dtype=np.float32))
+            if after is None:
+                return
 
 
 def _library(module: str, extra: str):
@@ -280,6 +317,24 @@ def _library(module: str, extra: str):
 
 def _most(excluded: Excluded | None) -> int:
     return max((len(set(gone)) for gone in excluded), default=0) if excluded is not None else 0
+
+
+_MORE = 4
+
+
+def _past_excluded(nearest: Callable[[np.ndarray, int], Found], queries: Float[np.ndarray, "queries d"], size: int,
+                   k: int, excluded: Excluded | None) -> Found:
+    """For an index that knows no exclusion. nearest: (queries, count) -> the best of all `size` ids. It is asked for
+    ever more until k that are not excluded are left, so that many excluded ids cost only where they are found."""
+    ids, scores = _nothing(len(queries), k)
+    rows, count = np.arange(len(queries)), min(size, k + min(k, _most(excluded)))
+    while len(rows) and count:
+        own = None if excluded is None else [excluded[row] for row in rows]
+        ids[rows], scores[rows] = _without(*nearest(queries[rows], count), k, own)
+        if count == size:
+            break
+        rows, count = rows[ids[rows, -1] < 0], min(size, _MORE * count)
+    return ids, scores
 
 
 def _without(keys: np.ndarray, scores: np.ndarray, k: int, excluded: Excluded | None) -> Found:
@@ -303,13 +358,20 @@ def make_index(kind: IndexKind, d: int, **place: object) -> Index:
     return _KINDS[kind](d, **place)
 
 
-def load_index(folder: Path) -> Index:
-    """From a folder that an index's `save` wrote. Raises UserError if it is none."""
+def load_index(folder: Path, shared: bool = False) -> Index:
+    """From a folder that an index's `save` wrote. shared: to search only; then any number of processes may have it
+    open, and usearch's file is mapped, so that they keep one copy in memory. Raises UserError if it is none."""
     facts = read_json(folder / "index.json", "build the index again")
-    kind = facts.pop("kind")
+    kind = index_kind(folder)
+    return _KINDS[kind].load(folder, shared, **{name: fact for name, fact in facts.items() if name != "kind"})
+
+
+def index_kind(folder: Path) -> IndexKind:
+    """Of an index's folder. Raises UserError if it is none."""
+    kind = read_json(folder / "index.json", "build the index again").get("kind")
     if kind not in _KINDS:
         raise UserError(f"{folder / 'index.json'}: no index of kind {kind!r}; there are: {', '.join(_KINDS)}")
-    return _KINDS[kind].load(folder, **facts)
+    return IndexKind(kind)
 
 
 def recall_against_exact(

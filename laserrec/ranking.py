@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -39,10 +39,26 @@ def best(scores: Float[Tensor, "n_items"], ask: Ask, expert: int | None) -> Rank
     never among them."""
     if ask.exclude_seen:
         scores[torch.as_tensor(ask.history, dtype=torch.long) - 1] = -torch.inf
-    rows = None if ask.candidates is None else torch.as_tensor(ask.candidates, dtype=torch.long) - 1
-    if rows is not None:
-        scores = scores[rows]
-    values, index = scores.topk(min(ask.k, len(scores)))
-    real = int((values > -torch.inf).sum())
-    index = index[:real] if rows is None else rows[index[:real]]
-    return Ranked((index + 1).to(torch.int32).numpy(), values[:real].numpy(), expert)
+    if ask.candidates is None:
+        items = torch.arange(1, len(scores) + 1)
+    else:
+        items = torch.as_tensor(ask.candidates, dtype=torch.long)
+        scores = scores[items - 1]
+    return ranked(*top(scores, items, ask.k), expert)
+
+
+def top(scores: Float[Tensor, "n"], items: Int[Tensor, "n"], k: int) -> tuple[Int[Tensor, "m"], Float[Tensor, "m"]]:
+    """The k best items, fewer where scores are -inf, and their scores, best first, ties by the smaller item. All that
+    are equal to the k-th score are sorted, so that the tie rule holds at the edge too."""
+    if not len(scores):
+        return items, scores
+    edge = scores.topk(min(k, len(scores))).values[-1]
+    rows = ((scores >= edge) & (scores > -torch.inf)).nonzero()[:, 0]
+    rows = rows[items[rows].argsort()]
+    rows = rows[scores[rows].argsort(descending=True, stable=True)][:k]
+    return items[rows], scores[rows]
+
+
+def ranked(items: Int[Tensor, "m"], scores: Float[Tensor, "m"], expert: int | None) -> Ranked:
+    """What `top` found, as an answer."""
+    return Ranked(items.to(torch.int32).numpy(), scores.numpy(), expert)

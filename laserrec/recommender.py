@@ -22,6 +22,8 @@ from laserrec.errors import UserError
 from laserrec.evaluate import Result
 from laserrec.histories import Histories, read_histories
 from laserrec.hub import local_folder, push_folder
+from laserrec.index import Index
+from laserrec.indexed import Indexed, attach
 from laserrec.memory import rows_at_once
 from laserrec.model_folder import load_model, save_model
 from laserrec.models.backbone import Backbone, load_backbone
@@ -31,7 +33,7 @@ from laserrec.models.laser import Laser
 from laserrec.models.mformer import Route
 from laserrec.new_items import lend_id_part
 from laserrec.pretrain import pretrain_id_model
-from laserrec.ranking import Ask, Ranked, best
+from laserrec.ranking import Ask, Ranked, best, ranked
 from laserrec.results import with_result
 from laserrec.text_vectors import text_vectors
 from laserrec.train import Fit, fit_fingerprint
@@ -49,6 +51,7 @@ class LaserRecommender:
         self._removed: list[int] = self.facts.pop("removed", [])
         gone = set(self._removed)
         self._index = {item_id: i for i, item_id in enumerate(self._names, 1) if i not in gone}
+        self._indexed: Indexed | None = None
 
     # -- make ---------------------------------------------------------------------------------------------------
 
@@ -158,14 +161,14 @@ class LaserRecommender:
         asked = self._read(histories, unknown)
         allowed = None if candidates is None else self.dense_items(list(map(str, candidates)), "candidates")
         users, ids, scores, ranks = [], [], [], []
-        size = rows_at_once(len(self.embeddings), self.encoder.laser.config.eval.batch_size)
+        size = self._users_at_once()
         for at in range(0, len(asked.rows), size):
             asks = [Ask(row, k, exclude_seen, allowed) for row in asked.rows[at : at + size]]
-            for user, ranked in zip(asked.users[at : at + size], self.rank(asks), strict=True):
-                users += [user] * len(ranked.items)
-                ids += self.item_ids(ranked.items)
-                scores += ranked.scores.tolist()
-                ranks += range(1, len(ranked.items) + 1)
+            for user, answer in zip(asked.users[at : at + size], self.rank(asks), strict=True):
+                users += [user] * len(answer.items)
+                ids += self.item_ids(answer.items)
+                scores += answer.scores.tolist()
+                ranks += range(1, len(answer.items) + 1)
         frame = pl.DataFrame({"user_id": users, "item_id": ids, "score": scores, "rank": ranks},
                              schema={"user_id": asked.user_type, "item_id": pl.String, "score": pl.Float32,
                                      "rank": pl.Int32})
@@ -219,14 +222,28 @@ class LaserRecommender:
             del self._index[name]
         return len(names)
 
+    def use_index(self, index: Index | Path | str | None) -> None:
+        """Find recommendations through an index from here on: an index of all items under their dense numbers
+        (`laserrec.index_build.fill_index`), or a folder that `laserrec index build` made; None: compare with all items
+        again. The index is not changed: items that are added or removed later are seen to beside it. An exact index
+        changes no recommendation, others may miss some. Raises UserError for an index of another model or catalogue."""
+        self._indexed = None if index is None else attach(index, self.embeddings, self.removed)
+
+    @property
+    def index(self) -> Index | None:
+        """What `use_index` took."""
+        return None if self._indexed is None else self._indexed.index
+
     def rank(self, asks: Sequence[Ask]) -> list[Ranked]:
         """Answers to requests in dense items, in one forward of the model: what `recommend` and the server build on.
-        Memory grows with len(asks) x items."""
-        scores, route = self._score([ask.history for ask in asks])
-        if self._removed:
-            scores[:, torch.tensor(self._removed) - 1] = -torch.inf
-        experts = [None] * len(asks) if route is None else route.expert.tolist()
-        return [best(row, ask, expert) for row, ask, expert in zip(scores, asks, experts, strict=True)]
+        Memory grows with len(asks) x items; with an index, x items that were added since."""
+        users, route = self._users([ask.history for ask in asks])
+        return self._ranked(users, asks, [None] * len(asks) if route is None else route.expert.tolist())
+
+    def nearest(self, item: int, k: int) -> Ranked:
+        """The k items whose embeddings are nearest to one dense item's, which is not among them."""
+        ask = Ask(np.array([item], dtype=np.int32), k, exclude_seen=True)
+        return self._ranked(self.embeddings[item - 1 : item], [ask], [None])[0]
 
     @property
     def removed(self) -> frozenset[int]:
@@ -250,7 +267,7 @@ class LaserRecommender:
     def score(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch n_items"]:
         """Scores: dense items in, one column per item of the catalogue out; cosines, and the learnt offset of items
         that stand in the history if the model has one."""
-        return self._score(histories)[0]
+        return self._scores(self._users(histories)[0], histories)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -259,10 +276,30 @@ class LaserRecommender:
             return new
         return lend_id_part(new, self.embeddings[: self.encoder.catalogue.n_known], self.encoder.id_model.d_id)
 
-    def _score(self, histories: Sequence[np.ndarray]) -> tuple[Float[Tensor, "batch n_items"], Route | None]:
+    def _users(self, histories: Sequence[np.ndarray]) -> tuple[Float[Tensor, "batch d_out"], Route | None]:
         embeddings, route = self.encoder.read(histories)
-        users = torch.nn.functional.normalize(embeddings, dim=-1)
-        return self.encoder.laser.add_seen_offset(users @ self.embeddings.T, histories), route
+        return torch.nn.functional.normalize(embeddings, dim=-1), route
+
+    def _scores(self, users: Float[Tensor, "batch d_out"], histories: Sequence[np.ndarray]
+                ) -> Float[Tensor, "batch n_items"]:
+        return self.encoder.laser.add_seen_offset(users @ self.embeddings.T, histories)
+
+    def _ranked(self, users: Float[Tensor, "batch d_out"], asks: Sequence[Ask], experts: Sequence[int | None]
+                ) -> list[Ranked]:
+        if self._indexed is not None:
+            offset = self.encoder.laser.seen_offset
+            offset = 0.0 if offset is None else offset.item()
+            found = self._indexed.rank(users, asks, self.embeddings, self.removed, offset)
+            return [ranked(*pair, expert) for pair, expert in zip(found, experts, strict=True)]
+        scores = self._scores(users, [ask.history for ask in asks])
+        if self._removed:
+            scores[:, torch.tensor(self._removed) - 1] = -torch.inf
+        return [best(row, ask, expert) for row, ask, expert in zip(scores, asks, experts, strict=True)]
+
+    def _users_at_once(self) -> int:
+        """Users of one forward, as many as their scores' memory allows."""
+        scored = len(self.embeddings) - (self._indexed.covered if self._indexed is not None else 0)
+        return rows_at_once(scored, self.encoder.laser.config.eval.batch_size)
 
     def _read(self, histories: Any, unknown: str) -> Histories:
         return read_histories(histories, self._index, unknown)

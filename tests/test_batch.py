@@ -1,5 +1,6 @@
 """Files of histories: the recommender's own answers, every user once, after a kill too, and mistakes named."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,8 +14,10 @@ import torch
 
 from laserrec import LaserRecommender, batch
 from laserrec.batch import BatchSettings, HistoryFile
-from laserrec.cli_batch import _shard
+from laserrec.cli_batch import _shard, batch_app
 from laserrec.errors import UserError
+from laserrec.index import IndexKind
+from laserrec.index_build import build_index
 
 N = 12
 
@@ -105,6 +108,29 @@ def test_shards_fill_one_folder(model, folder, tmp_path):
     assert second["parts_missing"] == 0 and result(tmp_path / "out")["user_id"].n_unique() == len(rows)
 
 
+@pytest.mark.parametrize("kind", list(IndexKind))
+def test_through_an_index(model, folder, tmp_path, kind):
+    file = listed(tmp_path / "h.parquet", histories())
+    batch.run(model, folder, file, tmp_path / "plain", BatchSettings(3, chunk=5), progress=False)
+    build_index(model, kind, tmp_path / "index", queries=5)
+    model.use_index(tmp_path / "index")
+    batch.run(model, folder, file, tmp_path / "out", BatchSettings(3, chunk=5), progress=False)
+    got, want = result(tmp_path / "out"), result(tmp_path / "plain")
+    assert got.drop("score").equals(want.drop("score"))
+    assert torch.allclose(torch.tensor(got["score"]), torch.tensor(want["score"]), atol=1e-6)
+    with pytest.raises(UserError, match="begun with another index"):
+        batch.run(model, folder, file, tmp_path / "plain", BatchSettings(3, chunk=5), progress=False)
+
+
+def test_a_folder_from_before_there_were_indexes_is_gone_on_with(model, folder, tmp_path):
+    file, out = listed(tmp_path / "h.parquet", histories()), tmp_path / "out"
+    batch.run(model, folder, file, out, BatchSettings(2, chunk=4), (1, 2), progress=False)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest.pop("index") is None
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert batch.run(model, folder, file, out, BatchSettings(2, chunk=4), progress=False)["parts_missing"] == 0
+
+
 def test_another_input_model_or_setting_is_refused(model, folder, tmp_path):
     file, out = listed(tmp_path / "h.parquet", histories()), tmp_path / "out"
     batch.run(model, folder, file, out, BatchSettings(2), progress=False)
@@ -117,6 +143,11 @@ def test_another_input_model_or_setting_is_refused(model, folder, tmp_path):
     (tmp_path / "full" / "x").touch()
     with pytest.raises(UserError, match="holds other files"):
         batch.run(model, folder, file, tmp_path / "full", BatchSettings(2), progress=False)
+    with pytest.raises(UserError, match=r"not a model folder: model\.json is missing"):
+        batch.run(model, tmp_path, file, tmp_path / "none", BatchSettings(2), progress=False)
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / ".manifest.json.1-abc.tmp").touch()  # another shard is just about to begin, or was killed
+    batch.run(model, folder, file, tmp_path / "near", BatchSettings(2), progress=False)
 
 
 @pytest.mark.parametrize(("frame", "message"), [
@@ -129,7 +160,7 @@ def test_another_input_model_or_setting_is_refused(model, folder, tmp_path):
 def test_bad_files_are_named(frame, message, tmp_path):
     pl.DataFrame(frame).write_parquet(tmp_path / "h.parquet")
     with pytest.raises(UserError, match=message):
-        HistoryFile(tmp_path / "h.parquet")
+        _ = HistoryFile(tmp_path / "h.parquet").n_users
 
 
 def test_no_file_and_no_parquet(tmp_path):
@@ -138,6 +169,14 @@ def test_no_file_and_no_parquet(tmp_path):
     (tmp_path / "h.parquet").write_text("user_id,items")
     with pytest.raises(UserError, match="not a Parquet file"):
         HistoryFile(tmp_path / "h.parquet")
+
+
+def test_options_of_ray_are_for_ray_alone():
+    for option in ("--workers", "--address"):
+        with pytest.raises(UserError, match="are for --engine ray"):
+            batch_app(["model", "h.parquet", "out", option, "3"], exit_on_error=False)
+    with pytest.raises(UserError, match="workers is 0"):
+        batch_app(["model", "h.parquet", "out", "--engine", "ray", "--workers", "0"], exit_on_error=False)
 
 
 def test_shard_is_read():

@@ -91,7 +91,8 @@ def test_prepare_says_what_it_made_and_dropped(run, settings, tmp_path):
 def test_from_a_data_folder_to_recommendations(run, settings, tmp_path):
     write_raw(tmp_path)
     data, ids, model = tmp_path / "data", tmp_path / "ids", tmp_path / "model"
-    numbers = {name: tmp_path / "json" / f"{name}.json" for name in ("pretrain", "fit", "evaluate", "rec")}
+    numbers = {name: tmp_path / "json" / f"{name}.json"
+               for name in ("pretrain", "fit", "evaluate", "rec", "index", "batch")}
 
     def done(name: str, *arguments: object) -> tuple[str, object]:
         code, out, err = run(*arguments, "--json", numbers[name])
@@ -131,6 +132,18 @@ def test_from_a_data_folder_to_recommendations(run, settings, tmp_path):
     table = pl.read_csv(tmp_path / "rec.csv", infer_schema=False)
     assert code == 0 and table["user_id"].to_list() == ["007", "007", "anna", "anna"]
     assert table["item_id"].to_list()[:2] == [r["item_id"] for r in rows[:2]]
+
+    done("index", "index", "build", model, tmp_path / "index", "--kind", "exact", "--queries", "5")
+    _, same = done("rec", "recommend", model, "--history", "i1, i2", "--k", "3", "--index", tmp_path / "index")
+    assert [r["item_id"] for r in same] == [r["item_id"] for r in rows]
+    pl.DataFrame({"user_id": ["anna"], "items": [["i1", "i2"]]}).write_parquet(tmp_path / "h.parquet")
+    done("batch", "batch", model, tmp_path / "h.parquet", tmp_path / "out", "--k", "3", "--index", tmp_path / "index",
+         "--quiet")
+    table = pl.read_parquet(tmp_path / "out" / "part-000000.parquet")
+    assert table["item_id"].to_list() == [r["item_id"] for r in rows]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["index"] == "exact"
+    code, _, err = run("recommend", model, "--history", "i1", "--index", tmp_path / "none")
+    assert code == 2 and "none is not a finished index; make one with laserrec index build" in err
 
     code, _, err = run("recommend", model, "--history", "i1,nope")
     assert code == 2 and err.startswith("error: ") and "nope" in err and "Traceback" not in err

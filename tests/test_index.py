@@ -57,6 +57,15 @@ def test_filters(filled):
     assert rows(got) == [naive(ids, vectors, q, 6, allowed, gone) for q, gone in zip(queries, excluded, strict=True)]
 
 
+def test_nearly_all_excluded(filled):
+    index, ids, vectors = filled
+    queries, left = unit(3, seed=6), [set(ids[:2].tolist()), set(ids[40:45].tolist()), set()]
+    excluded = [set(ids.tolist()) - own for own in left]
+    got = index.search(queries, 4, excluded=excluded)
+    assert rows(got) == [naive(ids, vectors, q, 4, None, gone) for q, gone in zip(queries, excluded, strict=True)]
+    assert [len(row) for row in rows(got)] == [2, 4, 0]
+
+
 def test_removed_and_added_again(filled):
     index, ids, vectors = filled
     index.remove([int(ids[0]), int(ids[5]), 10_000])
@@ -90,6 +99,19 @@ def test_saved_and_loaded(filled, tmp_path):
     assert again.kind == index.kind and len(again) == 77
     queries = unit(4, seed=3)
     np.testing.assert_array_equal(again.search(queries, 9)[0], index.search(queries, 9)[0])
+
+
+def test_a_shared_folder_may_be_open_often(filled, tmp_path):
+    index, ids, _ = filled
+    index.remove(ids[:3].tolist())
+    index.save(tmp_path / "index")
+    opened = [load_index(tmp_path / "index", shared=True) for _ in range(3)]
+    queries, allowed = unit(4, seed=3), ids[10:30].tolist()
+    for again in opened:
+        assert again.kind == index.kind and len(again) == 77 and again.d == D
+        np.testing.assert_array_equal(again.search(queries, 9)[0], index.search(queries, 9)[0])
+        np.testing.assert_array_equal(again.search(queries, 9, allowed=allowed)[0],
+                                      index.search(queries, 9, allowed=allowed)[0])
 
 
 def test_wrong_vectors_and_k(filled):
@@ -135,9 +157,25 @@ def test_memory_is_bounded_and_chunks_change_nothing(monkeypatch):
     np.testing.assert_array_equal(parts[0], whole[0])
 
 
+def test_the_rest_of_a_short_answer_is_nothing(monkeypatch):
+    """A graph may reach fewer items than it holds; usearch leaves rubbish behind those that it found."""
+    from types import SimpleNamespace
+
+    index = make_index(IndexKind.USEARCH, D)
+    index.add(np.arange(1, 9), unit(8))
+    few = SimpleNamespace(keys=np.array([[3, 0, 7], [1, 2, 5]], dtype=np.uint64), counts=np.array([1, 3]),
+                          distances=np.zeros((2, 3), np.float32))
+    monkeypatch.setattr(index, "_index", SimpleNamespace(search=lambda queries, count: few))
+    ids, scores = index._nearest(unit(2), 4)
+    assert ids.tolist() == [[3, -1, -1, -1], [1, 2, 5, -1]] and np.isneginf(scores[0, 1:]).all()
+
+
 def test_a_folder_that_is_no_index(tmp_path):
     (tmp_path / "index.json").write_text('{"kind": "magic", "d": 3}')
     with pytest.raises(UserError, match="no index of kind 'magic'"):
+        load_index(tmp_path)
+    (tmp_path / "index.json").write_text('{"kind": "usearch", "d": 3}')
+    with pytest.raises(UserError, match="no such file"):
         load_index(tmp_path)
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tiny
 
-from laserrec import LaserRecommender
+from laserrec import LaserRecommender, index_build
 from laserrec.errors import UserError
-from laserrec.index import IndexKind, load_index
+from laserrec.index import IndexKind, load_index, make_index
 from laserrec.index_build import build_index, user_queries
 
 N = 30
@@ -35,6 +35,14 @@ def test_it_finds_the_models_recommendations(model, kind, tmp_path):
     assert np.allclose(found[1][0], want["score"], atol=1e-4)
     with pytest.raises(UserError, match="is not empty"):
         build_index(model, kind, tmp_path / "index")
+
+
+def test_a_collection_that_holds_something_is_refused(model, monkeypatch):
+    other = make_index(IndexKind.QDRANT, model.embeddings.shape[1])
+    other.add(np.array([99]), model.embeddings.numpy()[:1])
+    monkeypatch.setattr(index_build, "make_index", lambda kind, d, **place: other)
+    with pytest.raises(UserError, match="http://here holds 1 items already; name another collection"):
+        index_build.fill_index(model, IndexKind.QDRANT, url="http://here", collection="items")
 
 
 def test_a_url_is_for_qdrant(model, tmp_path):

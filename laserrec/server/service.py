@@ -20,7 +20,7 @@ import torch
 
 from laserrec.data.raw import ITEM_SCHEMA
 from laserrec.errors import UserError
-from laserrec.ranking import Ask, Ranked, best
+from laserrec.ranking import Ask, Ranked
 from laserrec.recommender import LaserRecommender
 from laserrec.server.cache import AnswerCache
 from laserrec.server.listing import Item, Listing
@@ -57,12 +57,14 @@ class Service:
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, folder: Path, state_folder: Path, limits: Limits, name: str | None = None) -> Iterator[Service]:
-        """Load the model and the changes that were made to its catalogue, and start the worker; at the end, finish what
-        is queued. name: what callers are told, else the folder's. Raises UserError for a folder that is no model, a
-        damaged state or one in use."""
+    def opened(cls, folder: Path, state_folder: Path, limits: Limits, index: Path | None = None,
+               name: str | None = None) -> Iterator[Service]:
+        """Load the model, an index of it if one is named, and the changes that were made to its catalogue, and start
+        the worker; at the end, finish what is queued. name: what callers are told, else the folder's. Raises UserError
+        for a folder that is no model, an index of another model, a damaged state or one in use."""
         state = State(state_folder, model_sha256(folder) if (folder / "model.json").is_file() else "")
         model = LaserRecommender.from_pretrained(folder)
+        model.use_index(index)  # before the changes: it is of the catalogue as it was fitted
         with state.held():
             service = cls(model, state, limits, name or folder.name)
             service.worker.start()
@@ -123,15 +125,8 @@ class Service:
 
     def similar(self, item_id: str, k: int) -> Future[Ranked]:
         """The items nearest to one. Raises UserError for an unknown id."""
-        dense = self.model.dense_items([item_id], "item")
-
-        def work() -> Ranked:
-            scores = self.model.embeddings @ self.model.embeddings[int(dense[0]) - 1]
-            if self.model.removed:
-                scores[torch.tensor(sorted(self.model.removed)) - 1] = -torch.inf
-            return best(scores, Ask(dense, k, exclude_seen=True), None)
-
-        return self.worker.call(work)
+        dense = int(self.model.dense_items([item_id], "item")[0])
+        return self.worker.call(lambda: self.model.nearest(dense, k))
 
     # -- changes ------------------------------------------------------------------------------------------------
 
