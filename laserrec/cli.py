@@ -144,7 +144,9 @@ def fit(data: Path, id_model: Path, out: Path, *, preset: Preset = "small", conf
         quiet: bool = False, json_file: JsonFile = None, settings: Flags = None) -> None:
     """Fit Laser in two stages on a data folder and a pretrained ID model. Run again to resume.
 
-    Example: laserrec fit runs/data runs/id_model runs/model --train.lr 1e-3
+    Examples:
+      laserrec fit runs/data runs/id_model runs/model --train.lr 1e-3
+      torchrun --nproc-per-node 4 -m laserrec fit runs/data runs/id_model runs/model   # four processes train as one
 
     Parameters
     ----------
@@ -158,12 +160,16 @@ def fit(data: Path, id_model: Path, out: Path, *, preset: Preset = "small", conf
         No progress.
     """
     from laserrec.data.sequences import Dataset
+    from laserrec.distributed import join
     from laserrec.models.id_store import load_id_model
     from laserrec.recommender import LaserRecommender
 
+    world = join()  # first of all, so that of several processes that fail one alone says why
     tree = _settings(preset, config, settings)
     dataset = Dataset.load(data)
     model = LaserRecommender.fit_dataset(dataset, load_id_model(id_model, dataset).model, tree, out, not quiet)
+    if not world.is_main:
+        return
     best = model.facts["training"]["best"]
     k = tree.eval.k
     out_console.print(f"model {out}: validation NDCG@{k} {best[f'validation_ndcg@{k}']:.4f} "
@@ -341,13 +347,30 @@ def quickstart(out: Path = Path("runs/quickstart"), *, quiet: bool = False, conf
 
 
 def main() -> None:
-    """Entry point: user errors are one line and exit code 2, Ctrl-C says how to go on and exits with 130."""
+    """Entry point: user errors are one line and exit code 2, Ctrl-C says how to go on and exits with 130. Of several
+    processes (torchrun) one alone speaks."""
     logging.basicConfig(level=os.environ.get("LASERREC_LOG", "WARNING").upper(), format="%(message)s")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
+        if several and sys.argv[1:2] != ["fit"]:
+            raise UserError("of laserrec's commands only fit runs in several processes; start this one without "
+                            "torchrun (or unset WORLD_SIZE)")
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not several or _speaks():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        if several and not _speaks():
+            sys.exit(1)
+        raise
+
+
+def _speaks() -> bool:
+    from laserrec.distributed import speaks
+
+    return speaks()

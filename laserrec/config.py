@@ -151,8 +151,19 @@ class BackboneConfig(_Section):
     time."""
     quantization: Quantization = Quantization.NONE
     """int8 or int4 weights (extra `quant`) on transformers' own forward, for backbones that don't fit otherwise."""
+    shard: bool = False
+    """Under torchrun each process holds a part of the weights (FSDP, on transformers' own forward), for backbones that
+    are too large for one; needs prompt.layout prefix_first. One process alone holds all."""
     trust_remote_code: bool = False
     """Run Python code shipped with a model from the hub (ChatGLM2 needs it). Only for sources you trust."""
+
+    @model_validator(mode="after")
+    def _shards_are_plain(self) -> BackboneConfig:
+        if self.shard and self.engine == Engine.NATIVE:
+            raise ValueError("shard runs on transformers' forward; leave engine at auto")
+        if self.shard and self.quantization != Quantization.NONE:
+            raise ValueError("shard and quantization are two ways to hold a large backbone; choose one")
+        return self
 
 
 class Template(StrEnum):
@@ -347,6 +358,8 @@ class Config(_Section):
     def _layout_fits(self) -> Config:
         if self.prompt.layout == Layout.TEXT_FIRST and self.head.pooling == Pooling.MEAN:
             raise ValueError("head.pooling mean needs prompt.layout prefix_first: text_first keeps no text outputs")
+        if self.prompt.layout == Layout.TEXT_FIRST and self.backbone.shard:
+            raise ValueError("backbone.shard needs prompt.layout prefix_first: text_first needs the native engine")
         return self
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laserrec.config import ItemSide, Layout, Prefix
 from laserrec.data.prompt import PromptEncoder
+from laserrec.distributed import World
 from laserrec.errors import UserError
 from laserrec.models.attention import Past, TextCache
 from laserrec.models.id_models import pad_histories
@@ -26,10 +27,12 @@ _READ_AT_ONCE = 64
 class Catalogue:
     """Item texts by dense item, as tokens and, for layout text_first, as the frozen LLM's keys and values.
 
-    Items 1..n_known are the ID model's; later ones (`add`) have text alone.
+    Items 1..n_known are the ID model's; later ones (`add`) have text alone. world: processes that read the texts
+    together, each its share; afterwards each has all.
     """
 
-    def __init__(self, laser: Laser, items: pl.DataFrame, n_known: int, progress: bool = False):
+    def __init__(self, laser: Laser, items: pl.DataFrame, n_known: int, progress: bool = False,
+                 world: World | None = None):
         self.laser, self.n_known = laser, n_known
         self.prompt = PromptEncoder(laser.backbone.tokenizer, laser.config.prompt)
         self.tokens: list[np.ndarray] = []
@@ -43,17 +46,18 @@ class Catalogue:
         if self.shared:
             self._read_instruction()
         with Progress("reading item texts", items.height, progress) as bar:
-            self.add(items, bar.advance)
+            self.add(items, bar.advance, world)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def add(self, items: pl.DataFrame, progress: Callable[[int], None] | None = None) -> None:
+    def add(self, items: pl.DataFrame, progress: Callable[[int], None] | None = None,
+            world: World | None = None) -> None:
         """Append items (rows with title and the attributes) behind the last dense item."""
         new = self.prompt.item_tokens(items)
         self.tokens += new
         if self.shared:
-            self._read(new, progress)
+            self._read(new, progress, world or World())
 
     def _read_instruction(self) -> None:
         ids = torch.as_tensor(self.prompt.instruction, dtype=torch.long)[None]
@@ -67,7 +71,7 @@ class Catalogue:
             self._cache = TextCache(keys[:, 0], values[:, 0])
         self._used = ids.shape[1]
 
-    def _read(self, new: list[np.ndarray], progress: Callable[[int], None] | None) -> None:
+    def _read(self, new: list[np.ndarray], progress: Callable[[int], None] | None, world: World) -> None:
         """Each item's block after the instruction: it sees the instruction and itself. Sorted by length for speed."""
         blocks = [self.prompt.block(tokens) for tokens in new]
         lengths = np.array([len(b) for b in blocks], dtype=np.int64)
@@ -76,8 +80,9 @@ class Catalogue:
         self._make_room(total)
         keys, values = self._cache.keys, self._cache.values
         order = np.argsort(lengths, kind="stable")
-        for at in range(0, len(order), _READ_AT_ONCE):
-            chunk = order[at : at + _READ_AT_ONCE]
+        chunks = [order[at : at + _READ_AT_ONCE] for at in range(0, len(order), _READ_AT_ONCE)]
+        for mine in world.share(len(chunks)):
+            chunk = chunks[mine]
             ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(blocks[i], dtype=torch.long) for i in chunk], True)
             embeds, instruction = self.laser.backbone.embed(ids), self._instruction(len(chunk))
             k, v = self.laser.backbone.decoder.encode_text(embeds, instruction)
@@ -85,9 +90,20 @@ class Catalogue:
                 where = slice(int(ends[i] - lengths[i]), int(ends[i]))
                 keys[:, where], values[:, where] = k[:, row, : lengths[i]], v[:, row, : lengths[i]]
             if progress:
-                progress(len(chunk))
-        self._rows += [np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)]
+                progress(sum(map(len, chunks[mine : mine + world.size])))
+        rows = [np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)]
+        if world.size > 1:
+            self._exchange([np.concatenate([rows[i] for i in chunk]) for chunk in chunks], world)
+        self._rows += rows
         self._used = total
+
+    def _exchange(self, chunks: list[np.ndarray], world: World) -> None:
+        """Rows of the cache, a chunk of them from each process in turn."""
+        for number, rows in enumerate(chunks):
+            for kept in (self._cache.keys, self._cache.values):
+                part = kept[:, rows].contiguous()
+                world.follow([part], leader=number % world.size)
+                kept[:, rows] = part
 
     def _make_room(self, total: int) -> None:
         """A few items more must not copy the whole cache, which may take gigabytes: it grows by a quarter at a time.

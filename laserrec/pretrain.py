@@ -20,6 +20,7 @@ from laserrec import checkpoint
 from laserrec.batching import batches
 from laserrec.config import IdModelConfig, ItemTable
 from laserrec.data.sequences import Dataset
+from laserrec.distributed import alone
 from laserrec.errors import UserError
 from laserrec.evaluate import rank_cases
 from laserrec.io import write_text
@@ -185,6 +186,7 @@ def pretrain_id_model(
         if found.model.config != config:
             raise UserError(f"{out} holds an ID model with other settings; name another folder or delete it")
         return {**found.metrics, "reused": True}
+    alone("pretraining")
     out.mkdir(parents=True, exist_ok=True)
     if config.items != ItemTable.IDS and text is None:
         raise UserError(f"id_model.items {config.items} needs the items' text vectors (laserrec.text_vectors)")

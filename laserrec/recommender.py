@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laserrec.config import Config, load_config
+from laserrec.config import BackboneConfig, Config, Precision, load_config
 from laserrec.data.prepare import prepare
 from laserrec.data.raw import ITEM_SCHEMA, from_frames, to_polars
 from laserrec.data.sequences import Dataset
+from laserrec.distributed import World, alone, join
 from laserrec.encoder import Catalogue, Encoder
 from laserrec.errors import UserError
 from laserrec.evaluate import Result
@@ -26,7 +28,8 @@ from laserrec.index import Index
 from laserrec.indexed import Indexed, attach
 from laserrec.memory import rows_at_once
 from laserrec.model_folder import load_model, save_model
-from laserrec.models.backbone import Backbone, load_backbone
+from laserrec.models.backbone import Backbone, load_backbone, resolve_precision
+from laserrec.models.fetch import DEFAULT_NAME, fetch_default
 from laserrec.models.id_models import IdModel
 from laserrec.models.id_store import load_id_model
 from laserrec.models.laser import Laser
@@ -64,6 +67,7 @@ class LaserRecommender:
         category if known. `columns` maps these names to yours. With `folder` all steps are kept there (data, id_model,
         model) and an interrupted fit is resumed by the same call. Raises UserError for bad input.
         """
+        alone("LaserRecommender.fit")
         config = config or load_config()
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="laserrec-") as scratch:
@@ -81,21 +85,30 @@ class LaserRecommender:
     def fit_dataset(cls, dataset: Dataset, id_model: IdModel, config: Config, folder: Path | str,
                     progress: bool = True, backbone: Backbone | None = None) -> LaserRecommender:
         """Fit on a data folder with a pretrained ID model, into a model folder. A finished folder of the same settings
-        is loaded; an unfinished one is resumed. Raises UserError for a folder of other settings or data."""
-        folder = Path(folder)
-        backbone = backbone or load_backbone(config.backbone)
+        is loaded; an unfinished one is resumed. Raises UserError for a folder of other settings or data.
+
+        Under torchrun all processes call this with the same arguments, fit together and get the same model; the
+        first one writes the folder (docs/scaling.md)."""
+        folder, world = Path(folder), join()
+        backbone = backbone or _same_backbone(config.backbone, world)
         fingerprint = fit_fingerprint(dataset, id_model, config)
-        if (folder / "model.json").is_file():
+        if world.told(lambda: fingerprint) != fingerprint:
+            raise UserError(f"process {world.rank} of {world.size} has other data, settings or another ID model than "
+                            "process 0; give every machine the same command and copies of the same folders")
+        progress = progress and world.is_main
+        if world.told((folder / "model.json").is_file):
             return cls._finished(folder, fingerprint, backbone)
         torch.manual_seed(config.train.seed)
         laser = Laser(config, backbone, id_model.d_id)
-        encoder = Encoder(laser, id_model, Catalogue(laser, dataset.items, dataset.n_items, progress))
-        fit = Fit(encoder, dataset, config, folder, fingerprint, progress)
+        encoder = Encoder(laser, id_model, Catalogue(laser, dataset.items, dataset.n_items, progress, world))
+        fit = Fit(encoder, dataset, config, folder, fingerprint, progress, world)
         log = fit.run()
         facts = {"fingerprint": fingerprint, "data": dataset.meta, "training": fit.summary()}
         model = cls(encoder, dataset.items, torch.nn.functional.normalize(fit.best_items, dim=-1), facts)
-        save_model(folder, model.encoder, model.items, model.embeddings, facts, log)
-        fit.discard_checkpoint()
+        if world.is_main:
+            save_model(folder, model.encoder, model.items, model.embeddings, facts, log)
+            fit.discard_checkpoint()
+        world.wait()  # where the folder is shared, it is complete for all
         return model
 
     @classmethod
@@ -320,3 +333,15 @@ class LaserRecommender:
         if untitled.height:
             raise UserError(f"new items: {untitled.height} have no title, first {untitled['item_id'].to_list()[:3]}")
         return frame
+
+
+def _same_backbone(config: BackboneConfig, world: World) -> Backbone:
+    """The LLM in the same precision everywhere: machines, and even two processes of one, may measure differently."""
+    if world.size == 1:
+        return load_backbone(config)
+    if config.name == DEFAULT_NAME:  # one download per machine, not one per process
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            fetch_default()
+        world.wait()
+    precision = Precision(world.told(lambda: resolve_precision(config.precision).value))
+    return load_backbone(config.model_copy(update={"precision": precision}))

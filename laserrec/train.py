@@ -2,6 +2,9 @@
 
 Stage 1: item embeddings are encoded anew at every epoch's start; the epoch that is best on validation is kept.
 Stage 2: training goes on from there against that epoch's item embeddings, which stay fixed.
+
+Several processes (laserrec.distributed) go through all this at the same pace: each takes its share of every step's
+examples, of the items and of the validation users, and the first one alone writes and prints.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from laserrec import checkpoint
 from laserrec.batching import batches, split_by_tokens
 from laserrec.config import Config, Cuts, ItemSide
 from laserrec.data.sequences import Cases, Dataset
+from laserrec.distributed import World
 from laserrec.encoder import Encoder
 from laserrec.errors import UserError
 from laserrec.evaluate import Scorer, rank_cases
@@ -76,9 +80,10 @@ class Fit:
     """One fit in one folder. `run` returns the log's entries; the best weights are then in `encoder.laser`."""
 
     def __init__(self, encoder: Encoder, dataset: Dataset, config: Config, folder: Path, fingerprint: str,
-                 progress: bool = True):
+                 progress: bool = True, world: World | None = None):
         self.encoder, self.laser, self.dataset, self.config = encoder, encoder.laser, dataset, config
-        self.folder, self.show = folder, progress
+        self.world = world or World()
+        self.folder, self.show = folder, progress and self.world.is_main
         self.place, self.log = Place(), []
         self.outputs: Tensor = torch.empty(0)
         """Float[n_items d_llm], the LLM's outputs for the items; `items` are their embeddings."""
@@ -86,27 +91,25 @@ class Fit:
         self.best_items: Tensor = torch.empty(0)
         self.best_state: dict[str, Tensor] = {}
         self.validation = self._validation_cases()
-        self.fingerprint, self.watch = fingerprint, Watch(folder)
+        self.fingerprint, self.watch = fingerprint, Watch(folder if self.world.is_main else None)
         self._started = self._saved = time.monotonic()
 
     # -- the whole way ------------------------------------------------------------------------------------------
 
     def run(self) -> list[dict[str, Any]]:
-        """Both stages from wherever the folder's checkpoint stands. Ctrl-C saves a checkpoint and is raised again."""
+        """Both stages from wherever the folder's checkpoint stands. Ctrl-C and SIGTERM save a checkpoint and
+        are raised as KeyboardInterrupt."""
         self._new_optimizer()
         restored = self._restore()
         self.watch.start(self.place.steps if restored else None)
         if not restored:
             torch.manual_seed(self.config.train.seed)
             self._prepare_items()
-        with DeferredInterrupt() as self._interrupt:
+        with DeferredInterrupt(say=self.world.is_main) as self._interrupt:
             try:
                 for stage in (1, 2):
                     if self.place.stage == stage:
                         self._stage()
-            except KeyboardInterrupt:
-                self._save()
-                raise
             finally:
                 self.watch.close()
         self.laser.load_state_dict(self.best_state)
@@ -134,6 +137,7 @@ class Fit:
         self.outputs = self._item_outputs()
         if self.laser.head.needs_whitening:
             self.laser.head.fit_whitening(self.outputs)
+        self._follow()
         self._embed_items()
         metrics = self._validate()
         self._note(epoch=0, loss=None, metrics=metrics, tokens=0)
@@ -141,6 +145,7 @@ class Fit:
     # -- one epoch ----------------------------------------------------------------------------------------------
 
     def _epoch(self) -> None:
+        self._follow()
         place, train = self.place, self.config.train
         key = (train.seed, place.stage, place.epoch)
         examples = epoch_examples(self.dataset.train_sequences, train.cuts, key)
@@ -155,7 +160,7 @@ class Fit:
                 place.loss_sum += loss
                 self.watch.step(place.steps, len(index), stage=place.stage, epoch=place.epoch, **self._settings_now())
                 bar.advance(loss=place.loss_sum / place.step)
-                self._interrupt.check()
+                self._stop_if_asked()
                 if time.monotonic() - self._saved > 60 * train.checkpoint_minutes:
                     self._save()
         if place.stage == 1:
@@ -168,32 +173,58 @@ class Fit:
         self._note(place.epoch, place.loss_sum / max(1, len(plan)), metrics, int(lengths.sum()))
         place.epoch, place.step, place.loss_sum = place.epoch + 1, 0, 0.0
         self._save()
-        self._interrupt.check()
+        self._stop_if_asked()
+
+    def _follow(self) -> None:
+        """Machines of different kinds round differently; all go on with the first one's weights."""
+        self.world.follow(self.laser.state_dict().values())
+
+    def _stop_if_asked(self) -> None:
+        """Between two steps. Whichever process was asked, all stop here."""
+        if self.world.any(self._interrupt.requested):
+            self._save()
+            raise KeyboardInterrupt
 
     def _train_step(self, examples: list[Example]) -> float:
         self.laser.train()
         self.optimizer.zero_grad(set_to_none=True)
         hide = torch.rand(len(examples)) < self.config.mformer.state_dropout
-        total = 0.0
-        for chunk in self._passes(examples):
-            contrast, balance = self._losses([examples[i] for i in chunk], hide[chunk])
-            if balance is not None:  # it is a mean over users whose states are shown
-                balance = balance * ((~hide[chunk]).sum() / max(1, int((~hide).sum())))
-            loss = total_loss(contrast * (len(chunk) / len(examples)), balance, self.config.train.balance_weight)
-            loss.backward()
-            total += float(loss.detach())
-            self.watch.add(contrast=contrast.detach() * (len(chunk) / len(examples)),
-                           **({} if balance is None else {"balance": balance.detach()}))
+        total, place = 0.0, self.place
+        with self.world.own_randomness(self.config.train.seed, place.stage, place.epoch, place.step):
+            for chunk in self._passes(examples):
+                loss = self._part_of_loss(examples, chunk, hide)
+                loss.backward()
+                total += float(loss.detach())
+        total = self.world.sum_gradients(self._trained(), total)
         norm = torch.nn.utils.clip_grad_norm_(self._trained(), self.config.train.max_grad_norm)
         self.watch.add(grad_norm=norm)
         self.optimizer.step()
         return total
 
     def _passes(self, examples: list[Example]) -> list[np.ndarray]:
-        """A step's examples in passes of about `tokens_per_pass` tokens; one pass where the text is read already."""
+        """This process's share of a step's examples in passes of about `tokens_per_pass` tokens; one pass where the
+        text is read already."""
+        mine = self.world.share(len(examples))
         if self.encoder.catalogue.shared:
-            return [np.arange(len(examples))]
-        return split_by_tokens([self.encoder.tokens(e.history) for e in examples], self.config.train.tokens_per_pass)
+            return [mine] if len(mine) else []
+        tokens = [self.encoder.tokens(examples[i].history) for i in mine]
+        passes = [mine[chunk] for chunk in split_by_tokens(tokens, self.config.train.tokens_per_pass)]
+        if self.laser.backbone.sharded:  # it computes in all processes or in none: the others get empty passes
+            passes += [mine[:0]] * (self.world.most(len(passes)) - len(passes))
+        return passes
+
+    def _part_of_loss(self, examples: list[Example], chunk: np.ndarray, hide: Tensor) -> Tensor:
+        """What the examples at `chunk` add to the loss of the whole step."""
+        if len(chunk) == 0:
+            contrast, balance = self._losses(examples[:1], hide[:1])
+            return total_loss(contrast, balance, self.config.train.balance_weight) * 0.0
+        contrast, balance = self._losses([examples[i] for i in chunk], hide[chunk])
+        contrast = contrast * (len(chunk) / len(examples))
+        if balance is not None:  # it is a mean over users whose states are shown
+            balance = balance * ((~hide[chunk]).sum() / max(1, int((~hide).sum())))
+            self.watch.add(balance=balance.detach())
+        self.watch.add(contrast=contrast.detach())
+        return total_loss(contrast, balance, self.config.train.balance_weight)
 
     def _losses(self, examples: list[Example], hide: Tensor) -> tuple[Tensor, Tensor | None]:
         """Item contrast and load balance, means over these examples. hide: Bool[batch], whose ID states are hidden."""
@@ -246,8 +277,12 @@ class Fit:
     # -- items and validation -----------------------------------------------------------------------------------
 
     def _item_outputs(self) -> Tensor:
-        with Progress("encoding items", len(self.encoder.catalogue), self.show) as bar:
-            return self.encoder.encode_items(self.config.eval.batch_size, raw=True, progress=bar.advance)
+        count = len(self.encoder.catalogue)
+        items = [np.array([i + 1], dtype=np.int32) for i in self.world.even_share(count)]
+        with Progress("encoding items", len(items), self.show) as bar:
+            outputs = self.encoder.encode(items, self.config.eval.batch_size, as_item=True, raw=True,
+                                          progress=bar.advance)
+        return self.world.gather_rows(outputs, count)
 
     @torch.no_grad()
     def _embed_items(self) -> None:
@@ -264,13 +299,14 @@ class Fit:
 
     def _validate(self) -> Metrics:
         size, k = self.config.eval.batch_size, self.config.eval.k
+        cases = self.validation.take(self.world.even_share(len(self.validation)))
         items = torch.nn.functional.normalize(self.items, dim=-1)
-        with Progress("validating", len(self.validation), self.show) as bar:
-            users = self.encoder.encode(self.validation.histories, size, progress=bar.advance)
+        with Progress("validating", len(cases), self.show) as bar:
+            users = self.encoder.encode(cases.histories, size, progress=bar.advance)
         users = torch.nn.functional.normalize(users, dim=-1)
         size = rows_at_once(len(items), size)
-        ranks = rank_cases(self._scores_in_order(users, items, size), self.validation, size, len(items)).plain
-        return Metrics.from_ranks(ranks, k=k)
+        ranks = rank_cases(self._scores_in_order(users, items, size), cases, size, len(items)).plain
+        return Metrics.from_ranks(self.world.gather_rows(torch.from_numpy(ranks), len(self.validation)).numpy(), k=k)
 
     def _scores_in_order(self, users: Tensor, items: Tensor, size: int) -> Scorer:
         """The evaluator asks in order, `size` users at a time; hand it the next rows' scores."""
@@ -306,6 +342,9 @@ class Fit:
         return self.folder / "checkpoint.safetensors"
 
     def _save(self) -> None:
+        self._saved = time.monotonic()
+        if not self.world.is_main:
+            return
         tensors = {"outputs": self.outputs, "items": self.items, "best_items": self.best_items}
         tensors["rng"] = torch.get_rng_state()
         tensors |= {f"laser.{k}": v for k, v in self.laser.state_dict().items()}
@@ -314,19 +353,24 @@ class Fit:
         place = {**vars(self.place), "seconds": self._elapsed()}
         self.watch.flush()
         checkpoint.save(self._file, tensors, {"place": place, "log": self.log, "fingerprint": self.fingerprint})
-        self._saved = time.monotonic()
 
     def discard_checkpoint(self) -> None:
         """Once the result is saved elsewhere."""
         self._file.unlink(missing_ok=True)
 
-    def _restore(self) -> bool:
+    def _read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         if not self._file.exists():
-            return False
+            return {}, None
         tensors, facts = checkpoint.load(self._file)
         if facts["fingerprint"] != self.fingerprint:
             raise UserError(f"{self._file} belongs to a fit with other settings or data; give another folder for the "
                             "new fit, or delete this file to start over")
+        return tensors, facts
+
+    def _restore(self) -> bool:
+        tensors, facts = self.world.from_main(self._read_checkpoint)
+        if facts is None:
+            return False
         self.place, self.log = Place(**facts["place"]), facts["log"]
         self.outputs, self.items, self.best_items = (tensors[n] for n in ("outputs", "items", "best_items"))
         self.laser.load_state_dict(checkpoint.part(tensors, "laser"))
@@ -337,7 +381,7 @@ class Fit:
 
 
 _PACE = (("train", "checkpoint_minutes"), ("train", "tokens_per_pass"), ("backbone", "compiled"),
-         ("backbone", "gradient_checkpointing"))
+         ("backbone", "gradient_checkpointing"), ("backbone", "shard"))
 
 
 def fit_fingerprint(dataset: Dataset, id_model: torch.nn.Module, config: Config) -> str:

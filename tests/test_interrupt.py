@@ -46,3 +46,19 @@ def test_outside_the_main_thread_it_does_nothing():
     thread.start()
     thread.join()
     assert failures == []
+
+
+def test_a_scheduler_may_ask_twice():
+    with DeferredInterrupt() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            asked.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_it_can_be_silent(capsys):
+    with DeferredInterrupt(say=False):
+        signal.raise_signal(signal.SIGTERM)
+    assert capsys.readouterr().err == ""

@@ -271,6 +271,21 @@ def test_stop_and_resume_is_the_uninterrupted_run(llm, tmp_path, monkeypatch, wh
         {k: v for k, v in e.items() if k not in dropped} for e in log]
 
 
+def test_a_second_ctrl_c_saves_no_half_step(llm, tmp_path, monkeypatch):
+    fit = make_fit(llm(), tmp_path)
+    call = torch.nn.utils.clip_grad_norm_
+
+    def twice(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return call(*arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", twice)
+    with pytest.raises(KeyboardInterrupt):
+        fit.run()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("settings", [{}, {"prefix": "none"}, {"state_dropout": 0.4}])
 def test_a_step_in_many_passes_has_the_gradient_of_one(llm, tmp_path, settings):
     gradients = []

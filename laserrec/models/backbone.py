@@ -17,9 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laserrec.config import BackboneConfig, Engine, Precision, Quantization
+from laserrec.distributed import World, join
 from laserrec.errors import UserError
 from laserrec.models.decoder import NativeDecoder, native_reason
 from laserrec.models.fetch import DEFAULT_NAME, fetch_default
+from laserrec.models.shard import shard
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class Backbone:
     sha256: str
     """Over the weight files."""
     config: BackboneConfig
+    sharded: bool = False
+    """Other processes hold parts of it: it computes in all of them or in none."""
 
     @property
     def d_llm(self) -> int:
@@ -106,7 +110,8 @@ def _layer_stack(model: nn.Module) -> tuple[tuple[nn.Module, str], nn.ModuleList
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             parent, _, name = path.rpartition(".")
             return (model.get_submodule(parent), name), module
-    raise UserError(f"backbone.layers: {type(model).__name__} has no list of {wanted} layers to cut; leave it unset")
+    raise UserError(f"backbone.layers, backbone.shard: {type(model).__name__} has no list of {wanted} layers to cut; "
+                    "leave them unset")
 
 
 def load_backbone(config: BackboneConfig) -> Backbone:
@@ -115,6 +120,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     from transformers.utils import logging as hf_logging
 
     path = str(fetch_default()) if config.name == DEFAULT_NAME else config.name
+    world = join() if config.shard else World()
     dtype = torch.bfloat16 if resolve_precision(config.precision) == Precision.BF16 else torch.float32
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     quantized = _quantization_options(config, dtype)
@@ -123,6 +129,8 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     hf_logging.set_verbosity_error()  # it reports the unused output layer; missing weights are checked below
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        if world.size > 1:
+            return _load_sharded(path, config, dtype, tokenizer, world)
         model, loaded = AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True, **options, **quantized)
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
@@ -135,12 +143,35 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"backbone {config.name!r} lacks {len(missing)} weights, first {missing[:3]}; fetch it again")
     model.requires_grad_(False).eval()
-    if config.layers is not None and config.layers > model.config.num_hidden_layers:
-        raise UserError(f"backbone.layers is {config.layers}, but {config.name} has {model.config.num_hidden_layers}")
+    _check_layers(model, config)
     embedding = model.get_input_embeddings().weight.detach()
     decoder = _decoder(model, config, dtype)
     folder, revision = _weights_folder(path, config.revision)
     return Backbone(decoder, embedding, tokenizer, config.name, revision, _files_sha256(folder), config)
+
+
+def _check_layers(model: nn.Module, config: BackboneConfig) -> None:
+    if config.layers is not None and config.layers > model.config.num_hidden_layers:
+        raise UserError(f"backbone.layers is {config.layers}, but {config.name} has {model.config.num_hidden_layers}")
+
+
+def _load_sharded(path: str, config: BackboneConfig, dtype: torch.dtype, tokenizer: object, world: World) -> Backbone:
+    from accelerate import init_empty_weights
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, AutoModel
+
+    if not Path(path).is_dir():
+        path = snapshot_download(path, revision=config.revision, allow_patterns=["*.safetensors", "*.json", "*.py"])
+    with init_empty_weights(include_buffers=False):
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        model = AutoModel.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    model.requires_grad_(False).eval()
+    _check_layers(model, config)
+    (parent, name), _ = _layer_stack(model)
+    decoder = TransformersDecoder(model, config.layers, config.gradient_checkpointing)
+    shard(model, getattr(parent, name), Path(path), dtype, world)
+    embedding = model.get_input_embeddings().weight.detach()
+    return Backbone(decoder, embedding, tokenizer, config.name, config.revision, _files_sha256(path), config, True)
 
 
 def _quantization_options(config: BackboneConfig, dtype: torch.dtype) -> dict[str, object]:

@@ -1,0 +1,201 @@
+"""What test_distributed.py starts in two processes: fits that leave what they found in files.
+
+torchrun --nproc-per-node 2 tests/several.py LLM_FOLDER STEPS_FOLDER OUT
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from test_train import make_fit
+
+from laserrec import checkpoint, cli, encoder, train
+from laserrec.config import BackboneConfig
+from laserrec.distributed import World, join
+from laserrec.models.backbone import load_backbone
+
+COMMON = {"head": {"projection": True, "whiten_dims": 8, "seen_offset": True, "id_share": 0.3},
+          "mformer": {"dropout": 0.0, "state_dropout": 0.3, "routing": "gate_scaled"}}
+QUICK = {"batch_size": 5, "stage_one_epochs": 2, "stage_two_epochs": 1, "weight_decay": 0.1, "lr": 1e-3}
+SETTINGS = {  # what is shared out differs between the layouts
+    "prefix_first": {**COMMON, "train": {**QUICK, "tokens_per_pass": 12}},
+    "text_first": {**COMMON, "train": {**QUICK, "item_gradient": True, "history_negatives": False},
+                   "prompt": {"layout": "text_first", "item_side": "plain"}},
+    "learned": {"mformer": {"prefix": "learned"}, "train": {**QUICK, "stage_one_epochs": 1}},
+}
+SHARDED = {**COMMON, "train": {**QUICK, "tokens_per_pass": 12}}
+SHARDS = {"sharded": {}, "sharded-recomputed": {"gradient_checkpointing": True, "layers": 2}}
+USERS = 7  # 26 examples: the last batch is one example, too few for two processes; the others do not divide evenly
+
+
+def quick_fit(llm, folder: Path, world: World, sections: dict, users: int = USERS):
+    fit = make_fit(llm, folder, tiny.planted(10, users=users), **sections)
+    fit.world = world
+    make = fit._new_optimizer
+
+    def steadier():
+        make()
+        for group in fit.optimizer.param_groups:
+            group["eps"] = 1e-4  # Adam's own would turn the rounding of a gradient of zero into a whole step
+    fit._new_optimizer = steadier
+    return fit
+
+
+def found(fit) -> dict[str, torch.Tensor]:
+    """All that must be equal, whatever the number of processes."""
+    numbers = [[e["loss"] or 0.0, *(v for k, v in e.items() if k.startswith("validation_"))] for e in fit.log]
+    return {**{f"laser.{k}": v for k, v in fit.laser.state_dict().items()}, "items": fit.best_items,
+            "outputs": fit.outputs, "log": torch.tensor(numbers, dtype=torch.float64)}
+
+
+def equal_fits(llm, out: Path, world: World) -> None:
+    for name, sections in SETTINGS.items():
+        fit = quick_fit(llm, out / name, world, sections)
+        fit.run()
+        checkpoint.save(out / f"{name}-{world.rank}.safetensors", found(fit))
+
+
+def first_gradients(llm, out: Path, world: World) -> None:
+    for name, sections in SETTINGS.items():
+        fit = quick_fit(llm, out / f"{name}-gradient", world, sections)
+        checkpoint.save(out / f"{name}-gradient-{world.rank}.safetensors", gradients(fit))
+
+
+def gradients(fit) -> dict[str, torch.Tensor]:
+    """Of one step on seven examples, before any weight moved."""
+    fit._new_optimizer()
+    fit._prepare_items()
+    fit.optimizer.step = lambda: None
+    torch.manual_seed(6)
+    sequences = fit.dataset.train_sequences
+    loss = fit._train_step(train.epoch_examples(sequences, train.Cuts.ALL, (0,))[:7])
+    given = {n: p.grad for n, p in fit.laser.named_parameters() if p.grad is not None}
+    return {**given, "loss": torch.tensor(loss)}
+
+
+def stopped(llm, out: Path, world: World) -> None:
+    """SIGTERM reaches the second process alone, in the midst of a step; where did each one stop?"""
+    fit = quick_fit(llm, out / "stopped", world, SETTINGS["prefix_first"])
+    step, calls = fit._train_step, []
+
+    def counted(examples):
+        calls.append(len(examples))
+        if world.rank == 1 and len(calls) == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return step(examples)
+
+    fit._train_step = counted
+    try:
+        fit.run()
+    except KeyboardInterrupt:
+        (out / f"stopped-{world.rank}.json").write_text(json.dumps({"calls": len(calls), "steps": fit.place.step}))
+
+
+def resumed(llm, out: Path, world: World) -> None:
+    """What one process left (test_distributed made it), two finish."""
+    fit = quick_fit(llm, out / "one-then-two", world, SETTINGS["text_first"])
+    fit.run()
+    checkpoint.save(out / f"one-then-two-{world.rank}.safetensors", found(fit))
+
+
+def masks(llm, out: Path, world: World) -> None:
+    """Dropout differs between the processes, everything else they draw is the same."""
+    fit = quick_fit(llm, out / "masks", world, SETTINGS["prefix_first"])
+    fit.encoder.laser.mformer.blocks[0].dropout.p = 0.5
+    drawn, hidden, losses = [], [], fit._losses
+
+    def spy(examples, hide):
+        drawn.append(torch.rand(4))
+        hidden.append(len(hide))
+        return losses(examples, hide)
+
+    fit._losses = spy
+    fit.run()
+    checkpoint.save(out / f"masks-{world.rank}.safetensors", {
+        "drawn": torch.stack(drawn[:3]), "state": torch.get_rng_state(), "examples": torch.tensor(sum(hidden)),
+        **{f"laser.{k}": v for k, v in fit.laser.state_dict().items()}})
+
+
+def world_of_two(out: Path, world: World) -> None:
+    """The small tools, on numbers that can be counted."""
+    rows = torch.tensor([[float(i), i * 10.0] for i in world.even_share(5)])
+    p, never = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))
+    if world.rank == 1:  # the other has no gradient at all
+        p.grad = torch.tensor([1.0, 2.0])
+    loss = world.sum_gradients([p, never], 0.5 + world.rank)
+    followed = torch.full((), float(world.rank))
+    world.follow([followed])
+    tensors, value = world.from_main(lambda: ({"bytes": torch.tensor([7, 8], dtype=torch.uint8), "one": torch.tensor(3),
+                                               "none": torch.empty(0), "half": torch.ones(2, dtype=torch.bfloat16)},
+                                              {"epoch": 3}))
+    facts = {"gathered": world.gather_rows(rows, 5).tolist(), "gradient": p.grad.tolist(), "never": never.grad is None,
+             "loss": loss, "most": world.most(world.rank + 4), "any": world.any(world.rank == 1),
+             "none": world.any(False), "followed": followed.item(), "value": value,
+             "tensors": {n: [str(t.dtype), t.tolist()] for n, t in tensors.items()},
+             "share": world.share(3).tolist(), "empty": world.share(1).tolist()}
+    (out / f"tools-{world.rank}.json").write_text(json.dumps(facts))
+
+
+def read_together(llm, out: Path, world: World) -> None:
+    """Item texts, three at a time; ten items make four batches."""
+    encoder._READ_AT_ONCE = 3
+    fit = quick_fit(llm, out / "read", World(), SETTINGS["text_first"])
+    read, encode_text = [], llm.decoder.encode_text
+    llm.decoder.encode_text = lambda embeds, past: read.append(len(embeds)) or encode_text(embeds, past)
+    catalogue = encoder.Catalogue(fit.laser, fit.dataset.items, fit.dataset.n_items, world=world)
+    alone, used = fit.encoder.catalogue, catalogue._used
+    checkpoint.save(out / f"read-{world.rank}.safetensors", {
+        "together": torch.stack([catalogue._cache.keys[:, :used], catalogue._cache.values[:, :used]]),
+        "alone": torch.stack([alone._cache.keys[:, :used], alone._cache.values[:, :used]]),
+        "read": torch.tensor(read)})
+
+
+def sharded(llm_folder: Path, out: Path, world: World) -> None:
+    """Each process holds half of the LLM; the second has fewer passes a step than the first."""
+    for name, settings in SHARDS.items():
+        config = BackboneConfig(name=str(llm_folder), precision="fp32", shard=True, **settings)
+        llm = load_backbone(config)
+        fit = quick_fit(llm, out / name, world, SHARDED, users=5)
+        fit.run()
+        held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in llm.decoder.parameters())
+        checkpoint.save(out / f"{name}-{world.rank}.safetensors", found(fit) | {"held": torch.tensor(held)})
+
+
+def failed(steps: Path, out: Path, world: World) -> None:
+    """The command line, with other settings in the second process; what each says and how it ends."""
+    sys.argv = ["laserrec", "fit", str(steps / "data"), str(steps / "ids"), str(out / "never"), "--config",
+                str(steps / "tiny.toml"), "--backbone.precision", "fp32", "--train.lr", f"{world.rank + 1}e-3"]
+    said, code = io.StringIO(), 0
+    try:
+        with contextlib.redirect_stderr(said):
+            cli.main()
+    except SystemExit as stop:
+        code = stop.code
+    (out / f"failed-{world.rank}.json").write_text(json.dumps({"code": code, "said": said.getvalue()}))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    llm_folder, steps, out = map(Path, sys.argv[1:])
+    world = join()
+    world_of_two(out, world)
+    llm = load_backbone(BackboneConfig(name=str(llm_folder), precision="fp32"))
+    first_gradients(llm, out, world)
+    equal_fits(llm, out, world)
+    stopped(llm, out, world)
+    resumed(llm, out, world)
+    masks(llm, out, world)
+    read_together(llm, out, world)
+    sharded(llm_folder, out, world)
+    failed(steps, out, world)
+
+
+if __name__ == "__main__":
+    main()
