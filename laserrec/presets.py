@@ -27,7 +27,7 @@ _SMALL: dict[str, Any] = {
     "head": {"suffix_from_eos": True, "whiten_dims": 512, "projection": True, "dropout": 0.2, "id_share": 0.45,
              "seen_offset": True},
     "neighbours": {"count": 100},
-    "train": {"lr": 1e-3, "weight_decay": 1.0, "batch_size": 128, "stage_one_epochs": 3, "stage_two_epochs": 1,
+    "train": {"lr": 1e-3, "weight_decay": 1.0, "batch_size": 128, "stage_one_epochs": 2, "stage_two_epochs": 1,
               "warmup_fraction": 0.05, "cosine_decay": True, "item_gradient": True, "history_negatives": False,
               "temperature": 0.1},
     "eval": {"batch_size": 64},
