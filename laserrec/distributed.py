@@ -68,20 +68,20 @@ class World:
 
     # -- agreeing -----------------------------------------------------------------------------------------------
 
-    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], loss: float) -> float:
-        """Replace every gradient by its sum over the processes and return the loss's sum. A parameter whose gradient
-        is None everywhere keeps none, so that an optimiser leaves it alone."""
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], numbers: Tensor) -> Tensor:
+        """Replace every gradient by its sum over the processes and return the sum of `numbers` [n]. A parameter whose
+        gradient is None everywhere keeps none, so that an optimiser leaves it alone."""
         if self.size == 1:
-            return loss
+            return numbers
         given = [p.grad is not None for p in parameters]
         flat = torch.cat([*(torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters),
-                          torch.tensor([*given, loss], dtype=torch.float32)])
+                          torch.tensor(given, dtype=torch.float32), numbers.float()])
         with self._together():
             dist.all_reduce(flat, group=self.group)
-        *parts, given, loss = flat.split([*(p.numel() for p in parameters), len(parameters), 1])
+        *parts, given, numbers = flat.split([*(p.numel() for p in parameters), len(parameters), len(numbers)])
         for p, part, some in zip(parameters, parts, given.tolist(), strict=True):
             p.grad = part.view_as(p) if some else None
-        return float(loss)
+        return numbers
 
     def most(self, number: int) -> int:
         """The largest of the processes' numbers."""
