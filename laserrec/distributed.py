@@ -6,6 +6,7 @@ all go the same way. Tensors are the CPU's and the backend is gloo. In a world o
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -190,12 +191,19 @@ def join() -> World:
         try:
             _store, rank, size = next(dist.rendezvous("env://", timeout=_MEETING))
             dist.init_process_group("gloo", store=_store, rank=rank, world_size=size, timeout=_PATIENCE)
+            atexit.register(_leave)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes can't be met: "
                             f"{str(error).splitlines()[0]}. Start several with torchrun; unset WORLD_SIZE to run "
                             "one") from None
         _joined = World(rank, size)
     return _joined
+
+
+def _leave() -> None:
+    """A process that ends while gloo's threads run is aborted now and then, and torchrun takes that for a failure."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def alone(what: str) -> None:
