@@ -190,17 +190,16 @@ class Fit:
         self.laser.train()
         self.optimizer.zero_grad(set_to_none=True)
         hide = torch.rand(len(examples)) < self.config.mformer.state_dropout
-        experts = self.config.mformer.experts if self.laser.mformer is not None else 0
-        told, place = torch.zeros(3 + experts, dtype=torch.float64), self.place
+        told, place = torch.zeros(4 + self.config.mformer.experts, dtype=torch.float64), self.place
         with self.world.own_randomness(self.config.train.seed, place.stage, place.epoch, place.step):
             for chunk in self._passes(examples):
                 loss, parts = self._part_of_loss(examples, chunk, hide)
                 loss.backward()
                 told += parts
-        total, contrast, balance, *users = self.world.sum_gradients(self._trained(), told).tolist()
+        total, contrast, balance, routed, *users = self.world.sum_gradients(self._trained(), told).tolist()
         norm = torch.nn.utils.clip_grad_norm_(self._trained(), self.config.train.max_grad_norm)
-        self.watch.add(contrast=contrast, grad_norm=norm, **({"balance": balance} if experts else {}))
-        self.watch.routed(users)
+        self.watch.add(contrast=contrast, grad_norm=norm, **({"balance": balance} if routed else {}))
+        self.watch.routed(users if routed else [])
         self.optimizer.step()
         return total
 
@@ -217,8 +216,8 @@ class Fit:
         return passes
 
     def _part_of_loss(self, examples: list[Example], chunk: np.ndarray, hide: Tensor) -> tuple[Tensor, Tensor]:
-        """What the examples at `chunk` add to the loss of the whole step; and in numbers to the loss, its two parts
-        and the users of each expert."""
+        """What the examples at `chunk` add to the loss of the whole step; and in numbers to the loss, its two parts,
+        the passes that were routed and the users of each expert."""
         weight = self.config.train.balance_weight
         if len(chunk) == 0:
             contrast, balance, _ = self._losses(examples[:1], hide[:1])
@@ -228,8 +227,11 @@ class Fit:
         if balance is not None:  # it is a mean over users whose states are shown
             balance = balance * ((~hide[chunk]).sum() / max(1, int((~hide).sum())))
         loss = total_loss(contrast, balance, weight)
-        parts = torch.stack([loss, contrast, torch.zeros(()) if balance is None else balance]).detach()
-        return loss, parts if route is None else torch.cat([parts, expert_users(route)])
+        if route is None:
+            parts = [loss, contrast, loss.new_zeros(2 + self.config.mformer.experts)]
+        else:
+            parts = [loss, contrast, balance, loss.new_ones(1), expert_users(route)]
+        return loss, torch.cat([part.detach().reshape(-1) for part in parts])
 
     def _losses(self, examples: list[Example], hide: Tensor) -> tuple[Tensor, Tensor | None, Route | None]:
         """Item contrast and load balance, means over these examples. hide: Bool[batch], whose ID states are hidden."""

@@ -36,24 +36,8 @@ def model(folder, llm):
 
 @pytest.fixture
 def there(monkeypatch, tmp_path):
-    """The hub, with an empty cache beside it. huggingface_hub reads the environment at import, so its constants are
-    set."""
-    from huggingface_hub import constants
-
-    with fake_hub.running() as (server, url):
-        point_to(monkeypatch, url)
-        monkeypatch.setattr(constants, "HF_URL_HOSTS", constants.HF_URL_HOSTS | {"127.0.0.1"})
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        server.url = url
+    with fake_hub.used(monkeypatch, tmp_path / "cache") as server:
         yield server
-
-
-def point_to(monkeypatch, url):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 def files(server, branch="main"):
@@ -186,7 +170,7 @@ def test_no_network(there, model, llm, monkeypatch):
     with pytest.raises(UserError, match="was not pushed: HF_HUB_OFFLINE is set"):
         model.push_to_hub(REPO, token=TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    point_to(monkeypatch, "http://127.0.0.1:9")  # nothing listens there
+    fake_hub.point_to(monkeypatch, "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(UserError, match="can't be reached and no whole copy is in the cache"):
         LaserRecommender.from_pretrained(REPO, llm())
     with pytest.raises(UserError, match=r"was not pushed: .* can't be reached"):
@@ -328,8 +312,7 @@ def test_evaluate_by_name(there, folder, run, tmp_path):
 def test_the_environment_names_the_hub_and_the_token(there, folder, tmp_path):
     """As a user has it: a process of its own, nothing replaced."""
     hub.push_folder(folder, REPO, private=True, token=TOKEN)
-    env = {**os.environ, "HF_ENDPOINT": there.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
-           "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **fake_hub.environment(there.url, tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "laserrec", "recommend", REPO, "--history", "i1"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "recommended next" in done.stdout, done.stderr
