@@ -138,12 +138,16 @@ def _opened(job: _Job, again: bool = False) -> tuple[LaserRecommender, HistoryFi
     source = HistoryFile(job.histories)
     if {**source.ends(), "users": job.manifest["input"]["users"]} != job.manifest["input"]:
         raise UserError(f"{host} has another file at {job.histories}; {advice}")
-    if model_identity(job.model) != job.manifest["model"]:
+    try:
+        model = model_identity(job.model)
+    except UserError as error:
+        raise UserError(f"{host} has no whole model in {job.model}: {error}; {advice}") from None
+    if model != job.manifest["model"]:
         raise UserError(f"{host} has another model in {job.model}; {advice}")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or job.threads))
-    model = LaserRecommender.from_pretrained(job.model)
-    model.use_index(job.index)
-    return model, source
+    loaded = LaserRecommender.from_pretrained(job.model)
+    loaded.use_index(job.index)
+    return loaded, source
 
 
 # -- Ray itself -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ all go the same way. Tensors are the CPU's and the backend is gloo. In a world o
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -68,20 +69,20 @@ class World:
 
     # -- agreeing -----------------------------------------------------------------------------------------------
 
-    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], loss: float) -> float:
-        """Replace every gradient by its sum over the processes and return the loss's sum. A parameter whose gradient
-        is None everywhere keeps none, so that an optimiser leaves it alone."""
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], numbers: Tensor) -> Tensor:
+        """Replace every gradient by its sum over the processes and return the sum of `numbers` [n]. A parameter whose
+        gradient is None everywhere keeps none, so that an optimiser leaves it alone."""
         if self.size == 1:
-            return loss
+            return numbers
         given = [p.grad is not None for p in parameters]
         flat = torch.cat([*(torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters),
-                          torch.tensor([*given, loss], dtype=torch.float32)])
+                          torch.tensor(given, dtype=torch.float32), numbers.float()])
         with self._together():
             dist.all_reduce(flat, group=self.group)
-        *parts, given, loss = flat.split([*(p.numel() for p in parameters), len(parameters), 1])
+        *parts, given, numbers = flat.split([*(p.numel() for p in parameters), len(parameters), len(numbers)])
         for p, part, some in zip(parameters, parts, given.tolist(), strict=True):
             p.grad = part.view_as(p) if some else None
-        return float(loss)
+        return numbers
 
     def most(self, number: int) -> int:
         """The largest of the processes' numbers."""
@@ -190,12 +191,19 @@ def join() -> World:
         try:
             _store, rank, size = next(dist.rendezvous("env://", timeout=_MEETING))
             dist.init_process_group("gloo", store=_store, rank=rank, world_size=size, timeout=_PATIENCE)
+            atexit.register(_leave)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes can't be met: "
                             f"{str(error).splitlines()[0]}. Start several with torchrun; unset WORLD_SIZE to run "
                             "one") from None
         _joined = World(rank, size)
     return _joined
+
+
+def _leave() -> None:
+    """A process that ends while gloo's threads run is aborted now and then, and torchrun takes that for a failure."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def alone(what: str) -> None:

@@ -98,6 +98,9 @@ class LaserRecommender:
                             "process 0; give every machine the same command and copies of the same folders")
         progress = progress and world.is_main
         if world.told((folder / "model.json").is_file):
+            if not (folder / "model.json").is_file():
+                raise UserError(f"process {world.rank} has no {folder}, which is finished where process 0 is; load it "
+                                "there, in one process")
             return cls._finished(folder, fingerprint, backbone)
         torch.manual_seed(config.train.seed)
         laser = Laser(config, backbone, id_model.d_id, dataset.n_items)

@@ -34,10 +34,11 @@ from laserrec.interrupt import DeferredInterrupt
 from laserrec.losses import item_contrast, load_balance, total_loss
 from laserrec.memory import rows_at_once
 from laserrec.metrics import Metrics
+from laserrec.models.mformer import Route
 from laserrec.progress import Progress
 from laserrec.seen import Seen
 from laserrec.text_vectors import whitened
-from laserrec.watch import Watch
+from laserrec.watch import Watch, expert_users
 
 _SCALE_USERS = 256
 """Users whose cosines say how neighbours are weighed against them."""
@@ -198,15 +199,16 @@ class Fit:
         self.laser.train()
         self.optimizer.zero_grad(set_to_none=True)
         hide = torch.rand(len(examples)) < self.config.mformer.state_dropout
-        total, place = 0.0, self.place
+        told, place = torch.zeros(4 + self.config.mformer.experts, dtype=torch.float64), self.place
         with self.world.own_randomness(self.config.train.seed, place.stage, place.epoch, place.step):
             for chunk in self._passes(examples):
-                loss = self._part_of_loss(examples, chunk, hide)
+                loss, parts = self._part_of_loss(examples, chunk, hide)
                 loss.backward()
-                total += float(loss.detach())
-        total = self.world.sum_gradients(self._trained(), total)
+                told += parts
+        total, contrast, balance, routed, *users = self.world.sum_gradients(self._trained(), told).tolist()
         norm = torch.nn.utils.clip_grad_norm_(self._trained(), self.config.train.max_grad_norm)
-        self.watch.add(grad_norm=norm)
+        self.watch.add(contrast=contrast, grad_norm=norm, **({"balance": balance} if routed else {}))
+        self.watch.routed(users if routed else [])
         self.optimizer.step()
         return total
 
@@ -222,30 +224,34 @@ class Fit:
             passes += [mine[:0]] * (self.world.most(len(passes)) - len(passes))
         return passes
 
-    def _part_of_loss(self, examples: list[Example], chunk: np.ndarray, hide: Tensor) -> Tensor:
-        """What the examples at `chunk` add to the loss of the whole step."""
+    def _part_of_loss(self, examples: list[Example], chunk: np.ndarray, hide: Tensor) -> tuple[Tensor, Tensor]:
+        """What the examples at `chunk` add to the loss of the whole step; and in numbers to the loss, its two parts,
+        the passes that were routed and the users of each expert."""
+        weight = self.config.train.balance_weight
         if len(chunk) == 0:
-            contrast, balance = self._losses(examples[:1], hide[:1])
-            return total_loss(contrast, balance, self.config.train.balance_weight) * 0.0
-        contrast, balance = self._losses([examples[i] for i in chunk], hide[chunk])
+            contrast, balance, _ = self._losses(examples[:1], hide[:1])
+            return total_loss(contrast, balance, weight) * 0.0, torch.zeros(())
+        contrast, balance, route = self._losses([examples[i] for i in chunk], hide[chunk])
         contrast = contrast * (len(chunk) / len(examples))
         if balance is not None:  # it is a mean over users whose states are shown
             balance = balance * ((~hide[chunk]).sum() / max(1, int((~hide).sum())))
-            self.watch.add(balance=balance.detach())
-        self.watch.add(contrast=contrast.detach())
-        return total_loss(contrast, balance, self.config.train.balance_weight)
+        loss = total_loss(contrast, balance, weight)
+        if route is None:
+            parts = [loss, contrast, loss.new_zeros(2 + self.config.mformer.experts)]
+        else:
+            parts = [loss, contrast, balance, loss.new_ones(1), expert_users(route)]
+        return loss, torch.cat([part.detach().reshape(-1) for part in parts])
 
-    def _losses(self, examples: list[Example], hide: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _losses(self, examples: list[Example], hide: Tensor) -> tuple[Tensor, Tensor | None, Route | None]:
         """Item contrast and load balance, means over these examples. hide: Bool[batch], whose ID states are hidden."""
         train, histories = self.config.train, [e.history for e in examples]
         outputs, route = self.encoder.outputs(histories, hide_states=hide)
-        self.watch.routed(route)
         users = self.encoder.users(outputs, histories)
         targets = torch.tensor([e.target - 1 for e in examples])
         offset = self.laser.seen_offset
         seen = Seen.of(histories) if offset is not None or not train.history_negatives else None
         contrast = item_contrast(users, self._items_to_learn_from(), targets, train.temperature, seen, offset)
-        return contrast, None if route is None else load_balance(route)
+        return contrast, None if route is None else load_balance(route), route
 
     def _items_to_learn_from(self) -> Tensor:
         """The epoch's fixed item embeddings (paper), or with gradient to the head; the LLM's part of them."""

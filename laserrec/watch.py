@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from laserrec.io import write_text
 from laserrec.models.mformer import Route
@@ -66,11 +68,9 @@ class Watch:
         for name, number in numbers.items():
             self._own[name] = self._own.get(name, 0.0) + float(number)
 
-    def routed(self, route: Route | None) -> None:
-        """Count the query experts that were chosen for users with ID states."""
-        if route is not None:
-            counts = torch.bincount(route.expert[route.mask.any(dim=1)], minlength=route.scores.shape[1]).tolist()
-            self._own_users = _summed(self._own_users, counts)
+    def routed(self, users: Sequence[float]) -> None:
+        """Users given to each query expert in the present step (`expert_users`)."""
+        self._own_users = _summed(self._own_users, [round(n) for n in users])
 
     def step(self, step: int, examples: int, **facts: float | int | None) -> None:
         """The step is done: the `step`-th of the training, from 1. facts: taken as they are, such as epoch, lr."""
@@ -126,6 +126,11 @@ class Watch:
             self._events.add_scalar(f"train/{name}", number, step)
         for expert, users in enumerate(self._users, 1):
             self._events.add_scalar(f"experts/share_{expert}", users / max(1, sum(self._users)), step)
+
+
+def expert_users(route: Route) -> Int[Tensor, "experts"]:
+    """How many users each query expert was chosen for; those without ID states are nobody's."""
+    return torch.bincount(route.expert[route.mask.any(dim=1)], minlength=route.scores.shape[1])
 
 
 def read_training(folder: Path) -> list[dict[str, Any]]:

@@ -171,3 +171,30 @@ def running():
         server.shutdown()
         server.server_close()
         thread.join(10)
+
+
+@contextlib.contextmanager
+def used(monkeypatch, cache):
+    """The hub that huggingface_hub finds in this process, with an empty cache beside it. It reads the environment at
+    import, so its constants are set."""
+    from huggingface_hub import constants
+
+    with running() as (server, url):
+        point_to(monkeypatch, url)
+        monkeypatch.setattr(constants, "HF_URL_HOSTS", constants.HF_URL_HOSTS | {"127.0.0.1"})
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        server.url = url
+        yield server
+
+
+def point_to(monkeypatch, url):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def environment(url, home):
+    """The same for a process of its own, as its owner has it."""
+    return {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_TOKEN": TOKEN}

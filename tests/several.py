@@ -35,8 +35,7 @@ USERS = 7  # 26 examples: the last batch is one example, too few for two process
 
 
 def quick_fit(llm, folder: Path, world: World, sections: dict, users: int = USERS):
-    fit = make_fit(llm, folder, tiny.planted(10, users=users), **sections)
-    fit.world = world
+    fit = make_fit(llm, folder, tiny.planted(10, users=users), world=world, **sections)
     make = fit._new_optimizer
 
     def steadier():
@@ -128,14 +127,14 @@ def world_of_two(out: Path, world: World) -> None:
     p, never = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))
     if world.rank == 1:  # the other has no gradient at all
         p.grad = torch.tensor([1.0, 2.0])
-    loss = world.sum_gradients([p, never], 0.5 + world.rank)
+    loss, seven = world.sum_gradients([p, never], torch.tensor([0.5 + world.rank, 3.0 + world.rank])).tolist()
     followed = torch.full((), float(world.rank))
     world.follow([followed])
     tensors, value = world.from_main(lambda: ({"bytes": torch.tensor([7, 8], dtype=torch.uint8), "one": torch.tensor(3),
                                                "none": torch.empty(0), "half": torch.ones(2, dtype=torch.bfloat16)},
                                               {"epoch": 3}))
     facts = {"gathered": world.gather_rows(rows, 5).tolist(), "gradient": p.grad.tolist(), "never": never.grad is None,
-             "loss": loss, "most": world.most(world.rank + 4), "any": world.any(world.rank == 1),
+             "loss": loss, "seven": seven, "most": world.most(world.rank + 4), "any": world.any(world.rank == 1),
              "none": world.any(False), "followed": followed.item(), "value": value,
              "tensors": {n: [str(t.dtype), t.tolist()] for n, t in tensors.items()},
              "share": world.share(3).tolist(), "empty": world.share(1).tolist()}

@@ -67,6 +67,11 @@ def leaves(command: App, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Ap
     return found
 
 
+def parse(words: list[str]) -> None:
+    """Names and flags of a command of laserrec are right."""
+    cli.app.parse_args(words[1:], print_error=False, exit_on_error=False)
+
+
 class Reader:
     """Runs blocks in the current folder. Python blocks share their names; a served model is stopped at the end."""
 
@@ -86,9 +91,14 @@ class Reader:
 
     def command(self, words: list[str]) -> None:
         """The programs that pages may use."""
-        {"laserrec": self._laserrec, "curl": self._curl, "pip": self._pip, "make": self._make}[words[0]](words)
+        programs = {"laserrec": self._laserrec, "curl": self._curl, "pip": self._pip, "make": self._make,
+                    "torchrun": self._torchrun, "accelerate": self._accelerate, "hf": self._hf}
+        programs[words[0]](words)
 
     def _laserrec(self, words: list[str]) -> None:
+        if "ray" in words:  # not run: test_batch_ray.py does that
+            parse(words)
+            return
         if words[1] == "serve":
             self._patch.setenv("PYTHONPATH", str(ROOT))  # its process starts elsewhere, and must run this source
             self.port = self._stack.enter_context(running(Path(words[2]), "--threads", "1", *words[3:]))
@@ -113,6 +123,26 @@ class Reader:
         name = re.fullmatch(r"(\.|laserrec)(?:\[(.+)\])?", arguments.parse_args(words[1:]).name)
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert name and {*(name[2] or "").split(",")} - {""} <= extras.keys(), words
+
+    def _torchrun(self, words: list[str]) -> None:
+        """Not run: test_distributed.py does that."""
+        from torch.distributed.run import get_args_parser
+
+        given = get_args_parser().parse_args(words[1:])
+        assert given.module and given.training_script == "laserrec", words
+        parse(["laserrec", *given.training_script_args])
+
+    def _accelerate(self, words: list[str]) -> None:
+        from accelerate.commands.launch import launch_command_parser
+
+        assert words[1] == "launch"
+        given = launch_command_parser().parse_args(words[2:])
+        assert given.module and given.training_script == "laserrec", words
+        parse(["laserrec", *given.training_script_args])
+
+    def _hf(self, words: list[str]) -> None:
+        """Not run: it asks a person for a token."""
+        assert words == ["hf", "auth", "login"]
 
     def _make(self, words: list[str]) -> None:
         """Not run: it would set up all anew."""

@@ -143,7 +143,7 @@ def test_another_input_model_or_setting_is_refused(model, folder, tmp_path):
     (tmp_path / "full" / "x").touch()
     with pytest.raises(UserError, match="holds other files"):
         batch.run(model, folder, file, tmp_path / "full", BatchSettings(2), progress=False)
-    with pytest.raises(UserError, match=r"not a model folder: model\.json is missing"):
+    with pytest.raises(UserError, match="is not a model folder"):
         batch.run(model, tmp_path, file, tmp_path / "none", BatchSettings(2), progress=False)
     (tmp_path / "near").mkdir()
     (tmp_path / "near" / ".manifest.json.1-abc.tmp").touch()  # another shard is just about to begin, or was killed

@@ -174,11 +174,14 @@ def test_a_machine_that_sees_other_files_says_so(job, tmp_path):
             batch_ray._opened(changed(job, **facts))
 
 
-def test_a_machine_with_another_model_says_so(job, tmp_path):
-    for name in ("model.json", "adapter.safetensors", "items.safetensors"):
-        (tmp_path / name).write_bytes(b"other")
+def test_a_machine_with_another_model_or_none_says_so(job, folder, tmp_path, llm):
+    other = LaserRecommender.from_pretrained(folder, llm())
+    other.remove_items(["i1"])
+    other.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="has another model in"):
-        batch_ray._opened(changed(job, model=tmp_path))
+        batch_ray._opened(changed(job, model=tmp_path / "other"))
+    with pytest.raises(UserError, match=r"has no whole model in .*/none: .* is not a model folder.*machines share"):
+        batch_ray._opened(changed(job, model=tmp_path / "none"))
 
 
 def test_workers_that_die_in_vain_are_not_tried_for_ever(job):

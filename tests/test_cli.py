@@ -8,6 +8,7 @@ from enum import Enum
 import polars as pl
 import pytest
 import tiny
+from snippets import leaves
 
 from laserrec import cli
 from laserrec.config import Config, load_config
@@ -151,10 +152,7 @@ def test_from_a_data_folder_to_recommendations(run, settings, tmp_path):
     assert code == 2 and "other settings" in err
 
 
-COMMANDS = ["prepare", "pretrain", "fit", "evaluate", "recommend", "quickstart", "backbone fetch", "backbone list",
-            "backbone check", "bench train", "bench encode", "bench engine", "bench score", "bench serve",
-             "reproduce quality", "reproduce cold-start", "serve", "batch", "index build", "push", "card",
-             "report"]
+COMMANDS = [" ".join(words) for words in leaves(cli.app)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -177,11 +175,10 @@ def test_choices_in_the_help_are_values(run):
     assert "bert4rec]" in out and "bert4-rec" not in out
 
 
-def test_every_command_is_tested(run):
+def test_the_help_shows_every_command(run):
     _, out, _ = run("--help")
-    assert all(c.split()[0] in out for c in COMMANDS)
-    listed = {name for name in cli.app if not name.startswith("-")}
-    assert listed <= {c.split()[0] for c in COMMANDS}
+    assert len(COMMANDS) > 20 and {"index build", "report", "push"} <= {*COMMANDS}
+    assert all(re.search(rf"\b{c.split()[0]}\b", out) for c in COMMANDS)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

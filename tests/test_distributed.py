@@ -24,6 +24,7 @@ from laserrec.errors import UserError
 from laserrec.models.backbone import load_backbone
 from laserrec.pretrain import pretrain_id_model
 from laserrec.recommender import LaserRecommender
+from laserrec.watch import read_training
 
 ROOT = Path(__file__).parent.parent
 LIMIT_SECONDS = 240
@@ -159,25 +160,30 @@ def two(llm_folder, one, steps, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(one, tmp_path_factory):
-    """name -> what one process finds without a stop."""
+def alone(one, tmp_path_factory):
+    """name -> a fit of one process without a stop."""
     made = {}
 
-    def found(name: str) -> dict[str, torch.Tensor]:
+    def fitted(name: str):
         if name not in made:
-            fit = several.quick_fit(one, tmp_path_factory.mktemp(name), World(), several.SETTINGS[name])
-            fit.run()
-            made[name] = several.found(fit)
+            made[name] = several.quick_fit(one, tmp_path_factory.mktemp(name), World(), several.SETTINGS[name])
+            made[name].run()
         return made[name]
 
-    return found
+    return fitted
+
+
+@pytest.fixture(scope="module")
+def whole(alone):
+    """name -> what it found."""
+    return lambda name: several.found(alone(name))
 
 
 def test_the_tools_of_two(two):
     for rank in (0, 1):
         facts = json.loads((two / f"tools-{rank}.json").read_text())
         assert facts["gathered"] == [[float(i), i * 10.0] for i in range(5)]
-        assert facts["gradient"] == [1.0, 2.0] and facts["never"] and facts["loss"] == 2.0
+        assert facts["gradient"] == [1.0, 2.0] and facts["never"] and facts["loss"] == 2.0 and facts["seven"] == 7.0
         assert facts["most"] == 5 and facts["any"] and not facts["none"] and facts["followed"] == 0.0
         assert facts["value"] == {"epoch": 3}
         assert facts["tensors"] == {"bytes": ["torch.uint8", [7, 8]], "one": ["torch.int64", 3],
@@ -187,10 +193,10 @@ def test_the_tools_of_two(two):
 
 @pytest.mark.parametrize("name", several.SETTINGS)
 def test_the_gradient_is_that_of_one_process(one, two, tmp_path, name):
-    alone = several.gradients(several.quick_fit(one, tmp_path, World(), several.SETTINGS[name]))
-    assert len(alone) > 2
+    want = several.gradients(several.quick_fit(one, tmp_path, World(), several.SETTINGS[name]))
+    assert len(want) > 2
     for rank in (0, 1):
-        assert_close(checkpoint.load(two / f"{name}-gradient-{rank}.safetensors")[0], alone, rtol=1e-4, atol=1e-6)
+        assert_close(checkpoint.load(two / f"{name}-gradient-{rank}.safetensors")[0], want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", several.SETTINGS)
@@ -200,13 +206,24 @@ def test_the_fit_is_that_of_one_process(two, whole, name):
         assert_close(checkpoint.load(two / f"{name}-{rank}.safetensors")[0], whole(name), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", several.SETTINGS)
+def test_the_curves_are_those_of_one_process(two, alone, name):
+    """The first process writes what all of them did."""
+    curves, want = read_training(two / name), read_training(alone(name).folder)
+    assert [(e["step"], e["examples"]) for e in curves] == [(e["step"], e["examples"]) for e in want]
+    for key in {"contrast", "balance", "grad_norm", "experts"} & want[0].keys():
+        np.testing.assert_allclose([e[key] for e in curves], [e[key] for e in want], rtol=1e-3, atol=1e-6)
+    assert curves[0].keys() == want[0].keys() and "contrast" in curves[0]
+
+
 def test_both_processes_have_the_same_model(two):
     a, b = (checkpoint.load(two / f"prefix_first-{rank}.safetensors")[0] for rank in (0, 1))
     assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
 def test_the_first_process_alone_writes(two):
-    assert [p.name for p in (two / "stopped").iterdir()] == ["checkpoint.safetensors"]
+    assert {p.name for p in (two / "stopped").iterdir()} == {"checkpoint.safetensors", "training.jsonl", "tensorboard"}
+    assert len(list((two / "stopped" / "tensorboard").iterdir())) == 1
     assert not list(two.glob("**/.*.tmp"))
 
 

@@ -13,9 +13,9 @@ import pytest
 import tiny
 from fake_hub import TOKEN
 
-from laserrec import LaserRecommender, cli, hub
+from laserrec import LaserRecommender, batch_ray, cli, hub
 from laserrec.errors import UserError
-from laserrec.model_folder import KNOWN_FILES
+from laserrec.model_folder import KNOWN_FILES, model_identity
 
 N = 12
 REPO = "my-shop/laser-tools"
@@ -36,24 +36,8 @@ def model(folder, llm):
 
 @pytest.fixture
 def there(monkeypatch, tmp_path):
-    """The hub, with an empty cache beside it. huggingface_hub reads the environment at import, so its constants are
-    set."""
-    from huggingface_hub import constants
-
-    with fake_hub.running() as (server, url):
-        point_to(monkeypatch, url)
-        monkeypatch.setattr(constants, "HF_URL_HOSTS", constants.HF_URL_HOSTS | {"127.0.0.1"})
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        server.url = url
+    with fake_hub.used(monkeypatch, tmp_path / "cache") as server:
         yield server
-
-
-def point_to(monkeypatch, url):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 def files(server, branch="main"):
@@ -82,6 +66,9 @@ def test_only_the_models_own_files_go_up_and_the_llm_does_not(there, folder, llm
     (own / "served").mkdir()
     (own / "served" / "items.parquet").write_bytes(b"what callers added")
     (own / "notes.txt").write_text("mine")
+    assert (own / "tensorboard").is_dir()  # the curves of the training, which nobody who loads the model needs
+    with open(own / "training.jsonl", "a", encoding="utf-8") as file:
+        file.write("{}\n")  # nor are they counted as damage
     hub.push_folder(own, REPO, token=TOKEN)
     assert set(files(there)) == {*KNOWN_FILES, ".gitattributes"}
     assert (llm_folder() / "model.safetensors").read_bytes() not in files(there).values()
@@ -183,7 +170,7 @@ def test_no_network(there, model, llm, monkeypatch):
     with pytest.raises(UserError, match="was not pushed: HF_HUB_OFFLINE is set"):
         model.push_to_hub(REPO, token=TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    point_to(monkeypatch, "http://127.0.0.1:9")  # nothing listens there
+    fake_hub.point_to(monkeypatch, "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(UserError, match="can't be reached and no whole copy is in the cache"):
         LaserRecommender.from_pretrained(REPO, llm())
     with pytest.raises(UserError, match=r"was not pushed: .* can't be reached"):
@@ -262,10 +249,38 @@ def test_push_and_use_by_name(there, folder, run, tmp_path, monkeypatch):
     pl.DataFrame({"user_id": ["a", "b"], "items": [["i1"], ["i2", "i3"]]}).write_parquet(tmp_path / "h.parquet")
     code, out, err = run("batch", REPO, tmp_path / "h.parquet", tmp_path / "out", "--quiet")
     assert code == 0 and "2 users, 0 skipped" in out, err
+    assert model_identity(own) == json.loads((tmp_path / "out" / "manifest.json").read_text())["model"]
     code, _, err = run("recommend", "my-shop/nothing", "--history", "i1")
     assert code == 2 and err.startswith("error: there is no folder my-shop/nothing here") and "Traceback" not in err
     code, _, err = run("push", tmp_path / "none", REPO)
     assert code == 2 and "none is not a model folder" in err
+
+
+def test_an_index_by_name(there, folder, run, tmp_path, monkeypatch):
+    hub.push_folder(folder, REPO, token=TOKEN)
+    code, out, err = run("index", "build", REPO, tmp_path / "index", "--kind", "exact", "--queries", 5)
+    assert code == 0 and f"{N} items" in out, err
+    for name, flags in (("plain", ()), ("index", ("--index", tmp_path / "index"))):
+        code, _, err = run("recommend", REPO, "--history", "i1,i2", "--json", tmp_path / f"{name}.json", *flags)
+        assert code == 0, err
+    assert json.loads((tmp_path / "index.json").read_text()) == json.loads((tmp_path / "plain.json").read_text())
+
+
+def test_rays_workers_get_the_folder_that_a_name_stands_for(there, folder, run, tmp_path, monkeypatch):
+    asked = []
+
+    def ran(*arguments):
+        asked.append(arguments)
+        return {"users": 1, "skipped": 0, "parts": 1, "parts_missing": 0}
+
+    monkeypatch.setattr(batch_ray, "run", ran)
+    hub.push_folder(folder, REPO, token=TOKEN)
+    pl.DataFrame({"user_id": ["a"], "items": [["i1"]]}).write_parquet(tmp_path / "h.parquet")
+    code, _, err = run("batch", REPO, tmp_path / "h.parquet", tmp_path / "out", "--engine", "ray", "--index", "x")
+    assert code == 0, err
+    place, *_, index = asked[0]
+    assert (tmp_path / "cache") in place.parents and model_identity(place) == model_identity(folder)
+    assert str(index) == "x"
 
 
 def test_serve_by_name_keeps_changes_outside_the_cache(there, folder, run, tmp_path, monkeypatch):
@@ -297,8 +312,7 @@ def test_evaluate_by_name(there, folder, run, tmp_path):
 def test_the_environment_names_the_hub_and_the_token(there, folder, tmp_path):
     """As a user has it: a process of its own, nothing replaced."""
     hub.push_folder(folder, REPO, private=True, token=TOKEN)
-    env = {**os.environ, "HF_ENDPOINT": there.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
-           "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **fake_hub.environment(there.url, tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "laserrec", "recommend", REPO, "--history", "i1"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "recommended next" in done.stdout, done.stderr

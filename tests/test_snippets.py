@@ -5,10 +5,11 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
+import fake_hub
 import polars as pl
 import pytest
 import tiny
-from snippets import ROOT, RUN, SHOWN, Block, Reader, blocks, leaves, starts_with
+from snippets import ROOT, RUN, SHOWN, Block, Reader, blocks, leaves, parse, starts_with
 
 from laserrec import LaserRecommender, presets
 from laserrec.cli import app
@@ -71,11 +72,14 @@ def made(patch, tmp_path_factory):
 
 @pytest.fixture
 def reader(patch, made, tmp_path, monkeypatch):
-    """A reader in a folder with the small files; amazon-scientific is one of them."""
+    """A reader in a folder with the small files; amazon-scientific is one of them, and the hub is on loopback."""
     small_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sources, "bundled", lambda name="": tmp_path / "bundled")
     with ExitStack() as stack:
+        hub = stack.enter_context(fake_hub.used(monkeypatch, tmp_path / "cache"))
+        for name, value in fake_hub.environment(hub.url, tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
         yield Reader(stack, monkeypatch)
 
 
@@ -98,7 +102,8 @@ def test_what_a_page_says_runs(page, reader, made):
 
 def test_a_wrong_snippet_is_noticed(reader):
     for text in ("$ laserrec evaluate runs/nowhere popularity", "$ laserrec fit a b c --train.speed 3",
-                 "$ laserrec serv model", "$ rm -rf runs", "$ pip install 'laserrec[unheard-of]'", "$ make coffee"):
+                 "$ laserrec serv model", "$ rm -rf runs", "$ pip install 'laserrec[unheard-of]'", "$ make coffee",
+                 "$ torchrun --nproc-per-node 2 -m laserec fit a b c", "$ hf auth logout"):
         with pytest.raises((AssertionError, KeyError)):
             reader.run(Block("console", text, 1, None))
     with pytest.raises(ImportError):
@@ -130,7 +135,7 @@ def test_commands_that_are_only_shown_parse():
         for block in blocks(page):
             for words in block.commands() if block.language == "console" else ():
                 if words[0] == "laserrec":
-                    app.parse_args(words[1:], print_error=False, exit_on_error=False)
+                    parse(words)
 
 
 def test_flags_and_settings_named_in_the_text_are_there():

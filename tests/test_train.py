@@ -17,13 +17,14 @@ from laserrec.evaluate import evaluate
 from laserrec.models.laser import Laser
 from laserrec.pretrain import pretrain_id_model
 from laserrec.train import Fit, epoch_examples, fit_fingerprint
+from laserrec.watch import read_training
 
 N = 20
 WALK = 10
 QUICK = {"template": Template.NO_INSTRUCTION, "max_items": 2, "max_item_tokens": 4}
 
 
-def make_fit(backbone, folder, dataset: Dataset | None = None, id_model=None, **sections) -> Fit:
+def make_fit(backbone, folder, dataset: Dataset | None = None, id_model=None, world=None, **sections) -> Fit:
     """A fresh fit as the recommender makes it."""
     dataset = dataset or tiny.planted(N, users=20)
     sections = {**sections, "prompt": QUICK | sections.get("prompt", {})}
@@ -32,7 +33,7 @@ def make_fit(backbone, folder, dataset: Dataset | None = None, id_model=None, **
     torch.manual_seed(config.train.seed)
     laser = Laser(config, backbone, id_model.d_id)
     encoder = Encoder(laser, id_model, Catalogue(laser, dataset.items, dataset.n_items))
-    return Fit(encoder, dataset, config, folder, fit_fingerprint(dataset, id_model, config), progress=False)
+    return Fit(encoder, dataset, config, folder, fit_fingerprint(dataset, id_model, config), False, world)
 
 
 def result(fit: Fit) -> dict[str, torch.Tensor]:
@@ -283,7 +284,7 @@ def test_a_second_ctrl_c_saves_no_half_step(llm, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", twice)
     with pytest.raises(KeyboardInterrupt):
         fit.run()
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*checkpoint*")) and not read_training(tmp_path)
 
 
 @pytest.mark.parametrize("settings", [{}, {"prefix": "none"}, {"state_dropout": 0.4}])

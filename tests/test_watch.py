@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from test_train import make_fit
 from laserrec import pretrain, train
 from laserrec.models.mformer import Route
 from laserrec.pretrain import pretrain_id_model
-from laserrec.watch import EVENTS_FOLDER, LOG_FILE, Watch, read_training
+from laserrec.watch import EVENTS_FOLDER, LOG_FILE, Watch, expert_users, read_training
 
 SECTIONS = {"mformer": {"dropout": 0.3, "state_dropout": 0.3}, "head": {"seen_offset": True},
             "train": {"stage_one_epochs": 2, "stage_two_epochs": 1, "batch_size": 4}}
@@ -72,13 +73,15 @@ def test_experts_are_counted_for_users_with_states(whole):
 @pytest.mark.parametrize("step", [3, 14, 27])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_no_step_is_lost_or_doubled(llm, whole, tmp_path, monkeypatch, step, error):
-    """KeyboardInterrupt: a checkpoint is saved at once; RuntimeError: the last timed one, some steps back, is all."""
+    """KeyboardInterrupt: Ctrl-C, a checkpoint behind that step; RuntimeError: the last timed one, some steps back."""
     saved, contrast, calls = [], train.item_contrast, [0]
 
     def broken(*arguments):
         calls[0] += 1
         if calls[0] == step:
-            raise error
+            if error is RuntimeError:
+                raise error
+            signal.raise_signal(signal.SIGINT)
         return contrast(*arguments)
 
     first = make_fit(llm(), tmp_path / "cut", **SECTIONS)
@@ -102,12 +105,11 @@ def test_no_step_is_lost_or_doubled(llm, whole, tmp_path, monkeypatch, step, err
     steps = [e["step"] for e in entries]
     assert steps == sorted(set(steps)) and sum(e["steps"] for e in entries) == steps[-1] == uncut[-1]["step"]
     assert [e["step"] - e["steps"] for e in entries] == [0, *steps[:-1]]
-    if error is RuntimeError:  # a step broken half-way by KeyboardInterrupt has drawn its dropout already
-        for name in ("contrast", "grad_norm", "examples"):
-            measure = total if name != "examples" else lambda rows, key: sum(e[key] for e in rows)
-            assert measure(entries, name) == pytest.approx(measure(uncut, name), rel=1e-5)
-        assert [sum(x) for x in zip(*(e["experts"] for e in entries), strict=True)] == [
-            sum(x) for x in zip(*(e["experts"] for e in uncut), strict=True)]
+    for name in ("contrast", "grad_norm", "examples"):
+        measure = total if name != "examples" else lambda rows, key: sum(e[key] for e in rows)
+        assert measure(entries, name) == pytest.approx(measure(uncut, name), rel=1e-5)
+    assert [sum(x) for x in zip(*(e["experts"] for e in entries), strict=True)] == [
+        sum(x) for x in zip(*(e["experts"] for e in uncut), strict=True)]
     curves = events(second.folder)
     assert curves.keys() == events(whole.folder).keys()
     for tag, points in curves.items():
@@ -184,7 +186,7 @@ def test_means_stray_numbers_and_half_lines(tmp_path):
     for step, losses in enumerate(([1.0, 0.5], [2.5], [math.inf]), 1):
         for loss in losses:
             watch.add(loss=loss)
-        watch.routed(route)
+        watch.routed(expert_users(route).tolist())
         watch.step(step, 3, epoch=1)
     watch.add(loss=7.0)  # of a step that is never done
     watch.close()

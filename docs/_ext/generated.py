@@ -151,7 +151,7 @@ def sections() -> str:
 
 # -- the pages in order ---------------------------------------------------------------------------------------------
 
-_GUIDES = ("concepts", "data", "python", "serving", "scaling", "reproducing", "method")
+_GUIDES = ("concepts", "data", "python", "watching", "serving", "sharing", "scaling", "reproducing", "method", "code")
 
 
 def guides() -> str:

@@ -160,18 +160,22 @@ def _load_sharded(path: str, config: BackboneConfig, dtype: torch.dtype, tokeniz
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoModel
 
-    if not Path(path).is_dir():
-        path = snapshot_download(path, revision=config.revision, allow_patterns=["*.safetensors", "*.json", "*.py"])
+    if Path(path).is_dir():
+        folder, revision = Path(path), None
+    else:
+        wanted = ["*.safetensors", "*.json", "*.py"]
+        folder = Path(snapshot_download(path, revision=config.revision, allow_patterns=wanted))
+        revision = folder.name  # .../snapshots/COMMIT
     with init_empty_weights(include_buffers=False):
-        settings = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         model = AutoModel.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
     model.requires_grad_(False).eval()
     _check_layers(model, config)
     (parent, name), _ = _layer_stack(model)
     decoder = TransformersDecoder(model, config.layers, config.gradient_checkpointing)
-    shard(model, getattr(parent, name), Path(path), dtype, world)
+    shard(model, getattr(parent, name), folder, dtype, world)
     embedding = model.get_input_embeddings().weight.detach()
-    return Backbone(decoder, embedding, tokenizer, config.name, config.revision, _files_sha256(path), config, True)
+    return Backbone(decoder, embedding, tokenizer, config.name, revision, _files_sha256(folder), config, True)
 
 
 def _quantization_options(config: BackboneConfig, dtype: torch.dtype) -> dict[str, object]:
