@@ -34,6 +34,7 @@ from laserrec.models.id_models import IdModel
 from laserrec.models.id_store import load_id_model
 from laserrec.models.laser import Laser
 from laserrec.models.mformer import Route
+from laserrec.models.neighbours import check_size
 from laserrec.new_items import lend_id_part, nearest_known
 from laserrec.pretrain import pretrain_id_model
 from laserrec.ranking import Ask, Ranked, best, ranked
@@ -90,6 +91,7 @@ class LaserRecommender:
 
         Under torchrun all processes call this with the same arguments, fit together and get the same model; the
         first one writes the folder (docs/scaling.md)."""
+        check_size(dataset.n_items, config.neighbours)
         folder, world = Path(folder), join()
         backbone = backbone or _same_backbone(config.backbone, world)
         fingerprint = fit_fingerprint(dataset, id_model, config)

@@ -8,6 +8,7 @@ item keeps only its strongest neighbours.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,11 +18,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laserrec.config import NeighboursConfig
+from laserrec.errors import UserError
 
 Pull = tuple[Int[Tensor, "found"], Float[Tensor, "found"]]
 """Dense items, ascending, and how strongly a history's items pull them."""
 _LAST = 50
 """Items of a history that are looked at, the newest."""
+
+
+def check_size(n_items: int, config: NeighboursConfig) -> None:
+    """Raises UserError where the regression would not fit into this machine's memory."""
+    needed, memory = 3 * 4 * n_items**2, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if config.count and needed > memory:
+        raise UserError(f"neighbours of {n_items:,} items take {needed / 1e9:,.0f} GB and this machine has "
+                        f"{memory / 1e9:,.0f} GB; leave them off: --neighbours.count 0")
 
 
 def weigh(history: np.ndarray, recency: float) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from laserrec.config import NeighboursConfig
-from laserrec.models.neighbours import Neighbours, regress, weigh
+from laserrec.errors import UserError
+from laserrec.models.neighbours import Neighbours, check_size, regress, weigh
 
 SEQUENCES = tiny.histories([1, 2, 3], [2, 3, 3], [4, 1], [5, 6, 2, 1], [6])
 TEXT = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -87,6 +88,13 @@ def test_new_items_are_pulled_and_pull_as_their_lenders():
     assert items.tolist() == sorted(items.tolist())
     mine, theirs = neighbours.pull(tiny.histories([8])[0]), neighbours.pull(tiny.histories([5])[0])
     assert set(mine[0].tolist()) - {5} == set(theirs[0].tolist()) - {8} and 8 not in mine[0].tolist()
+
+
+def test_a_catalogue_too_large_for_the_memory_is_told():
+    check_size(4_000, NeighboursConfig(count=10))
+    check_size(10**8, NeighboursConfig(count=0))
+    with pytest.raises(UserError, match=r"100,000,000 items .* --neighbours\.count 0"):
+        check_size(10**8, NeighboursConfig(count=10))
 
 
 def test_items_nobody_lends_to_say_nothing():
