@@ -84,6 +84,9 @@ class IdModelConfig(_Section):
     UniSRec, without its pretraining on other data)."""
     seen_offset: bool = False
     """Learn one number that is added to the logits of items which stand in the history already."""
+    shuffle: float = Field(0.0, ge=0, le=1)
+    """Share of the training sequences that are read in a random order each epoch. Where order says little this makes
+    many sequences of few."""
     mask_probability: float = Field(0.2, gt=0, lt=1)
     """bert4rec: share of the items that the cloze task hides."""
     lr: float = Field(1e-3, gt=0)
@@ -181,6 +184,7 @@ class Layout(StrEnum):
 class ItemSide(StrEnum):
     TRAINED = "trained"
     PLAIN = "plain"
+    MEAN = "mean"
 
 
 class PromptConfig(_Section):
@@ -194,7 +198,9 @@ class PromptConfig(_Section):
     LLM reads every item once and its keys and values are reused for all users and epochs."""
     item_side: ItemSide = ItemSide.TRAINED
     """trained: an item is read with the same prefix and suffix as a user (paper). plain (not in the paper): with no
-    prefix and a frozen [EOS] as suffix, so that users train against a target that stands still."""
+    prefix and a frozen [EOS] as suffix, so that users train against a target that stands still. mean (not in the
+    paper): an item is the mean of the LLM's outputs over its own text, and a user starts as the sum of the history's
+    items, newer ones heavier (neighbours.recency), to which a trained map adds the output at the suffix."""
     max_items: int = Field(20, ge=1)
     """Only the last so many items of a history are written out."""
     max_item_tokens: int = Field(64, ge=4)
@@ -285,6 +291,24 @@ class HeadConfig(_Section):
     paper). They are the nearest by text, and how often people buy again differs between shops."""
 
 
+class NeighboursConfig(_Section):
+    """Item-to-item regression on training sequences and texts that stands beside the embeddings (not in the paper;
+    laserrec.models.neighbours). An item that the history's items pull scores higher than its cosine."""
+
+    count: int = Field(0, ge=0)
+    """Neighbours that are kept per item; 0: none, scores are cosines (paper)."""
+    l2: float = Field(200.0, gt=0)
+    """Ridge penalty on the regression's weights."""
+    text_weight: float = Field(4.0, ge=0)
+    """Weight of the items' text vectors beside the sequences; 0: IDs alone."""
+    length_power: float = Field(0.5, ge=0)
+    """A sequence of n items weighs n ** -length_power: long ones don't outweigh the many short ones."""
+    recency: float = Field(0.8, gt=0, le=1)
+    """What an item of a history weighs beside the next newer one."""
+    share: float = Field(0.7, gt=0)
+    """What the softmax over cosines weighs beside the neighbours."""
+
+
 class Cuts(StrEnum):
     ALL = "all"
     RANDOM = "random"
@@ -351,6 +375,7 @@ class Config(_Section):
     prompt: PromptConfig = PromptConfig()
     mformer: MFormerConfig = MFormerConfig()
     head: HeadConfig = HeadConfig()
+    neighbours: NeighboursConfig = NeighboursConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -358,6 +383,8 @@ class Config(_Section):
     def _layout_fits(self) -> Config:
         if self.prompt.layout == Layout.TEXT_FIRST and self.head.pooling == Pooling.MEAN:
             raise ValueError("head.pooling mean needs prompt.layout prefix_first: text_first keeps no text outputs")
+        if self.prompt.item_side == ItemSide.MEAN and not self.head.projection:
+            raise ValueError("prompt.item_side mean needs head.projection: it maps items and the history's sum alike")
         if self.prompt.layout == Layout.TEXT_FIRST and self.backbone.shard:
             raise ValueError("backbone.shard needs prompt.layout prefix_first: text_first needs the native engine")
         return self

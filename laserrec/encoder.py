@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import polars as pl
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,7 +19,9 @@ from laserrec.models.attention import Past, TextCache
 from laserrec.models.id_models import pad_histories
 from laserrec.models.laser import Laser
 from laserrec.models.mformer import Route
+from laserrec.models.neighbours import weigh
 from laserrec.progress import Progress
+from laserrec.text_vectors import mean_outputs
 
 _READ_AT_ONCE = 64
 """Item texts per pass when the cache is filled."""
@@ -28,11 +31,11 @@ class Catalogue:
     """Item texts by dense item, as tokens and, for layout text_first, as the frozen LLM's keys and values.
 
     Items 1..n_known are the ID model's; later ones (`add`) have text alone. world: processes that read the texts
-    together, each its share; afterwards each has all.
+    together, each its share; afterwards each has all. means: what `means` would hold, if it was kept.
     """
 
     def __init__(self, laser: Laser, items: pl.DataFrame, n_known: int, progress: bool = False,
-                 world: World | None = None):
+                 world: World | None = None, means: Float[Tensor, "n_items d_llm"] | None = None):
         self.laser, self.n_known = laser, n_known
         self.prompt = PromptEncoder(laser.backbone.tokenizer, laser.config.prompt)
         self.tokens: list[np.ndarray] = []
@@ -40,6 +43,9 @@ class Catalogue:
         if self.shared and not laser.backbone.native:
             raise UserError("prompt.layout text_first needs the native decoder (Llama, Mistral, Qwen2, Qwen3) and "
                             f"backbone {laser.backbone.name!r} runs on transformers'; use layout prefix_first")
+        self.means: Tensor = torch.zeros(0, laser.backbone.d_llm) if means is None else means
+        """Float[n_items d_llm], the mean of the LLM's outputs over each item's text; for those settings that use it
+        (prompt.item_side mean, neighbours), else empty."""
         self._rows: list[np.ndarray] = []
         self._cache: TextCache | None = None
         self._used = 0  # rows of the cache that hold text; behind them is room for more
@@ -56,6 +62,10 @@ class Catalogue:
         """Append items (rows with title and the attributes) behind the last dense item."""
         new = self.prompt.item_tokens(items)
         self.tokens += new
+        config, backbone = self.laser.config, self.laser.backbone
+        uses_means = config.prompt.item_side == ItemSide.MEAN or config.neighbours.count
+        if uses_means and len(self.means) < len(self.tokens):
+            self.means = torch.cat([self.means, mean_outputs(backbone, config.prompt, items)])
         if self.shared:
             self._read(new, progress, world or World())
 
@@ -118,6 +128,7 @@ class Catalogue:
     def truncate(self, count: int) -> None:
         """Forget the items behind the first `count`."""
         del self.tokens[count:]
+        self.means = self.means[:count]
         if len(self._rows) > count:
             self._used = int(self._rows[count][0])
             del self._rows[count:]
@@ -173,7 +184,7 @@ class Encoder:
     ) -> tuple[Float[Tensor, "batch d_llm"], Route | None]:
         """The LLM's pooled outputs for one batch, with gradient to what Laser trains.
         hide_states: Bool[batch], rows whose ID states are hidden (mformer.state_dropout)."""
-        plain = as_item and self.laser.config.prompt.item_side == ItemSide.PLAIN
+        plain = as_item and self.laser.config.prompt.item_side != ItemSide.TRAINED
         states, mask = self.states(histories)
         if hide_states is not None:
             mask = mask & ~hide_states[:, None]
@@ -185,7 +196,7 @@ class Encoder:
         """What the LLM reads for one history in layout prefix_first: prefix, text, suffix."""
         mformer = self.laser.config.mformer
         prefix = 0 if mformer.prefix == Prefix.NONE else mformer.queries
-        if as_item and self.laser.config.prompt.item_side == ItemSide.PLAIN:
+        if as_item and self.laser.config.prompt.item_side != ItemSide.TRAINED:
             prefix = 0
         return prefix + len(self.catalogue.text(history, as_item)) + 1
 
@@ -204,8 +215,36 @@ class Encoder:
         self, histories: Sequence[np.ndarray], as_item: bool = False
     ) -> tuple[Float[Tensor, "batch d_out"], Route | None]:
         """Embeddings of one batch, as they are compared."""
+        part = self._id_part_if_used(histories, as_item)
+        if as_item and self.mean_items:
+            items = torch.tensor([int(h[-1]) - 1 for h in histories])
+            return self.laser.head(self.catalogue.means[items], part), None
         outputs, route = self.outputs(histories, as_item)
-        return self.laser.head(outputs, self._id_part_if_used(histories, as_item)), route
+        return (self.laser.head(outputs, part) if as_item else self.users(outputs, histories, part)), route
+
+    @property
+    def mean_items(self) -> bool:
+        """Whether items are mean outputs over their texts (prompt.item_side)."""
+        return self.laser.config.prompt.item_side == ItemSide.MEAN
+
+    def users(self, outputs: Float[Tensor, "batch d_llm"], histories: Sequence[np.ndarray],
+              id_part: Float[Tensor, "batch d_id"] | None = None) -> Float[Tensor, "batch d_out"]:
+        """The head on users' LLM outputs."""
+        if not self.mean_items:
+            return self.laser.head(outputs, id_part)
+        return self.laser.head.users(outputs, self._sums(histories), id_part)
+
+    @torch.no_grad()
+    def _sums(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch d_text"]:
+        """The histories' items as whitened mean outputs of unit length, summed, newer ones heavier."""
+        weighed = [weigh(h, self.laser.config.neighbours.recency) for h in histories]
+        items, place = np.unique(np.concatenate([i for i, _ in weighed]), return_inverse=True)
+        rows = self.catalogue.means[torch.as_tensor(items.astype(np.int64)) - 1]
+        unit = F.normalize(self.laser.head.whiten_items(rows), dim=-1)
+        user = torch.as_tensor(np.repeat(np.arange(len(weighed)), [len(i) for i, _ in weighed]))
+        weights = torch.zeros(len(weighed), len(items))
+        weights[user, torch.as_tensor(place)] = torch.as_tensor(np.concatenate([w for _, w in weighed]))
+        return weights @ unit
 
     def embed_item_outputs(self, outputs: Float[Tensor, "items d_llm"], first: int = 1) -> Float[Tensor, "items d_out"]:
         """The head on the LLM outputs of items `first`, first + 1 ..."""
@@ -257,6 +296,17 @@ class Encoder:
 
     def encode_items(self, batch_size: int, first: int = 1, raw: bool = False,
                      progress: Callable[[int], None] | None = None) -> Float[Tensor, "items d_out"]:
-        """Embeddings of the items from dense item `first` on; each is a history of itself (paper, 3.1.1)."""
+        """Embeddings of the items from dense item `first` on; each is a history of itself (paper, 3.1.1), or the mean
+        of the outputs over its text. raw: before the head."""
+        if self.mean_items:
+            means = self.catalogue.means[first - 1 :]
+            if raw:
+                return means.clone()
+            training = self._stop_training()
+            with torch.no_grad():
+                embeddings = self.embed_item_outputs(means, first)
+            if training:
+                self.laser.train()
+            return embeddings
         histories = [np.array([i], dtype=np.int32) for i in range(first, len(self.catalogue) + 1)]
         return self.encode(histories, batch_size, as_item=True, raw=raw, progress=progress)

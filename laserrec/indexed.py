@@ -1,14 +1,15 @@
 """Ranking through an index: which items, the index says; how high they score, the model's own embeddings.
 
 An index is never changed by its use, so that many processes can share one folder or one server. What it doesn't hold is
-scored directly: a history's own items, which may have a learnt offset, items added since, a request's candidates.
+scored directly: a history's own items, which may have a learnt offset, items that they pull, items added since, a
+request's candidates.
 What was removed since is passed over. With an exact index the answers are those without one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from laserrec.errors import UserError
 from laserrec.index import Index, load_index
 from laserrec.io import read_json, write_json
 from laserrec.memory import LIMIT_BYTES
+from laserrec.models.neighbours import Pull
 from laserrec.ranking import Ask, top
 
+Finish = Callable[[Tensor, Tensor, np.ndarray, "Pull | None"], Tensor]
 _PROBES, _SAME = 64, 0.99
 """Items that are looked up when an index is taken, and the least cosine at which a vector passes for the model's own:
 an index may keep fewer bits."""
@@ -42,10 +45,10 @@ class Indexed:
 
     def rank(
         self, users: Float[Tensor, "batch d_out"], asks: Sequence[Ask], embeddings: Float[Tensor, "n_items d_out"],
-        removed: frozenset[int], seen_offset: float
+        removed: frozenset[int], pull: Callable[[np.ndarray], Pull | None], finish: Finish
     ) -> list[tuple[Int[Tensor, "found"], Float[Tensor, "found"]]]:
-        """Items and scores of each request, best first. users, embeddings: of unit length; seen_offset: what the score
-        of a history's own items is changed by."""
+        """Items and scores of each request, best first. users, embeddings: of unit length. pull: the items
+        that a history's items pull (`Laser.pull`); finish: cosines of some items -> scores (`Laser.finish_some`)."""
         found = self._found(users, asks, removed - self.gone)
         late = torch.arange(self.covered + 1, len(embeddings) + 1)
         late_scores = users @ embeddings[self.covered :].T
@@ -53,15 +56,18 @@ class Indexed:
         out = []
         for row, ask in enumerate(asks):
             history = torch.as_tensor(np.unique(ask.history)).long()
+            pulled = pull(ask.history)
             if ask.candidates is not None:
                 items = torch.as_tensor(ask.candidates).long()
                 scores = _products(embeddings, items, users[row])
             else:
-                few = torch.cat([found[row], history[history <= self.covered]])
+                own = history if pulled is None else torch.cat([history, pulled[0]])
+                few = torch.unique(torch.cat([found[row], own[own <= self.covered]]))
                 items = torch.cat([few, late])
                 scores = torch.cat([_products(embeddings, few, users[row]), late_scores[row]])
-            seen = torch.isin(items, history)
-            scores[seen] += -torch.inf if ask.exclude_seen else seen_offset
+            finish(scores, items, ask.history, pulled)
+            if ask.exclude_seen:
+                scores[torch.isin(items, history)] = -torch.inf
             scores[torch.isin(items, lost)] = -torch.inf
             out.append(top(scores, items, ask.k))
         return out

@@ -5,7 +5,7 @@
   adapter.safetensors  what Laser trains (prefix maker, suffix, head)
   id_model/            config.json, model.safetensors of the frozen ID model
   items.parquet        item, item_id, title, brand, category; items behind the first n_known came later
-  items.safetensors    embeddings [n_items d_out]
+  items.safetensors    embeddings [n_items d_out]; if used, means [n_items d_llm] of the LLM's outputs over the texts
   log.jsonl            a line an epoch
   README.md            the model card, for people
 
@@ -55,7 +55,8 @@ def save_model(folder: Path, encoder: Encoder, items: pl.DataFrame, embeddings: 
     checkpoint.save(folder / "id_model" / "model.safetensors", id_model.state_dict())
     write_json(folder / "id_model" / "config.json",
                {"id_model": id_model.config.model_dump(mode="json"), "n_items": id_model.n_items})
-    checkpoint.save(folder / "items.safetensors", {"embeddings": embeddings})
+    means = {"means": encoder.catalogue.means} if len(encoder.catalogue.means) else {}
+    checkpoint.save(folder / "items.safetensors", {"embeddings": embeddings, **means})
     write_parquet(folder / "items.parquet", items)
     if log is not None:
         write_text(folder / _LOG, "".join(json.dumps(entry) + "\n" for entry in log))
@@ -147,7 +148,7 @@ def load_model(folder: Path, backbone: Backbone | Path | str | None = None) -> t
     id_facts = read_json(id_file, _ADVICE)
     id_model = load_weights(_checked(IdModelConfig, id_facts["id_model"], id_file), id_facts["n_items"],
                             checkpoint.load(folder / "id_model" / "model.safetensors")[0])
-    laser = Laser(config, backbone, id_model.d_id)
+    laser = Laser(config, backbone, id_model.d_id, note["n_known"])
     try:
         laser.load_state_dict(checkpoint.load(folder / "adapter.safetensors")[0])
     except RuntimeError as error:
@@ -155,10 +156,10 @@ def load_model(folder: Path, backbone: Backbone | Path | str | None = None) -> t
                         f"{_ADVICE}") from None
     laser.eval()
     items = _read_items(folder / "items.parquet")
-    embeddings = checkpoint.load(folder / "items.safetensors")[0]["embeddings"]
-    catalogue = Catalogue(laser, items, note["n_known"])
+    kept = checkpoint.load(folder / "items.safetensors")[0]
+    catalogue = Catalogue(laser, items, note["n_known"], means=kept.get("means"))
     facts = {k: v for k, v in note.items() if k not in _NO_FACTS}
-    return Encoder(laser, id_model, catalogue), items, embeddings, facts
+    return Encoder(laser, id_model, catalogue), items, kept["embeddings"], facts
 
 
 def _backbone_settings(config: BackboneConfig, named: dict, place: Path | str | None) -> BackboneConfig:

@@ -4,7 +4,7 @@ from typing import Any
 
 # Settings per kind that did best on amazon-scientific's validation split.
 ID_MODELS: dict[str, dict[str, Any]] = {
-    "sasrec": {"weight_decay": 1.0, "patience": 5, "eval_every": 2},
+    "sasrec": {"weight_decay": 1.0, "shuffle": 0.5, "patience": 5, "eval_every": 2},
     "bert4rec": {"lr": 3e-3, "weight_decay": 0.3, "dropout": 0.2, "mask_probability": 0.4, "patience": 4,
                  "eval_every": 4},
 }
@@ -21,12 +21,13 @@ _PAPER: dict[str, Any] = {
 _SMALL: dict[str, Any] = {
     "id_model": {"kind": "sasrec", "items": "llm_start", "seen_offset": True, **ID_MODELS["sasrec"]},
     "backbone": {"layers": 6},
-    "prompt": {"layout": "text_first", "item_side": "plain", "max_item_tokens": 24},
+    "prompt": {"layout": "text_first", "item_side": "mean", "max_item_tokens": 24},
     "mformer": {"experts": 4, "queries": 4, "blocks": 2, "d_model": 128, "heads": 4, "zero_init": True,
                 "routing": "gate_scaled", "state_dropout": 0.05},
     "head": {"suffix_from_eos": True, "whiten_dims": 512, "projection": True, "dropout": 0.2, "id_share": 0.45,
              "seen_offset": True},
-    "train": {"lr": 1e-3, "weight_decay": 1.0, "batch_size": 128, "stage_one_epochs": 3, "stage_two_epochs": 1,
+    "neighbours": {"count": 100},
+    "train": {"lr": 1e-3, "weight_decay": 1.0, "batch_size": 128, "stage_one_epochs": 2, "stage_two_epochs": 1,
               "warmup_fraction": 0.05, "cosine_decay": True, "item_gradient": True, "history_negatives": False,
               "temperature": 0.1},
     "eval": {"batch_size": 64},

@@ -83,10 +83,10 @@ class _Pretraining:
         config, place = self.config, self.place
         self.model.train()
         plan = batches(np.array([len(s) for s in self.sequences]), config.batch_size, (config.seed, place.epoch + 1))
-        total = 0.0
+        sequences, total = self._sequences(), 0.0
         with Progress(f"{config.kind} epoch {place.epoch + 1} (best {place.best:.4f})", len(plan), self.show) as bar:
             for done, index in enumerate(plan, 1):
-                loss = self.model.loss(pad_histories([self.sequences[i] for i in index], config.max_history))
+                loss = self.model.loss(pad_histories([sequences[i] for i in index], config.max_history))
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -109,6 +109,14 @@ class _Pretraining:
         self.watch.add(loss=loss, grad_norm=norm)
         self.watch.step(step, examples, epoch=self.place.epoch + 1, lr=self.config.lr,
                         seen_offset=None if offset is None else offset.item())
+
+    def _sequences(self) -> list[np.ndarray]:
+        """This epoch's: as they are, but for the share that is read in a random order."""
+        if not self.config.shuffle:
+            return self.sequences
+        rng = np.random.default_rng((self.config.seed, self.place.epoch, 1))
+        mixed = rng.random(len(self.sequences)) < self.config.shuffle
+        return [rng.permutation(s) if m else s for s, m in zip(self.sequences, mixed, strict=True)]
 
     def _validate(self) -> dict[str, Any]:
         self.model.eval()

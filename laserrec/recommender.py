@@ -34,7 +34,7 @@ from laserrec.models.id_models import IdModel
 from laserrec.models.id_store import load_id_model
 from laserrec.models.laser import Laser
 from laserrec.models.mformer import Route
-from laserrec.new_items import lend_id_part
+from laserrec.new_items import lend_id_part, nearest_known
 from laserrec.pretrain import pretrain_id_model
 from laserrec.ranking import Ask, Ranked, best, ranked
 from laserrec.results import with_result
@@ -55,6 +55,7 @@ class LaserRecommender:
         gone = set(self._removed)
         self._index = {item_id: i for i, item_id in enumerate(self._names, 1) if i not in gone}
         self._indexed: Indexed | None = None
+        self._lend_neighbours(embeddings)
 
     # -- make ---------------------------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ class LaserRecommender:
                                 "there, in one process")
             return cls._finished(folder, fingerprint, backbone)
         torch.manual_seed(config.train.seed)
-        laser = Laser(config, backbone, id_model.d_id)
+        laser = Laser(config, backbone, id_model.d_id, dataset.n_items)
         encoder = Encoder(laser, id_model, Catalogue(laser, dataset.items, dataset.n_items, progress, world))
         fit = Fit(encoder, dataset, config, folder, fingerprint, progress, world)
         log = fit.run()
@@ -217,6 +218,7 @@ class LaserRecommender:
             if embeddings is None:
                 embeddings = self._with_id_part(self.encoder.encode_items(size, first=first))
             joined = torch.cat([self.embeddings, torch.nn.functional.normalize(embeddings, dim=-1)])
+            self._lend_neighbours(joined)
         except BaseException:
             catalogue.truncate(first - 1)
             raise
@@ -292,20 +294,26 @@ class LaserRecommender:
             return new
         return lend_id_part(new, self.embeddings[: self.encoder.catalogue.n_known], self.encoder.id_model.d_id)
 
+    def _lend_neighbours(self, embeddings: Float[Tensor, "n_items d_out"]) -> None:
+        """Items behind the known ones take part in the neighbours' pull by the known items nearest by text."""
+        laser, known = self.encoder.laser, self.encoder.catalogue.n_known
+        if laser.neighbours is not None and len(embeddings) > known:
+            text = embeddings[:, : embeddings.shape[1] - (self.encoder.id_model.d_id if laser.head.id_share else 0)]
+            laser.neighbours.lend(*nearest_known(text[known:], text[:known]))
+
     def _users(self, histories: Sequence[np.ndarray]) -> tuple[Float[Tensor, "batch d_out"], Route | None]:
         embeddings, route = self.encoder.read(histories)
         return torch.nn.functional.normalize(embeddings, dim=-1), route
 
     def _scores(self, users: Float[Tensor, "batch d_out"], histories: Sequence[np.ndarray]
                 ) -> Float[Tensor, "batch n_items"]:
-        return self.encoder.laser.add_seen_offset(users @ self.embeddings.T, histories)
+        return self.encoder.laser.finish(users @ self.embeddings.T, histories)
 
     def _ranked(self, users: Float[Tensor, "batch d_out"], asks: Sequence[Ask], experts: Sequence[int | None]
                 ) -> list[Ranked]:
         if self._indexed is not None:
-            offset = self.encoder.laser.seen_offset
-            offset = 0.0 if offset is None else offset.item()
-            found = self._indexed.rank(users, asks, self.embeddings, self.removed, offset)
+            laser = self.encoder.laser
+            found = self._indexed.rank(users, asks, self.embeddings, self.removed, laser.pull, laser.finish_some)
             return [ranked(*pair, expert) for pair, expert in zip(found, experts, strict=True)]
         scores = self._scores(users, [ask.history for ask in asks])
         if self._removed:

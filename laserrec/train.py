@@ -37,7 +37,11 @@ from laserrec.metrics import Metrics
 from laserrec.models.mformer import Route
 from laserrec.progress import Progress
 from laserrec.seen import Seen
+from laserrec.text_vectors import whitened
 from laserrec.watch import Watch, expert_users
+
+_SCALE_USERS = 256
+"""Users whose cosines say how neighbours are weighed against them."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +139,14 @@ class Fit:
             self._save()
 
     def _prepare_items(self) -> None:
-        self.outputs = self._item_outputs()
-        if self.laser.head.needs_whitening:
-            self.laser.head.fit_whitening(self.outputs)
+        laser, means = self.laser, self.encoder.catalogue.means
+        self.outputs = means if self.encoder.mean_items else self._item_outputs()
+        if laser.head.needs_whitening:
+            laser.head.fit_whitening(self.outputs)
+            if self.encoder.mean_items:
+                laser.head.fit_suffix(self._item_outputs())
+        if laser.neighbours is not None:
+            laser.neighbours.fit(list(self.dataset.train_sequences.values()), whitened(means))
         self._follow()
         self._embed_items()
         metrics = self._validate()
@@ -237,7 +246,7 @@ class Fit:
         """Item contrast and load balance, means over these examples. hide: Bool[batch], whose ID states are hidden."""
         train, histories = self.config.train, [e.history for e in examples]
         outputs, route = self.encoder.outputs(histories, hide_states=hide)
-        users = self.laser.head(outputs)
+        users = self.encoder.users(outputs, histories)
         targets = torch.tensor([e.target - 1 for e in examples])
         offset = self.laser.seen_offset
         seen = Seen.of(histories) if offset is not None or not train.history_negatives else None
@@ -307,6 +316,8 @@ class Fit:
         size, k = self.config.eval.batch_size, self.config.eval.k
         cases = self.validation.take(self.world.even_share(len(self.validation)))
         items = torch.nn.functional.normalize(self.items, dim=-1)
+        if self.laser.neighbours is not None:
+            self._scale_neighbours(items)
         with Progress("validating", len(cases), self.show) as bar:
             users = self.encoder.encode(cases.histories, size, progress=bar.advance)
         users = torch.nn.functional.normalize(users, dim=-1)
@@ -314,10 +325,17 @@ class Fit:
         ranks = rank_cases(self._scores_in_order(users, items, size), cases, size, len(items)).plain
         return Metrics.from_ranks(self.world.gather_rows(torch.from_numpy(ranks), len(self.validation)).numpy(), k=k)
 
+    def _scale_neighbours(self, items: Tensor) -> None:
+        """By some users' training sequences; the same in every process."""
+        sequences = list(self.dataset.train_sequences.values())
+        some = [sequences[i] for i in np.linspace(0, len(sequences) - 1, min(_SCALE_USERS, len(sequences))).astype(int)]
+        users = self.encoder.encode(some, self.config.eval.batch_size)
+        self.laser.neighbours.scale_to(torch.nn.functional.normalize(users, dim=-1) @ items.T)
+
     def _scores_in_order(self, users: Tensor, items: Tensor, size: int) -> Scorer:
         """The evaluator asks in order, `size` users at a time; hand it the next rows' scores."""
         rows: Iterator[Tensor] = iter(users.split(size))
-        return lambda histories: self.laser.add_seen_offset(next(rows) @ items.T, histories)
+        return lambda histories: self.laser.finish(next(rows) @ items.T, histories)
 
     def _keep(self, metrics: Metrics) -> None:
         self.place.best = metrics.ndcg

@@ -193,10 +193,24 @@ def test_exact_to_the_last_bit_and_tie(case):
     index = ExactIndex(4)
     held = np.array([i for i in range(1, covered + 1) if i not in gone], dtype=np.int64)
     index.add(held, table.numpy()[held - 1])
-    found = Indexed(index, covered, gone).rank(users, asks, table, removed, offset)
+    pulls = {i: torch.tensor([j for j in range(1, n + 1) if (i + j) % 3 == 0 and j != i], dtype=torch.long)
+             for i in range(1, n + 1)}
+
+    def pull(history):
+        """A history's newest item pulls some, by one; those in the history none."""
+        items = pulls[int(history[-1])]
+        items = items[~torch.isin(items, torch.as_tensor(history).long())]
+        return items, torch.ones(len(items))
+
+    def finish(scores, items, history, pulled):
+        scores[torch.isin(items, torch.as_tensor(history).long())] += offset
+        scores[torch.isin(items, pulled[0])] += 1.0
+
+    found = Indexed(index, covered, gone).rank(users, asks, table, removed, pull, finish)
     for user, ask, (items, scores) in zip(users, asks, found, strict=True):
         row = table @ user
         row[torch.as_tensor(np.unique(ask.history)).long() - 1] += offset
+        row[pull(ask.history)[0] - 1] += 1.0
         if removed:
             row[torch.tensor(sorted(removed)) - 1] = -torch.inf
         want = best(row, ask, None)

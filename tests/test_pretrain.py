@@ -60,6 +60,22 @@ def test_training_batches_hold_training_sequences_only(tmp_path, monkeypatch):
     assert got == sorted(tuple(s[-6:]) for s in train["item"].to_list() if len(s) > 1)
 
 
+def test_shuffled_sequences_are_the_same_items_in_another_order_each_epoch(tmp_path, monkeypatch):
+    dataset, batches = planted(), []
+    loss = SASRec.loss
+    monkeypatch.setattr(SASRec, "loss", lambda self, items: batches.append(items) or loss(self, items))
+    settings = SMALL.model_copy(update={"max_epochs": 2, "shuffle": 0.5, "max_history": 10})
+    pretrain_id_model(dataset, settings, tmp_path / "id", progress=False)
+    rows = [tuple(i for i in row if i) for batch in batches for row in batch.tolist()]
+    whole = [tuple(s.tolist()) for s in dataset.train_sequences.values() if len(s) > 1]
+    epochs = rows[: len(whole)], rows[len(whole) :]
+    for epoch in epochs:
+        assert sorted(map(sorted, epoch)) == sorted(map(sorted, whole))
+        kept = sum(row in whole for row in epoch)
+        assert 0.3 * len(whole) < kept < 0.9 * len(whole)  # half stay, and some of the others by chance
+    assert sorted(epochs[0]) != sorted(epochs[1])
+
+
 def test_test_items_change_nothing(tmp_path):
     for shift in (0, 7):
         pretrain_id_model(planted(shift), SMALL, tmp_path / str(shift), progress=False)

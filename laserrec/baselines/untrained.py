@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laserrec.config import Config, HeadConfig, MFormerConfig, Pooling, Prefix
+from laserrec.config import Config, HeadConfig, ItemSide, MFormerConfig, Pooling, Prefix
 from laserrec.encoder import Encoder
 from laserrec.models.laser import Laser
 
@@ -27,7 +27,8 @@ class UntrainedLLM:
         config = encoder.laser.config
         dims = min(_WHITE_DIMS, encoder.laser.backbone.d_llm) if whitened else 0
         head = HeadConfig(pooling=Pooling.EOS, whiten_dims=dims)
-        plain = {**dict(config), "mformer": MFormerConfig(prefix=Prefix.NONE), "head": head}
+        prompt = config.prompt.model_copy(update={"item_side": ItemSide.PLAIN})
+        plain = {**dict(config), "prompt": prompt, "mformer": MFormerConfig(prefix=Prefix.NONE), "head": head}
         laser = Laser(Config(**plain), encoder.laser.backbone, encoder.id_model.d_id)
         self.encoder = Encoder(laser, encoder.id_model, encoder.catalogue)
         outputs = self.encoder.encode_items(config.eval.batch_size, raw=True)

@@ -15,9 +15,12 @@ class Head(nn.Module):
 
     A frozen LLM's last-token outputs lie in a narrow cone (cosines near .98), where a softmax over cosines hardly
     tells items apart; `fit_whitening` turns the cone into a ball once, before training.
+
+    Parameters: `mean_items`: items are mean outputs over their texts and users start as sums of them
+    (prompt.item_side mean): then `users` makes users' embeddings, `forward` items'.
     """
 
-    def __init__(self, config: HeadConfig, d_llm: int):
+    def __init__(self, config: HeadConfig, d_llm: int, mean_items: bool = False):
         super().__init__()
         self.id_share = config.id_share
         self.dropout = nn.Dropout(config.dropout)
@@ -25,6 +28,13 @@ class Head(nn.Module):
         if config.whiten_dims:
             self.register_buffer("mean", torch.zeros(d_llm))
             self.register_buffer("whitening", torch.eye(d_llm, d_out))
+        self.added = None
+        if mean_items:
+            # From zero: training starts from the match of texts. The suffix's outputs lie in a cone of their own.
+            self.added = nn.Linear(d_out, d_out, bias=False)
+            nn.init.zeros_(self.added.weight)
+            self.register_buffer("suffix_mean", torch.zeros(d_llm))
+            self.register_buffer("suffix_whitening", torch.eye(d_llm, d_out))
         self.whiten = bool(config.whiten_dims)
         self.projection = nn.Linear(d_out, d_out, bias=False) if config.projection else None
         if self.projection is not None:
@@ -36,17 +46,30 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def fit_whitening(self, outputs: Float[Tensor, "n_items d_llm"]) -> None:
-        """Centre and whiten by these outputs' covariance, keeping its largest directions (PCA whitening; for text
+        """Centre and whiten items by these outputs' covariance, keeping its largest directions (PCA whitening; for text
         embeddings: Su et al. 2021, "Whitening Sentence Representations for Better Semantics and Faster Retrieval")."""
+        self._fit(outputs, self.mean, self.whitening)
+
+    @torch.no_grad()
+    def fit_suffix(self, outputs: Float[Tensor, "n_items d_llm"]) -> None:
+        """The same for the outputs at a suffix, by those of the untrained items (mean_items)."""
+        self._fit(outputs, self.suffix_mean, self.suffix_whitening)
+
+    @staticmethod
+    def _fit(outputs: Tensor, into_mean: Tensor, into_whitening: Tensor) -> None:
         x = outputs.double()
         mean = x.mean(dim=0)
         values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-        keep = self.whitening.shape[1]
+        keep = into_whitening.shape[1]
         values, vectors = values[-keep:].flip(0).clamp(min=1e-8), vectors[:, -keep:].flip(1)
         # The sign of an eigenvector is arbitrary; fix it so that two machines agree.
         sign = torch.sign(vectors[vectors.abs().argmax(dim=0), torch.arange(keep)])
-        self.mean.copy_(mean)
-        self.whitening.copy_(vectors * sign / values.sqrt())
+        into_mean.copy_(mean)
+        into_whitening.copy_(vectors * sign / values.sqrt())
+
+    def whiten_items(self, outputs: Float[Tensor, "*batch d_llm"]) -> Float[Tensor, "*batch d_out"]:
+        """Outputs of items, whitened if they are to be."""
+        return (outputs - self.mean) @ self.whitening if self.whiten else outputs
 
     def forward(
         self, outputs: Float[Tensor, "batch d_llm"], id_part: Float[Tensor, "batch d_id"] | None = None
@@ -56,8 +79,19 @@ class Head(nn.Module):
         With both parts of unit length, scaled by the roots of their shares, the cosine of two embeddings is the
         shares' weighted sum of the parts' cosines.
         """
-        x = (outputs - self.mean) @ self.whitening if self.whiten else outputs
-        x = x if self.projection is None else self.projection(self.dropout(x))
+        x = self.whiten_items(outputs)
+        return self._joined(x if self.projection is None else self.projection(self.dropout(x)), id_part)
+
+    def users(
+        self, outputs: Float[Tensor, "batch d_llm"], history: Float[Tensor, "batch d_text"],
+        id_part: Float[Tensor, "batch d_id"] | None = None,
+    ) -> Float[Tensor, "batch d_out"]:
+        """With mean_items: outputs at the suffix, and the sums of the histories' whitened items (any length)."""
+        at_suffix = (outputs - self.suffix_mean) @ self.suffix_whitening
+        start = F.normalize(history, dim=-1) * history.shape[-1] ** 0.5  # as long as a whitened output
+        return self._joined(self.projection(self.dropout(start)) + self.added(self.dropout(at_suffix)), id_part)
+
+    def _joined(self, x: Tensor, id_part: Tensor | None) -> Tensor:
         if id_part is None:
             return x
         parts = F.normalize(x, dim=-1), F.normalize(id_part, dim=-1)

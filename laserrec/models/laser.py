@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from laserrec.config import Config, Pooling, Prefix
+from laserrec.config import Config, ItemSide, Pooling, Prefix
 from laserrec.models.attention import Past
 from laserrec.models.backbone import Backbone
 from laserrec.models.head import Head
 from laserrec.models.mformer import MFormer, Route
+from laserrec.models.neighbours import Neighbours, Pull
 from laserrec.seen import Seen
 
 _SEEN_OFFSET_START = -1.0
@@ -23,10 +24,11 @@ _SEEN_OFFSET_START = -1.0
 class Laser(nn.Module):
     """All that Laser trains. The frozen LLM is held beside it and is in neither parameters nor state_dict.
 
-    Parameters: `d_id`: width of the ID model's states.
+    Parameters: `d_id`: width of the ID model's states; `n_items`: known items, for those settings that keep something
+    of each (neighbours).
     """
 
-    def __init__(self, config: Config, backbone: Backbone, d_id: int):
+    def __init__(self, config: Config, backbone: Backbone, d_id: int, n_items: int = 0):
         super().__init__()
         self.config, self.backbone = config, backbone
         mformer, d_llm = config.mformer, backbone.d_llm
@@ -44,7 +46,10 @@ class Laser(nn.Module):
             self.suffix.data.copy_(eos)
             self.suffix.requires_grad_(False)
         self.register_buffer("plain_suffix", eos[None].clone(), persistent=False)
-        self.head = Head(config.head, d_llm)
+        self.head = Head(config.head, d_llm, mean_items=config.prompt.item_side == ItemSide.MEAN)
+        self.neighbours = None
+        if config.neighbours.count and n_items:
+            self.neighbours = Neighbours(config.neighbours, n_items, config.train.temperature)
         self.seen_offset = nn.Parameter(torch.tensor(_SEEN_OFFSET_START)) if config.head.seen_offset else None
 
     def _eos_id(self) -> int:
@@ -59,13 +64,38 @@ class Laser(nn.Module):
         return self.backbone.embedding[torch.tensor((ids * count)[:count])].float()
 
     @torch.no_grad()
-    def add_seen_offset(
+    def finish(
         self, scores: Float[Tensor, "batch n_items"], histories: Sequence[np.ndarray]
     ) -> Float[Tensor, "batch n_items"]:
-        """Scores (changed in place) with the learnt offset of each history's own items, if there is one."""
+        """Cosines (changed in place) -> scores: with what the history's items pull, and the learnt offset of those
+        items themselves, where there are such."""
+        if self.neighbours is not None:
+            for row, history in zip(scores, histories, strict=True):
+                items, pulls = self.neighbours.pull(history)
+                row[items - 1] = self.neighbours.join(row[items - 1], pulls)
         if self.seen_offset is not None:
             seen = Seen.of(histories)
             scores[seen.users, seen.items] += self.seen_offset
+        return scores
+
+    def pull(self, history: np.ndarray) -> Pull | None:
+        """What the history's items pull; None without neighbours."""
+        return None if self.neighbours is None else self.neighbours.pull(history)
+
+    @torch.no_grad()
+    def finish_some(
+        self, scores: Float[Tensor, "some"], items: Int[Tensor, "some"], history: np.ndarray,
+        pull: Pull | None,
+    ) -> Float[Tensor, "some"]:
+        """`finish` for some items of one history (changed in place). pull: of this history (`pull`)."""
+        if pull is not None:
+            pulled, pulls = pull
+            if len(pulled):
+                place = torch.searchsorted(pulled, items).clamp(max=len(pulled) - 1)
+                hit = pulled[place] == items
+                scores[hit] = self.neighbours.join(scores[hit], pulls[place[hit]])
+        if self.seen_offset is not None:
+            scores[torch.isin(items, torch.as_tensor(np.unique(history)).long())] += self.seen_offset
         return scores
 
     def prefix(
