@@ -292,7 +292,8 @@ def test_serve_by_name_keeps_changes_outside_the_cache(there, folder, run, tmp_p
     def look(app, **options):
         client = TestClient(app)
         facts.append(client.get("/v1/model").json())
-        assert client.post("/v1/items", json={"items": [{"item_id": f"x{len(facts)}", "title": "glue"}]}).status_code == 201
+        new = {"item_id": f"x{len(facts)}", "title": "glue"}
+        assert client.post("/v1/items", json={"items": [new]}).status_code == 201
 
     hub.push_folder(folder, REPO, token=TOKEN)
     monkeypatch.setattr(uvicorn, "run", look)
