@@ -73,8 +73,8 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
         console.print(f"[yellow]warning:[/] {host} can be reached by others and no API token is set "
                       f"(--token-file or {_TOKEN}); anybody there can change the catalogue")
     limits = Limits(max_batch, max_wait_ms / 1000, max_queue, timeout, max_body, cache)
-    if state is None:  # never inside the hub's cache, which people delete
-        state = Path("served") / model if is_repo(model) else model / "served"
+    if state is None:  # never inside the hub's cache, which people delete; one for all revisions
+        state = Path("served") / model.as_posix().partition("@")[0] if is_repo(model) else model / "served"
     name = model.as_posix() if is_repo(model) else model.name
     with Service.opened(local_folder(model), state, limits, index, name) as service:
         console.print(f"{len(service.listing):,} items; ready on port {port} of {host}, page at /, API at /docs")

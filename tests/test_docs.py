@@ -152,6 +152,13 @@ def test_public_python_is_in_the_reference(pages):
     assert {f"laserrec.config.{info.annotation.__name__}" for info in Config.model_fields.values()} <= ids
 
 
+def test_every_module_is_in_the_layout(pages):
+    page = pages["code.html"]
+    modules = [file.stem for file in (ROOT / "laserrec").rglob("*.py") if not file.stem.startswith("_")]
+    assert len(modules) > 80 and {*modules} == {row[0] for row in page.rows} - {"module"}
+    assert all(row[1] for row in page.rows)
+
+
 def test_nothing_is_loaded_from_elsewhere(site, pages):
     for page in pages.values():
         assert not [x for x in page.loads if urlsplit(x).scheme not in ("", "data") or x.startswith("//")], page.file

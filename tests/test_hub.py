@@ -287,16 +287,21 @@ def test_serve_by_name_keeps_changes_outside_the_cache(there, folder, run, tmp_p
     import uvicorn
     from fastapi.testclient import TestClient
 
+    facts = []
+
     def look(app, **options):
         client = TestClient(app)
-        assert client.get("/v1/model").json()["name"] == REPO
-        assert client.post("/v1/items", json={"items": [{"item_id": "x", "title": "glue"}]}).status_code == 201
+        facts.append(client.get("/v1/model").json())
+        new = {"item_id": f"x{len(facts)}", "title": "glue"}
+        assert client.post("/v1/items", json={"items": [new]}).status_code == 201
 
     hub.push_folder(folder, REPO, token=TOKEN)
     monkeypatch.setattr(uvicorn, "run", look)
     monkeypatch.chdir(tmp_path)
-    code, _, err = run("serve", REPO)
-    assert code == 0, err
+    for name in (REPO, f"{REPO}@main"):  # another revision goes on with the same changes
+        code, _, err = run("serve", name)
+        assert code == 0, err
+    assert [(f["name"], f["added"]) for f in facts] == [(REPO, 0), (f"{REPO}@main", 1)]
     assert (tmp_path / "served" / REPO / "items.parquet").is_file()
     assert not list((tmp_path / "cache").rglob("served"))
 

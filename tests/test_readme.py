@@ -5,6 +5,7 @@ import shlex
 from contextlib import ExitStack
 from pathlib import Path
 
+import fake_hub
 import polars as pl
 import pytest
 import tiny
@@ -59,11 +60,14 @@ def test_own_data_in_ten_lines(shop, monkeypatch):
     assert Path("results.json").is_file()
 
 
-def test_in_production(shop, monkeypatch):
+def test_in_production(shop, tmp_path, monkeypatch):
     orders, goods = shop
     recommender.LaserRecommender.fit(orders, goods, recommender.load_config(), "runs", progress=False)
     orders.group_by("user_id").agg(pl.col("item_id").alias("items")).write_parquet("histories.parquet")
-    run(block("", "In production"), monkeypatch)
+    with fake_hub.used(monkeypatch, tmp_path / "cache") as hub:
+        monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
+        run(block("", "In production"), monkeypatch)
+    assert hub.repos["my-shop/laser-tools"].private
     assert pl.read_parquet("recommendations/part-*.parquet")["user_id"].n_unique() == 30
 
 

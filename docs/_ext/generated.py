@@ -1,7 +1,11 @@
-"""What is made from the code and from benchmarks/results: commands, settings, tables. A page has a mark for each."""
+"""What is made from the code and from benchmarks/results: commands, settings, modules, tables.
+
+A page has a mark for each.
+"""
 
 from __future__ import annotations
 
+import ast
 import enum
 import json
 import re
@@ -161,6 +165,23 @@ def guides() -> str:
     return "\n".join(["```{toctree}", ":caption: Guide", ":maxdepth: 1", "", *pages, "```"])
 
 
+# -- the code -------------------------------------------------------------------------------------------------------
+
+
+def modules() -> str:
+    """A table per package: each module and what its docstring begins with."""
+    root = _DOCS.parent / "laserrec"
+    parts = []
+    for folder in [root, *sorted({file.parent for file in root.glob("*/*.py")})]:
+        rows = [["module", "what"], ["---", "---"]]
+        for file in sorted(folder.glob("[!_]*.py")):
+            lines = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).split("\n\n")[0]
+            rows.append([f"`{file.stem}`", _text(lines)])
+        name = ".".join(folder.relative_to(root.parent).parts)
+        parts.append(f"## {name}\n\n{_table(rows)}")
+    return "\n".join(parts)
+
+
 # -- measured figures ---------------------------------------------------------------------------------------------
 
 
@@ -211,7 +232,7 @@ def _table(rows: list[list[str]]) -> str:
 # -- into the pages -----------------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[], str]] = {"commands": commands, "settings": settings,
-                                       "sections": sections, "guides": guides,
+                                       "sections": sections, "guides": guides, "modules": modules,
                                        "quality": quality, "cold-start": cold_start}
 """NAME -> what replaces a page's line `<!-- generated: NAME -->`."""
 _MARK = re.compile(r"^<!-- generated: (.+) -->$", re.MULTILINE)
