@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from laserrec.baselines.linear import NEAREST, NearestText
 from laserrec.baselines.popularity import Popularity
-from laserrec.baselines.untrained import UntrainedLLM
 from laserrec.config import Config, IdModelConfig, ItemTable, merge
 from laserrec.data.sequences import Cases, Dataset
 from laserrec.errors import UserError
@@ -135,7 +135,7 @@ def _scorers(held: HeldOut, config: Config, folder: Path, seed: int, show: bool)
     return {
         "Laser": laser.score,
         "text SASRec": with_new_items(id_model("text-sasrec", rival), text).score,
-        "untrained LLM, whitened": UntrainedLLM(laser.encoder, whitened=True).score,
+        NEAREST: NearestText(text, config.neighbours.recency).score,
         "popularity": lambda histories: popular.expand(len(histories), -1),
     }
 

@@ -9,6 +9,9 @@ ID_MODELS: dict[str, dict[str, Any]] = {
                  "eval_every": 4},
 }
 
+# EASE on IDs alone, as a rival: of l2 from 20 to 300, with and without weights by length.
+EASE: dict[str, Any] = {"l2": 100.0, "text_weight": 0.0}
+
 # The paper's settings (appendix B). Any other decoder of that size goes in with --backbone.name.
 _PAPER: dict[str, Any] = {
     "id_model": {"kind": "bert4rec", "d_id": 64, **ID_MODELS["bert4rec"]},

@@ -19,9 +19,10 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
-from laserrec.baselines.linear import ItemRegression, NearestText
+from laserrec import presets
+from laserrec.baselines.linear import NEAREST, ItemRegression, NearestText
 from laserrec.baselines.popularity import Popularity
-from laserrec.config import Config, IdModelConfig, NeighboursConfig, merge
+from laserrec.config import Config, IdModelConfig, merge
 from laserrec.data.sequences import Dataset
 from laserrec.errors import UserError
 from laserrec.evaluate import Scorer, evaluate, save_ranks
@@ -43,9 +44,7 @@ RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
     "SASRec from LLM embeddings": ("text", {"kind": "sasrec", "items": "llm_start", "seen_offset": True}),
     "text SASRec": ("text", {"kind": "sasrec", "items": "text", "seen_offset": True}),
 }
-EASE, TEXT_EASE, NEAREST = "EASE", "EASE with LLM text", "untrained LLM, nearest items"
-_EASE_L2 = 100.0
-"""Of 20 to 300, with and without weights by length, the best on validation without text."""
+EASE, TEXT_EASE = "EASE", "EASE with LLM text"
 TRIALS = {"SASRec": 13, "BERT4Rec": 10, "SASRec from LLM embeddings": 4, "text SASRec": 2, EASE: 18, TEXT_EASE: 60,
           NEAREST: 36, LASER: 8, FUSION: 1}
 """Settings tried on validation, counted from dev/LOG.md."""
@@ -123,8 +122,8 @@ class _Run:
 
     def seedless(self) -> list[dict]:
         """Rivals in which nothing is random."""
-        regression = NeighboursConfig(**dict(self.config.neighbours))
-        alone = regression.model_copy(update={"text_weight": 0.0, "l2": _EASE_L2})
+        regression = self.config.neighbours
+        alone = regression.model_copy(update=presets.EASE)
         makers = {
             "popularity": ("id", lambda: Popularity(self.dataset)),
             EASE: ("id", lambda: ItemRegression(self.dataset, alone)),

@@ -31,8 +31,8 @@ def test_the_whole_way(source, llm_folder, tmp_path, capsys, monkeypatch):
     rows = quickstart.run(tmp_path / "run", config, progress=False)
     said = capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8")) == rows
-    assert [r["model"] for r in rows] == ["Laser", "SASRec", "BERT4Rec", "popularity", "untrained LLM",
-                                          "untrained LLM, whitened"]
+    assert [r["model"] for r in rows] == ["Laser", "SASRec", "BERT4Rec", "popularity", "EASE", "EASE with LLM text",
+                                          "untrained LLM, nearest items", "untrained LLM"]
     for row in rows:
         assert {"model", "split", "recall@10", "ndcg@10", "mrr", "users", "seconds"} <= row.keys()
         assert row["split"] == "test" and row["users"] == 30 and row["model"] in said

@@ -18,6 +18,8 @@ from laserrec.data.sequences import Dataset
 from laserrec.models.neighbours import regress, weigh
 from laserrec.seen import Seen
 
+NEAREST = "untrained LLM, nearest items"
+
 
 class _Weighed:
     """A score is the sum over the history's items, newer ones heavier, of what each says about all items."""
