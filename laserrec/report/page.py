@@ -182,8 +182,9 @@ def _map(items: ItemMap) -> Markup:
 
 def _examples(report: Report) -> Markup:
     offset = ", plus the learnt offset for items of the history" if report.config.head.seen_offset else ""
+    pull = ", raised for what the history's neighbours pull" if report.config.neighbours.count else ""
     text = ("Users of the test split, drawn at random, before their last item. Nothing is filtered. The score is a "
-            f"cosine{offset}.")
+            f"cosine{pull}{offset}.")
     return join(_note(text), [_example(e, report.items.n_items) for e in report.examples])
 
 
