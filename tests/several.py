@@ -27,6 +27,8 @@ SETTINGS = {  # what is shared out differs between the layouts
     "prefix_first": {**COMMON, "train": {**QUICK, "tokens_per_pass": 12}},
     "text_first": {**COMMON, "train": {**QUICK, "item_gradient": True, "history_negatives": False},
                    "prompt": {"layout": "text_first", "item_side": "plain"}},
+    "mean": {**COMMON, "train": {**QUICK, "item_gradient": True}, "neighbours": {"count": 4, "l2": 1.0},
+             "prompt": {"layout": "text_first", "item_side": "mean"}},
     "learned": {"mformer": {"prefix": "learned"}, "train": {**QUICK, "stage_one_epochs": 1}},
 }
 SHARDED = {**COMMON, "train": {**QUICK, "tokens_per_pass": 12}}

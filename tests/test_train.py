@@ -31,7 +31,7 @@ def make_fit(backbone, folder, dataset: Dataset | None = None, id_model=None, wo
     config = tiny.config(backbone.name, **sections)
     id_model = id_model or tiny.id_model(dataset.n_items)
     torch.manual_seed(config.train.seed)
-    laser = Laser(config, backbone, id_model.d_id)
+    laser = Laser(config, backbone, id_model.d_id, dataset.n_items)
     encoder = Encoder(laser, id_model, Catalogue(laser, dataset.items, dataset.n_items))
     return Fit(encoder, dataset, config, folder, fit_fingerprint(dataset, id_model, config), False, world)
 
