@@ -73,7 +73,7 @@ def test_what_is_trained_changes_users_and_scores_join_the_regression(fitted):
             if item not in seen:
                 pull += 0.8**age * kept[item - 1]
                 seen.add(item)
-        want = 0.1 * 0 + laser.neighbours.temperature * torch.log(
+        want = laser.neighbours.temperature * torch.log(
             (cosines[row] / laser.neighbours.temperature).exp() + laser.neighbours.log_scale.exp() * pull)
         own = torch.tensor(sorted(seen)) - 1
         want[own] = cosines[row, own] + laser.seen_offset.detach()
