@@ -298,15 +298,7 @@ class Encoder:
                      progress: Callable[[int], None] | None = None) -> Float[Tensor, "items d_out"]:
         """Embeddings of the items from dense item `first` on; each is a history of itself (paper, 3.1.1), or the mean
         of the outputs over its text. raw: before the head."""
-        if self.mean_items:
-            means = self.catalogue.means[first - 1 :]
-            if raw:
-                return means.clone()
-            training = self._stop_training()
-            with torch.no_grad():
-                embeddings = self.embed_item_outputs(means, first)
-            if training:
-                self.laser.train()
-            return embeddings
+        if raw and self.mean_items:
+            return self.catalogue.means[first - 1 :].clone()
         histories = [np.array([i], dtype=np.int32) for i in range(first, len(self.catalogue) + 1)]
         return self.encode(histories, batch_size, as_item=True, raw=raw, progress=progress)

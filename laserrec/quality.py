@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from laserrec import presets
-from laserrec.baselines.linear import NEAREST, ItemRegression, NearestText
+from laserrec.baselines.linear import EASE, NEAREST, TEXT_EASE, ItemRegression, NearestText
 from laserrec.baselines.popularity import Popularity
 from laserrec.config import Config, IdModelConfig, merge
 from laserrec.data.sequences import Dataset
@@ -44,7 +44,6 @@ RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
     "SASRec from LLM embeddings": ("text", {"kind": "sasrec", "items": "llm_start", "seen_offset": True}),
     "text SASRec": ("text", {"kind": "sasrec", "items": "text", "seen_offset": True}),
 }
-EASE, TEXT_EASE = "EASE", "EASE with LLM text"
 TRIALS = {"SASRec": 13, "BERT4Rec": 10, "SASRec from LLM embeddings": 4, "text SASRec": 2, EASE: 18, TEXT_EASE: 60,
           NEAREST: 36, LASER: 100, FUSION: 1}
 """Settings tried on validation, counted from dev/LOG.md. Laser's hold the 60 of its neighbours and 32 ways to score one

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from laserrec.baselines.linear import NEAREST, ItemRegression, NearestText
+from laserrec import presets
+from laserrec.baselines.linear import EASE, NEAREST, TEXT_EASE, ItemRegression, NearestText
 from laserrec.baselines.popularity import Popularity
 from laserrec.baselines.untrained import UntrainedLLM
 from laserrec.cli_output import print_recommendations, print_results
@@ -18,7 +19,7 @@ from laserrec.evaluate import Result, Scorer, evaluate
 from laserrec.io import write_json
 from laserrec.model_folder import tell_card
 from laserrec.models.id_store import load_id_model
-from laserrec.presets import EASE, ID_MODELS
+from laserrec.presets import ID_MODELS
 from laserrec.pretrain import pretrain_id_model
 from laserrec.progress import Progress
 from laserrec.recommender import LaserRecommender
@@ -26,7 +27,6 @@ from laserrec.results import record_result
 from laserrec.text_vectors import text_vectors
 
 _DATA = "amazon-scientific"
-_EASE = "EASE"
 _NAMES = {IdModelKind.SASREC: "SASRec", IdModelKind.BERT4REC: "BERT4Rec"}
 """Of models that know ids alone."""
 
@@ -103,9 +103,9 @@ def _evaluate_others(model: LaserRecommender, id_models: dict, seconds: dict, ta
         table.add(name, id_model.score, seconds[name])
     table.add("popularity", Popularity(table.dataset).score, 0.0)
     regression, backbone = config.neighbours, model.encoder.laser.backbone
-    table.add(_EASE, ItemRegression(dataset, regression.model_copy(update=EASE)).score, 0.0)
+    table.add(EASE, ItemRegression(dataset, regression.model_copy(update=presets.EASE)).score, 0.0)
     text = text_vectors(dataset, config, table.show, backbone)
-    table.add("EASE with LLM text", ItemRegression(dataset, regression, text).score, 0.0)
+    table.add(TEXT_EASE, ItemRegression(dataset, regression, text).score, 0.0)
     table.add(NEAREST, NearestText(text, regression.recency).score, 0.0)
     table.add("untrained LLM", UntrainedLLM(model.encoder, whitened=False).score, 0.0)
     return table.rows
@@ -114,7 +114,7 @@ def _evaluate_others(model: LaserRecommender, id_models: dict, seconds: dict, ta
 def verdict(rows: list[dict], k: int = 10) -> str:
     """Where Laser stands to the best ID-only model, in one sentence."""
     laser = rows[0]
-    best = max((r for r in rows if r["model"] in (_EASE, *_NAMES.values())), key=lambda r: r[f"ndcg@{k}"])
+    best = max((r for r in rows if r["model"] in (EASE, *_NAMES.values())), key=lambda r: r[f"ndcg@{k}"])
     change = {m: laser[m] / best[m] - 1 for m in (f"ndcg@{k}", f"recall@{k}")}
     # Paired differences of this size come with a standard error of about two to three percent on 8,442 users.
     word = "above" if change[f"ndcg@{k}"] > 0.03 else "below" if change[f"ndcg@{k}"] < -0.03 else "level with"

@@ -18,7 +18,8 @@ from laserrec.data.sequences import Dataset
 from laserrec.models.neighbours import regress, weigh
 from laserrec.seen import Seen
 
-NEAREST = "untrained LLM, nearest items"
+EASE, TEXT_EASE, NEAREST = "EASE", "EASE with LLM text", "untrained LLM, nearest items"
+"""What tables call them."""
 
 
 class _Weighed:
