@@ -107,7 +107,7 @@ def _evaluate_others(model: LaserRecommender, id_models: dict, seconds: dict, ta
     text = text_vectors(dataset, config, table.show, backbone)
     table.add(TEXT_EASE, ItemRegression(dataset, regression, text).score, 0.0)
     table.add(NEAREST, NearestText(text, regression.recency).score, 0.0)
-    table.add("untrained LLM", UntrainedLLM(model.encoder, whitened=False).score, 0.0)
+    table.add("untrained LLM", UntrainedLLM(model.encoder).score, 0.0)
     return table.rows
 
 

@@ -1,7 +1,7 @@
 """Nearest neighbour with the LLM as it is: no prefix, [EOS] as the suffix, nothing trained.
 
-The same text, layout and layers as the Laser that it stands beside. `whitened` adds PCA whitening by the items' own
-outputs, which needs no training either and is the stronger rival.
+The same text, layout and layers as the Laser that it stands beside. The mean of the outputs over a text, whitened, is the
+stronger rival: `laserrec.baselines.linear.NearestText`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,18 @@ from laserrec.config import Config, HeadConfig, ItemSide, MFormerConfig, Pooling
 from laserrec.encoder import Encoder
 from laserrec.models.laser import Laser
 
-_WHITE_DIMS = 512
-
 
 class UntrainedLLM:
     """Cosine of untrained outputs of history and item. `encoder`: its LLM, texts and batch size are used."""
 
-    def __init__(self, encoder: Encoder, whitened: bool):
+    def __init__(self, encoder: Encoder):
         config = encoder.laser.config
-        dims = min(_WHITE_DIMS, encoder.laser.backbone.d_llm) if whitened else 0
-        head = HeadConfig(pooling=Pooling.EOS, whiten_dims=dims)
+        head = HeadConfig(pooling=Pooling.EOS)
         prompt = config.prompt.model_copy(update={"item_side": ItemSide.PLAIN})
         plain = {**dict(config), "prompt": prompt, "mformer": MFormerConfig(prefix=Prefix.NONE), "head": head}
         laser = Laser(Config(**plain), encoder.laser.backbone, encoder.id_model.d_id)
         self.encoder = Encoder(laser, encoder.id_model, encoder.catalogue)
         outputs = self.encoder.encode_items(config.eval.batch_size, raw=True)
-        if whitened:
-            laser.head.fit_whitening(outputs)
         self.items = torch.nn.functional.normalize(laser.head(outputs), dim=-1)
 
     def score(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch n_items"]:
