@@ -1,7 +1,7 @@
 """Nearest neighbour with the LLM as it is: no prefix, [EOS] as the suffix, nothing trained.
 
-The same text, layout and layers as the Laser that it stands beside. The mean of the outputs over a text, whitened, is the
-stronger rival: `laserrec.baselines.linear.NearestText`.
+The same text, layout and layers as the Laser that it stands beside. The mean of the outputs over a text, whitened, is
+the stronger rival: `laserrec.baselines.linear.NearestText`.
 """
 
 from __future__ import annotations
