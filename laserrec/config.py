@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -142,6 +142,10 @@ class BackboneConfig(_Section):
     """Commit or tag of a Hugging Face id."""
     layers: int | None = Field(None, ge=1)
     """Use only the first so many layers; None = all (paper)."""
+    mean_layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Layers behind which an item text's outputs are averaged (prompt.item_side mean, neighbours, text-aware ID models),
+    their vectors side by side; none: behind the last of `layers`. Layers that no history is read with may be among
+    them: item texts are read once."""
     precision: Precision = Precision.AUTO
     """auto times bf16 against fp32 on this machine once and takes the faster."""
     engine: Engine = Engine.AUTO
@@ -159,6 +163,14 @@ class BackboneConfig(_Section):
     are too large for one; needs prompt.layout prefix_first. One process alone holds all."""
     trust_remote_code: bool = False
     """Run Python code shipped with a model from the hub (ChatGLM2 needs it). Only for sources you trust."""
+
+    @model_validator(mode="after")
+    def _mean_layers_ascend(self) -> BackboneConfig:
+        if list(self.mean_layers) != sorted(set(self.mean_layers)):
+            raise ValueError(f"mean_layers must ascend: {sorted(set(self.mean_layers))}")
+        if self.shard and self.mean_layers:
+            raise ValueError("shard reads one depth only; leave mean_layers unset")
+        return self
 
     @model_validator(mode="after")
     def _shards_are_plain(self) -> BackboneConfig:
@@ -307,6 +319,8 @@ class NeighboursConfig(_Section):
     """What an item of a history weighs beside the next newer one."""
     share: float = Field(0.7, gt=0)
     """What the softmax over cosines weighs beside the neighbours."""
+    temperature: float = Field(0.1, gt=0)
+    """Of that softmax [tau of the join]; the loss has its own."""
 
 
 class Cuts(StrEnum):

@@ -35,7 +35,7 @@ class Catalogue:
     """
 
     def __init__(self, laser: Laser, items: pl.DataFrame, n_known: int, progress: bool = False,
-                 world: World | None = None, means: Float[Tensor, "n_items d_llm"] | None = None):
+                 world: World | None = None, means: Float[Tensor, "n_items d_means"] | None = None):
         self.laser, self.n_known = laser, n_known
         self.prompt = PromptEncoder(laser.backbone.tokenizer, laser.config.prompt)
         self.tokens: list[np.ndarray] = []
@@ -43,8 +43,8 @@ class Catalogue:
         if self.shared and not laser.backbone.native:
             raise UserError("prompt.layout text_first needs the native decoder (Llama, Mistral, Qwen2, Qwen3) and "
                             f"backbone {laser.backbone.name!r} runs on transformers'; use layout prefix_first")
-        self.means: Tensor = torch.zeros(0, laser.backbone.d_llm) if means is None else means
-        """Float[n_items d_llm], the mean of the LLM's outputs over each item's text; for those settings that use it
+        self.means: Tensor = torch.zeros(0, laser.backbone.d_means) if means is None else means
+        """Float[n_items d_means], the mean of the LLM's outputs over each item's text; for those settings that use it
         (prompt.item_side mean, neighbours), else empty."""
         self._rows: list[np.ndarray] = []
         self._cache: TextCache | None = None
@@ -246,7 +246,7 @@ class Encoder:
         weights[user, torch.as_tensor(place)] = torch.as_tensor(np.concatenate([w for _, w in weighed]))
         return weights @ unit
 
-    def embed_item_outputs(self, outputs: Float[Tensor, "items d_llm"], first: int = 1) -> Float[Tensor, "items d_out"]:
+    def embed_item_outputs(self, outputs: Float[Tensor, "items d_items"], first: int = 1) -> Float[Tensor, "items d_out"]:
         """The head on the LLM outputs of items `first`, first + 1 ..."""
         items = [np.array([i], dtype=np.int32) for i in range(first, first + len(outputs))]
         return self.laser.head(outputs, self._id_part_if_used(items, as_item=True))

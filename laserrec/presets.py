@@ -23,7 +23,7 @@ _PAPER: dict[str, Any] = {
 # The paper's method at a size for two CPU cores, with what was found to help there.
 _SMALL: dict[str, Any] = {
     "id_model": {"kind": "sasrec", "items": "llm_start", "seen_offset": True, **ID_MODELS["sasrec"]},
-    "backbone": {"layers": 6},
+    "backbone": {"layers": 6, "mean_layers": [6, 20, 30]},
     "prompt": {"layout": "text_first", "item_side": "mean", "max_item_tokens": 24},
     "mformer": {"experts": 4, "queries": 4, "blocks": 2, "d_model": 128, "heads": 4, "zero_init": True,
                 "routing": "gate_scaled", "state_dropout": 0.05},
@@ -32,7 +32,7 @@ _SMALL: dict[str, Any] = {
     "neighbours": {"count": 100},
     "train": {"lr": 1e-3, "weight_decay": 1.0, "batch_size": 128, "stage_one_epochs": 2, "stage_two_epochs": 1,
               "warmup_fraction": 0.05, "cosine_decay": True, "item_gradient": True, "history_negatives": False,
-              "temperature": 0.1},
+              "temperature": 0.07},
     "eval": {"batch_size": 64},
 }
 

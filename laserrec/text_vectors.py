@@ -1,7 +1,7 @@
 """Vectors of item texts from the frozen LLM as it is: what text-aware ID models, neighbours and text rivals start from.
 
-An item's vector is the mean of the LLM's outputs over the item's own text, centred and whitened. Nothing is trained and
-nothing but the catalogue is read. On amazon-scientific it finds the next item far better than the output at a last
+An item's vector is the mean of the LLM's outputs over the item's own text, centred and whitened, at one depth or at
+several side by side. Nothing is trained and nothing but the catalogue is read. On amazon-scientific it finds the next item far better than the output at a last
 [EOS] does (dev/LOG.md).
 """
 
@@ -32,17 +32,19 @@ _AT_ONCE = 64
 @torch.no_grad()
 def mean_outputs(
     backbone: Backbone, prompt: PromptConfig, items: pl.DataFrame, progress: Callable[[int], None] | None = None
-) -> Float[Tensor, "n_items d_llm"]:
+) -> Float[Tensor, "n_items d_means"]:
     """Per row of `items` (title and the prompt's attributes), the mean of the LLM's outputs over the item's line, read
-    alone. The first token is left out: it takes up what attention has no use for and its output says little of it."""
+    alone; behind each of backbone.mean_layers, side by side, or behind the last layer that is used. The first token is
+    left out: it takes up what attention has no use for and its output says little of it."""
     encoder = PromptEncoder(backbone.tokenizer, prompt.model_copy(update={"max_item_tokens": _MAX_TOKENS}))
     lines = encoder.item_tokens(items)
-    out = torch.empty(len(lines), backbone.d_llm)
+    out, at_layers = torch.empty(len(lines), backbone.d_means), backbone.config.mean_layers
     order = np.argsort([len(line) for line in lines], kind="stable")
     for at in range(0, len(order), _AT_ONCE):
         chunk = order[at : at + _AT_ONCE]
         rows = [backbone.embed(torch.as_tensor(lines[i], dtype=torch.long)) for i in chunk]
-        outputs = backbone.decoder.read_rows(rows, last_only=False).split([len(row) for row in rows])
+        read = backbone.decoder.read_layers(rows, at_layers) if at_layers else backbone.decoder.read_rows(rows, False)
+        outputs = read.split([len(row) for row in rows])
         out[torch.as_tensor(chunk)] = torch.stack([x[min(1, len(x) - 1) :].float().mean(dim=0) for x in outputs])
         if progress:
             progress(len(chunk))
@@ -50,13 +52,14 @@ def mean_outputs(
 
 
 def whitened(
-    outputs: Float[Tensor, "n_items d_llm"], by: int | None = None
+    outputs: Float[Tensor, "n_items d_means"], layers: int, by: int | None = None
 ) -> Float[Tensor, "n_items d_text"]:
-    """Centred and whitened with the mean and covariance of the first `by` rows (None: all), the most important
-    dimension first; at most 512 wide."""
-    head = Head(HeadConfig(whiten_dims=min(_DIMS, outputs.shape[1])), outputs.shape[1])
+    """Each of the `layers` that stand side by side centred and whitened with the mean and covariance of the first `by`
+    rows (None: all), the most important dimension first; at most 512 wide."""
+    d_llm = outputs.shape[1] // layers
+    head = Head(HeadConfig(whiten_dims=min(_DIMS, d_llm)), d_llm, mean_layers=layers)
     head.fit_whitening(outputs[:by])
-    return head(outputs)
+    return head.whiten_items(outputs)
 
 
 def text_vectors(
@@ -67,4 +70,4 @@ def text_vectors(
     backbone = backbone or load_backbone(config.backbone)
     with Progress("encoding item texts", dataset.n_items, progress) as bar:
         outputs = mean_outputs(backbone, config.prompt, dataset.items, bar.advance)
-    return whitened(outputs, whiten_by)
+    return whitened(outputs, backbone.mean_depths, whiten_by)

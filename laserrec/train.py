@@ -146,7 +146,8 @@ class Fit:
             if self.encoder.mean_items:
                 laser.head.fit_suffix(self._item_outputs())
         if laser.neighbours is not None:
-            laser.neighbours.fit(list(self.dataset.train_sequences.values()), whitened(means))
+            laser.neighbours.fit(list(self.dataset.train_sequences.values()),
+                                 whitened(means, laser.backbone.mean_depths))
         self._follow()
         self._embed_items()
         metrics = self._validate()

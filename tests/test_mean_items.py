@@ -7,8 +7,10 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from laserrec.config import Config
+from laserrec.config import BackboneConfig, Config
+from laserrec.errors import UserError
 from laserrec.index import ExactIndex
+from laserrec.models.backbone import load_backbone
 from laserrec.models.id_models import make_id_model
 from laserrec.models.neighbours import regress
 from laserrec.recommender import LaserRecommender
@@ -17,20 +19,27 @@ from laserrec.text_vectors import mean_outputs, whitened
 HEAD = {"whiten_dims": 8, "projection": True, "id_share": 0.3, "seen_offset": True}
 
 
-@pytest.fixture(params=["prefix_first", "text_first"])
+@pytest.fixture(params=[("prefix_first", {}), ("text_first", {}), ("text_first", {"layers": 2, "mean_layers": (1, 3)})],
+                ids=["prefix_first", "text_first", "two depths"])
 def settings(request, llm_folder):
-    return tiny.config(llm_folder(), prompt={"max_items": 4, "max_item_tokens": 8, "layout": request.param,
+    layout, depth = request.param
+    return tiny.config(llm_folder(), prompt={"max_items": 4, "max_item_tokens": 8, "layout": layout,
                                              "item_side": "mean"},
-                       head=HEAD, neighbours={"count": 6, "l2": 1.0, "text_weight": 1.0},
+                       backbone={"name": str(llm_folder()), "precision": "fp32", **depth}, head=HEAD, neighbours={"count": 6, "l2": 1.0, "text_weight": 1.0},
                        train={"lr": 1e-2, "batch_size": 16, "stage_one_epochs": 2, "stage_two_epochs": 1,
                               "item_gradient": True})
 
 
 @pytest.fixture
-def fitted(settings, llm, tmp_path):
+def backbone(settings):
+    return load_backbone(settings.backbone)
+
+
+@pytest.fixture
+def fitted(settings, backbone, tmp_path):
     data = tiny.planted(20, 40)
     model = tiny.id_model(20)
-    return LaserRecommender.fit_dataset(data, model, settings, tmp_path / "model", False, llm()), data
+    return LaserRecommender.fit_dataset(data, model, settings, tmp_path / "model", False, backbone), data
 
 
 def test_a_mean_is_over_the_items_own_text(llm):
@@ -44,13 +53,43 @@ def test_a_mean_is_over_the_items_own_text(llm):
     torch.testing.assert_close(outputs[3], read[1:].float().mean(dim=0), atol=1e-5, rtol=1e-4)
 
 
-def test_an_untrained_user_is_the_weighed_sum_of_her_items(settings, llm):
-    encoder = tiny.encoder(llm(), **{k: v.model_dump() for k, v in dict(settings).items()
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_means_at_several_depths_are_those_of_backbones_cut_there(llm_folder, engine):
+    def means(**settings):
+        config = tiny.config(llm_folder(), backbone={"name": str(llm_folder()), "precision": "fp32", "engine": engine,
+                                                     **settings})
+        backbone = load_backbone(config.backbone)
+        return mean_outputs(backbone, config.prompt, tiny.items(7)), backbone
+
+    both, backbone = means(layers=2, mean_layers=(1, 3))
+    assert backbone.d_means == 64
+    torch.testing.assert_close(both, torch.cat([means(layers=1)[0], means(layers=3)[0]], dim=1), atol=1e-5, rtol=1e-4)
+    row = [backbone.embed(torch.arange(5))]  # the histories' depth is what it was
+    plain = means(layers=2)[1].decoder.read_rows(row, last_only=True)
+    torch.testing.assert_close(backbone.decoder.read_rows(row, last_only=True), plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"mean_layers": (3, 1)}, r"must ascend: \[1, 3\]"), ({"mean_layers": (0,)}, "greater than or equal to 1"),
+    ({"mean_layers": (1,), "shard": True}, "mean_layers unset")])
+def test_depths_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate({"backbone": settings})
+
+
+def test_a_depth_that_the_backbone_does_not_have(llm_folder):
+    with pytest.raises(UserError, match=r"backbone\.mean_layers is 4, but .* has 3"):
+        load_backbone(BackboneConfig(name=str(llm_folder()), mean_layers=(2, 4)))
+
+
+def test_an_untrained_user_is_the_weighed_sum_of_her_items(settings, backbone):
+    encoder = tiny.encoder(backbone, **{k: v.model_dump() for k, v in dict(settings).items()
                                      if k in ("prompt", "head", "neighbours")})
     means = encoder.catalogue.means
     encoder.laser.head.fit_whitening(means)
     users, items = encoder.encode(tiny.histories([3, 7, 5]), 4), encoder.encode_items(4)
-    unit = F.normalize(whitened(means)[:, :8], dim=-1)
+    kept = [whitened(part, 1)[:, :8] for part in means.chunk(backbone.mean_depths, dim=1)]
+    unit = F.normalize(torch.cat(kept, dim=1), dim=-1)
     want = F.normalize(unit[4] + 0.8 * unit[6] + 0.64 * unit[2], dim=-1) @ unit.T
     text = F.normalize(users[:, :-16], dim=-1) @ F.normalize(items[:, :-16], dim=-1).T
     torch.testing.assert_close(text[0], want, atol=1e-4, rtol=1e-3)
@@ -64,7 +103,7 @@ def test_what_is_trained_changes_users_and_scores_join_the_regression(fitted):
     users = F.normalize(model.encoder.encode(histories, 4), dim=-1)
     cosines, scores = users @ model.embeddings.T, model.score(histories)
     weights = regress(list(data.train_sequences.values()), 20, laser.neighbours.config,
-                      whitened(model.encoder.catalogue.means))
+                      whitened(model.encoder.catalogue.means, laser.backbone.mean_depths))
     top = weights.topk(6, dim=1)
     kept = torch.zeros_like(weights).scatter(1, top.indices, top.values.clamp(min=0))
     for row, history in enumerate(histories):
@@ -80,15 +119,15 @@ def test_what_is_trained_changes_users_and_scores_join_the_regression(fitted):
         torch.testing.assert_close(scores[row], want, atol=1e-4, rtol=1e-4)
 
 
-def test_the_folder_holds_all_of_it(fitted, llm, tmp_path):
+def test_the_folder_holds_all_of_it(fitted, tmp_path):
     model, data = fitted
-    again = LaserRecommender.from_pretrained(tmp_path / "model", llm())
+    again = LaserRecommender.from_pretrained(tmp_path / "model")
     histories = data.cases("test").histories[:5]
     torch.testing.assert_close(again.score(histories), model.score(histories))
     torch.testing.assert_close(again.encoder.catalogue.means, model.encoder.catalogue.means)
 
 
-def test_new_items_take_part_and_survive_the_folder(fitted, llm, tmp_path):
+def test_new_items_take_part_and_survive_the_folder(fitted, tmp_path):
     model, _ = fitted
     twin = model.items.filter(pl.col("item") == 7).select("title", "brand", "category")
     model.add_items(twin.with_columns(item_id=pl.lit("twin")))
@@ -99,7 +138,7 @@ def test_new_items_take_part_and_survive_the_folder(fitted, llm, tmp_path):
     cosine = F.normalize(model.encoder.encode(tiny.histories([7]), 1), dim=-1) @ model.embeddings.T
     assert score[20] > cosine[0, 20] + 1e-4  # the history's item pulls its twin
     model.save_pretrained(tmp_path / "more")
-    again = LaserRecommender.from_pretrained(tmp_path / "more", llm()).recommend(history, k=21)
+    again = LaserRecommender.from_pretrained(tmp_path / "more").recommend(history, k=21)
     assert again["item_id"].to_list() == before["item_id"].to_list()
     np.testing.assert_allclose(again["score"], before["score"], atol=1e-5)
 
@@ -125,5 +164,5 @@ def test_a_mean_side_needs_the_projection(llm_folder):
 
 def test_id_models_take_text_of_the_same_kind(llm):
     data = tiny.planted(20, 40)
-    vectors = whitened(mean_outputs(llm(), tiny.config("x").prompt, data.items))
+    vectors = whitened(mean_outputs(llm(), tiny.config("x").prompt, data.items), 1)
     assert make_id_model(tiny.ID_MODEL.model_copy(update={"items": "llm_start"}), 20, vectors).n_items == 20

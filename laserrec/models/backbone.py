@@ -48,6 +48,16 @@ class Backbone:
         return self.embedding.shape[1]
 
     @property
+    def mean_depths(self) -> int:
+        """Behind how many layers an item text's outputs are averaged."""
+        return max(1, len(self.config.mean_layers))
+
+    @property
+    def d_means(self) -> int:
+        """Width of an item text's mean outputs: d_llm for each depth."""
+        return self.d_llm * self.mean_depths
+
+    @property
     def native(self) -> bool:
         return isinstance(self.decoder, NativeDecoder)
 
@@ -68,14 +78,17 @@ class Backbone:
 class TransformersDecoder(nn.Module):
     """Any decoder of transformers behind the native decoder's interface."""
 
-    def __init__(self, model: nn.Module, layers: int | None, recompute: bool = False):
+    def __init__(self, model: nn.Module, layers: int | None, recompute: bool = False,
+                 mean_layers: Sequence[int] = ()):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         if recompute:
             _recompute_layers(model)
-        if layers is not None:
-            stack_name, stack = _layer_stack(model)
-            setattr(*stack_name, stack[:layers])
+        self._place, self._stack, self._layers = None, None, layers
+        if layers is not None or mean_layers:
+            self._place, self._stack = _layer_stack(model)
+            self._stack = self._stack[: max(layers or len(self._stack), *mean_layers, 0)]
+            self._cut(layers)
         self.dtype = next(model.parameters()).dtype
 
     def forward(self, embeds: Float[Tensor, "batch seq d_llm"]) -> Float[Tensor, "batch seq d_llm"]:
@@ -91,6 +104,18 @@ class TransformersDecoder(nn.Module):
         if last_only:
             return outputs[torch.arange(len(rows)), lengths - 1]
         return torch.cat([out[:n] for out, n in zip(outputs, lengths.tolist(), strict=True)])
+
+    def read_layers(self, rows: Sequence[Float[Tensor, "_ d_llm"]], at: Sequence[int]) -> Float[Tensor, "some d_all"]:
+        """As the native decoder's, one pass per depth: what stands behind the last layer differs between families."""
+        outputs = []
+        for layers in at:
+            self._cut(layers)
+            outputs.append(self.read_rows(rows, last_only=False))
+        self._cut(self._layers)
+        return torch.cat(outputs, dim=-1)
+
+    def _cut(self, layers: int | None) -> None:
+        setattr(*self._place, self._stack[:layers])
 
 
 def _recompute_layers(model: nn.Module) -> None:
@@ -151,8 +176,9 @@ def load_backbone(config: BackboneConfig) -> Backbone:
 
 
 def _check_layers(model: nn.Module, config: BackboneConfig) -> None:
-    if config.layers is not None and config.layers > model.config.num_hidden_layers:
-        raise UserError(f"backbone.layers is {config.layers}, but {config.name} has {model.config.num_hidden_layers}")
+    for name, deepest in (("layers", config.layers or 0), ("mean_layers", max(config.mean_layers, default=0))):
+        if deepest > model.config.num_hidden_layers:
+            raise UserError(f"backbone.{name} is {deepest}, but {config.name} has {model.config.num_hidden_layers}")
 
 
 def _load_sharded(path: str, config: BackboneConfig, dtype: torch.dtype, tokenizer: object, world: World) -> Backbone:
@@ -202,8 +228,9 @@ def _decoder(model: nn.Module, config: BackboneConfig, dtype: torch.dtype) -> nn
     if config.engine == Engine.TRANSFORMERS or reason:
         if reason:
             log.info("backbone %s runs on transformers' own forward: %s", config.name, reason)
-        return TransformersDecoder(model, config.layers, config.gradient_checkpointing)
-    return NativeDecoder(model, dtype, config.layers, config.compiled, config.gradient_checkpointing)
+        return TransformersDecoder(model, config.layers, config.gradient_checkpointing, config.mean_layers)
+    return NativeDecoder(model, dtype, config.layers, config.compiled, config.gradient_checkpointing,
+                         config.mean_layers)
 
 
 def _weights_folder(path: str, revision: str | None) -> tuple[Path | None, str | None]:

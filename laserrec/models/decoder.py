@@ -58,11 +58,11 @@ class NativeDecoder(nn.Module):
     Parameters: `model` is transformers' bare decoder (LlamaModel, MistralModel, Qwen2Model, Qwen3Model); its weights
     are copied in `dtype`; `layers` keeps the first so many. compiled: fuse the pointwise steps (needs a C++ compiler).
     recompute: keep only each layer's input for the way back and compute the layer again there (gradient
-    checkpointing): less memory, a third more time.
+    checkpointing): less memory, a third more time. mean_layers: those that `read_layers` is asked for.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, layers: int | None = None, compiled: bool = False,
-                 recompute: bool = False):
+                 recompute: bool = False, mean_layers: Sequence[int] = ()):
         super().__init__()
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -78,6 +78,9 @@ class NativeDecoder(nn.Module):
         self.pointwise, self.recompute = Pointwise(compiled), recompute
         self.layers = nn.ModuleList(
             _Layer(model.layers[i], self.shape, dtype, self.pointwise) for i in range(self.shape.layers))
+        self.deeper = nn.ModuleList(
+            _Layer(model.layers[i], self.shape, dtype, self.pointwise)
+            for i in range(self.shape.layers, max(mean_layers, default=0)))
         self.register_buffer("final_norm", model.norm.weight.detach().float().clone(), persistent=False)
         inverse = self.shape.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         self.register_buffer("inverse_frequency", inverse.float(), persistent=False)
@@ -116,7 +119,22 @@ class NativeDecoder(nn.Module):
                 x, delta = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, delta = layer(*arguments)
+        return self._final(x, delta)
+
+    def _final(self, x: Tensor, delta: Tensor) -> Tensor:
         return _rms_norm(x.float() + delta.float(), self.shape.norm_eps) * self.final_norm
+
+    @torch.no_grad()
+    def read_layers(self, rows: Sequence[Float[Tensor, "_ d_llm"]], at: Sequence[int]) -> Float[Tensor, "some d_all"]:
+        """Outputs of every token of whole sequences, packed, as they are behind the first at[0], at[1] ... layers
+        (ascending, from 1), the final norm included, side by side."""
+        attention = self.packed([len(row) for row in rows])
+        x, delta, rotary, outputs = torch.cat(list(rows)).to(self.dtype), None, self._rotary(attention), []
+        for i, layer in enumerate([*self.layers, *self.deeper][: max(at)]):
+            x, delta = layer(x, delta, rotary, attention, i, False)
+            if i + 1 in at:
+                outputs.append(self._final(x, delta))
+        return torch.cat(outputs, dim=-1)
 
     @torch.no_grad()
     def encode_text(

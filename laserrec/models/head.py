@@ -17,24 +17,26 @@ class Head(nn.Module):
     tells items apart; `fit_whitening` turns the cone into a ball once, before training.
 
     Parameters: `mean_items`: items are mean outputs over their texts and users start as sums of them
-    (prompt.item_side mean): then `users` makes users' embeddings, `forward` items'.
+    (prompt.item_side mean): then `users` makes users' embeddings, `forward` items'. mean_layers: depths at which the
+    means were taken; they stand side by side and are whitened apart, each to whiten_dims.
     """
 
-    def __init__(self, config: HeadConfig, d_llm: int, mean_items: bool = False):
+    def __init__(self, config: HeadConfig, d_llm: int, mean_items: bool = False, mean_layers: int = 1):
         super().__init__()
         self.id_share = config.id_share
         self.dropout = nn.Dropout(config.dropout)
-        d_out = config.whiten_dims or d_llm
+        d_kept, self.depths = config.whiten_dims or d_llm, mean_layers
+        d_out = d_kept * mean_layers
         if config.whiten_dims:
-            self.register_buffer("mean", torch.zeros(d_llm))
-            self.register_buffer("whitening", torch.eye(d_llm, d_out))
+            self.register_buffer("mean", torch.zeros(d_llm * mean_layers))
+            self.register_buffer("whitening", torch.eye(d_llm, d_kept).repeat(mean_layers, 1))
         self.added = None
         if mean_items:
             # From zero: training starts from the match of texts. The suffix's outputs lie in a cone of their own.
-            self.added = nn.Linear(d_out, d_out, bias=False)
+            self.added = nn.Linear(d_kept, d_out, bias=False)
             nn.init.zeros_(self.added.weight)
             self.register_buffer("suffix_mean", torch.zeros(d_llm))
-            self.register_buffer("suffix_whitening", torch.eye(d_llm, d_out))
+            self.register_buffer("suffix_whitening", torch.eye(d_llm, d_kept))
         self.whiten = bool(config.whiten_dims)
         self.projection = nn.Linear(d_out, d_out, bias=False) if config.projection else None
         if self.projection is not None:
@@ -45,10 +47,12 @@ class Head(nn.Module):
         return self.whiten
 
     @torch.no_grad()
-    def fit_whitening(self, outputs: Float[Tensor, "n_items d_llm"]) -> None:
+    def fit_whitening(self, outputs: Float[Tensor, "n_items d_items"]) -> None:
         """Centre and whiten items by these outputs' covariance, keeping its largest directions (PCA whitening; for text
         embeddings: Su et al. 2021, "Whitening Sentence Representations for Better Semantics and Faster Retrieval")."""
-        self._fit(outputs, self.mean, self.whitening)
+        parts = (x.chunk(self.depths, dim=dim) for x, dim in ((outputs, 1), (self.mean, 0), (self.whitening, 0)))
+        for own in zip(*parts, strict=True):
+            self._fit(*own)
 
     @torch.no_grad()
     def fit_suffix(self, outputs: Float[Tensor, "n_items d_llm"]) -> None:
@@ -67,12 +71,15 @@ class Head(nn.Module):
         into_mean.copy_(mean)
         into_whitening.copy_(vectors * sign / values.sqrt())
 
-    def whiten_items(self, outputs: Float[Tensor, "*batch d_llm"]) -> Float[Tensor, "*batch d_out"]:
-        """Outputs of items, whitened if they are to be."""
-        return (outputs - self.mean) @ self.whitening if self.whiten else outputs
+    def whiten_items(self, outputs: Float[Tensor, "*batch d_items"]) -> Float[Tensor, "*batch d_out"]:
+        """Outputs of items (d_items: d_llm for each depth), whitened if they are to be."""
+        if not self.whiten:
+            return outputs
+        parts = (outputs - self.mean).chunk(self.depths, dim=-1), self.whitening.chunk(self.depths)
+        return torch.cat([x @ whitening for x, whitening in zip(*parts, strict=True)], dim=-1)
 
     def forward(
-        self, outputs: Float[Tensor, "batch d_llm"], id_part: Float[Tensor, "batch d_id"] | None = None
+        self, outputs: Float[Tensor, "batch d_items"], id_part: Float[Tensor, "batch d_id"] | None = None
     ) -> Float[Tensor, "batch d_out"]:
         """`id_part`: the ID model's user state or item embedding, zeros where it knows none; None leaves it out.
 

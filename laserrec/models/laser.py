@@ -46,10 +46,11 @@ class Laser(nn.Module):
             self.suffix.data.copy_(eos)
             self.suffix.requires_grad_(False)
         self.register_buffer("plain_suffix", eos[None].clone(), persistent=False)
-        self.head = Head(config.head, d_llm, mean_items=config.prompt.item_side == ItemSide.MEAN)
+        mean_items = config.prompt.item_side == ItemSide.MEAN
+        self.head = Head(config.head, d_llm, mean_items, backbone.mean_depths if mean_items else 1)
         self.neighbours = None
         if config.neighbours.count and n_items:
-            self.neighbours = Neighbours(config.neighbours, n_items, config.train.temperature)
+            self.neighbours = Neighbours(config.neighbours, n_items)
         self.seen_offset = nn.Parameter(torch.tensor(_SEEN_OFFSET_START)) if config.head.seen_offset else None
 
     def _eos_id(self) -> int:

@@ -70,12 +70,12 @@ def regress(
 class Neighbours(nn.Module):
     """Each item's strongest neighbours, and how their pull joins a cosine. Nothing here is trained by gradient.
 
-    Parameters: `n_items`: the known items; `temperature`: of the cosines' softmax.
+    Parameters: `n_items`: the known items.
     """
 
-    def __init__(self, config: NeighboursConfig, n_items: int, temperature: float):
+    def __init__(self, config: NeighboursConfig, n_items: int):
         super().__init__()
-        self.config, self.temperature = config, temperature
+        self.config, self.temperature = config, config.temperature
         count = min(config.count, max(1, n_items - 1))
         self.register_buffer("items", torch.zeros(n_items, count, dtype=torch.int32))
         self.register_buffer("weights", torch.zeros(n_items, count))

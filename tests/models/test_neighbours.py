@@ -46,7 +46,7 @@ def test_weights_of_a_history():
 
 
 def fitted(count: int = 5, **settings) -> Neighbours:
-    neighbours = Neighbours(NeighboursConfig(count=count, **{"l2": 0.7, "text_weight": 2.0, **settings}), 6, 0.1)
+    neighbours = Neighbours(NeighboursConfig(count=count, **{"l2": 0.7, "text_weight": 2.0, **settings}), 6)
     neighbours.fit(SEQUENCES, TEXT)
     return neighbours
 
