@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -142,7 +142,7 @@ class BackboneConfig(_Section):
     """Commit or tag of a Hugging Face id."""
     layers: int | None = Field(None, ge=1)
     """Use only the first so many layers; None = all (paper)."""
-    mean_layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    mean_layers: tuple[int, ...] = ()
     """Layers behind which an item text's outputs are averaged (prompt.item_side mean, neighbours, text-aware ID models),
     their vectors side by side; none: behind the last of `layers`. Layers that no history is read with may be among
     them: item texts are read once."""
@@ -166,8 +166,8 @@ class BackboneConfig(_Section):
 
     @model_validator(mode="after")
     def _mean_layers_ascend(self) -> BackboneConfig:
-        if list(self.mean_layers) != sorted(set(self.mean_layers)):
-            raise ValueError(f"mean_layers must ascend: {sorted(set(self.mean_layers))}")
+        if list(self.mean_layers) != sorted(set(self.mean_layers)) or min(self.mean_layers, default=1) < 1:
+            raise ValueError(f"mean_layers must ascend from 1 or more; given {list(self.mean_layers)}")
         if self.shard and self.mean_layers:
             raise ValueError("shard reads one depth only; leave mean_layers unset")
         return self

@@ -51,6 +51,7 @@ class Catalogue:
         self._used = 0  # rows of the cache that hold text; behind them is room for more
         if self.shared:
             self._read_instruction()
+        self._average(items, progress)
         with Progress("reading item texts", items.height, progress) as bar:
             self.add(items, bar.advance, world)
 
@@ -61,13 +62,20 @@ class Catalogue:
             world: World | None = None) -> None:
         """Append items (rows with title and the attributes) behind the last dense item."""
         new = self.prompt.item_tokens(items)
+        self._average(items)
         self.tokens += new
-        config, backbone = self.laser.config, self.laser.backbone
-        uses_means = config.prompt.item_side == ItemSide.MEAN or config.neighbours.count
-        if uses_means and len(self.means) < len(self.tokens):
-            self.means = torch.cat([self.means, mean_outputs(backbone, config.prompt, items)])
         if self.shared:
             self._read(new, progress, world or World())
+
+    def _average(self, items: pl.DataFrame, show: bool = False) -> None:
+        """Append to `means`, unless it holds these items."""
+        config = self.laser.config
+        uses_means = config.prompt.item_side == ItemSide.MEAN or config.neighbours.count
+        if not uses_means or len(self.means) >= len(self.tokens) + items.height:
+            return
+        with Progress("averaging item texts", items.height, show) as bar:
+            means = mean_outputs(self.laser.backbone, config.prompt, items, bar.advance)
+        self.means = torch.cat([self.means, means])
 
     def _read_instruction(self) -> None:
         ids = torch.as_tensor(self.prompt.instruction, dtype=torch.long)[None]

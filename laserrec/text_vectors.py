@@ -7,6 +7,7 @@ several side by side. Nothing is trained and nothing but the catalogue is read. 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -27,6 +28,9 @@ _MAX_TOKENS = 64
 """Of one item's text; read once per catalogue, it may be longer than what every history repeats."""
 _AT_ONCE = 64
 """Texts per pass of the LLM."""
+_KEPT_BYTES = 2**28
+"""Outputs no larger than this stay with the backbone: an ID model, Laser and its rivals all want those of one catalogue,
+and reading it takes minutes."""
 
 
 @torch.no_grad()
@@ -38,6 +42,11 @@ def mean_outputs(
     left out: it takes up what attention has no use for and its output says little of it."""
     encoder = PromptEncoder(backbone.tokenizer, prompt.model_copy(update={"max_item_tokens": _MAX_TOKENS}))
     lines = encoder.item_tokens(items)
+    key = hashlib.sha256(b"".join(len(x).to_bytes(4, "little") + x.astype(np.int32).tobytes() for x in lines)).digest()
+    if key in backbone.kept_means:
+        if progress:
+            progress(len(lines))
+        return backbone.kept_means[key].clone()
     out, at_layers = torch.empty(len(lines), backbone.d_means), backbone.config.mean_layers
     order = np.argsort([len(line) for line in lines], kind="stable")
     for at in range(0, len(order), _AT_ONCE):
@@ -48,6 +57,9 @@ def mean_outputs(
         out[torch.as_tensor(chunk)] = torch.stack([x[min(1, len(x) - 1) :].float().mean(dim=0) for x in outputs])
         if progress:
             progress(len(chunk))
+    if out.nbytes <= _KEPT_BYTES:
+        backbone.kept_means.clear()
+        backbone.kept_means[key] = out.clone()
     return out
 
 

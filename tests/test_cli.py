@@ -42,6 +42,7 @@ stage_one_epochs = 1
 stage_two_epochs = 1
 [backbone]
 layers = 2
+mean_layers = [1, 3]
 precision = "fp32"
 name = "{folder}"
 """

@@ -106,7 +106,7 @@ def plain(value):
     """A setting's value as the reference writes it."""
     value = json.loads(json.dumps(value))  # enums are text then, tuples lists
     if isinstance(value, list):
-        return ", ".join(value)
+        return ", ".join(map(str, value))
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return float(value) if isinstance(value, int | float) else value

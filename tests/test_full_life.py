@@ -24,6 +24,7 @@ max_epochs = 40
 name = "{llm}"
 precision = "fp32"
 layers = 3
+mean_layers = [2, 3]
 [prompt]
 max_item_tokens = 64  # its tokens are letters
 [head]

@@ -70,7 +70,7 @@ def test_means_at_several_depths_are_those_of_backbones_cut_there(llm_folder, en
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"mean_layers": (3, 1)}, r"must ascend: \[1, 3\]"), ({"mean_layers": (0,)}, "greater than or equal to 1"),
+    ({"mean_layers": (3, 1)}, r"must ascend .* given \[3, 1\]"), ({"mean_layers": (0, 1)}, r"from 1 or more; given \[0, 1\]"),
     ({"mean_layers": (1,), "shard": True}, "mean_layers unset")])
 def test_depths_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -78,7 +78,7 @@ def test_depths_that_make_no_sense(settings, message):
 
 
 def test_a_depth_that_the_backbone_does_not_have(llm_folder):
-    with pytest.raises(UserError, match=r"backbone\.mean_layers is 4, but .* has 3"):
+    with pytest.raises(UserError, match=r"mean_layers is \(2, 4\), but .* has 3 layers; .*--backbone\.mean-layers 3,"):
         load_backbone(BackboneConfig(name=str(llm_folder()), mean_layers=(2, 4)))
 
 
@@ -166,3 +166,18 @@ def test_id_models_take_text_of_the_same_kind(llm):
     data = tiny.planted(20, 40)
     vectors = whitened(mean_outputs(llm(), tiny.config("x").prompt, data.items), 1)
     assert make_id_model(tiny.ID_MODEL.model_copy(update={"items": "llm_start"}), 20, vectors).n_items == 20
+
+
+def test_one_catalogue_is_read_once(llm, monkeypatch):
+    backbone, prompt = llm(), tiny.config("x").prompt
+    first = mean_outputs(backbone, prompt, tiny.items(6))
+    said, reads = [], []
+    read_rows = type(backbone.decoder).read_rows
+    monkeypatch.setattr(type(backbone.decoder), "read_rows",
+                        lambda self, *args, **kwargs: reads.append(1) or read_rows(self, *args, **kwargs))
+    again = mean_outputs(backbone, prompt, tiny.items(6), said.append)
+    assert torch.equal(first, again) and not reads and sum(said) == 6
+    again.zero_()  # what is handed out is the caller's own
+    assert torch.equal(mean_outputs(backbone, prompt, tiny.items(6)), first)
+    other = mean_outputs(backbone, prompt.model_copy(update={"attributes": ()}), tiny.items(6))
+    assert reads and not torch.allclose(other, first)

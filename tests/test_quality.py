@@ -7,6 +7,7 @@ import torch
 
 from laserrec import quality
 from laserrec.config import Config
+from laserrec.recommender import LaserRecommender
 
 
 @pytest.fixture
@@ -21,11 +22,11 @@ def test_all_models_of_all_seeds_once(quick, tmp_path, monkeypatch):
     dataset = tiny.planted(15, 30)
     result = quality.reproduce(dataset, quick, tmp_path, range(2), progress=False)
     names = {row["model"] for row in result["rows"]}
-    assert names == {*quality.RIVALS, quality.LASER, quality.FUSION, "popularity", quality.EASE, quality.TEXT_EASE,
+    assert names == {*quality.RIVALS, quality.LASER, quality.COSINES, quality.FUSION, "popularity", quality.EASE, quality.TEXT_EASE,
                      quality.NEAREST}
     assert all({"model", "kind", "seed", "recall@10", "ndcg@10", "mrr", "train_seconds", "trials"} <= row.keys()
                for row in result["rows"])
-    assert len(result["rows"]) == 2 * 6 + 4
+    assert len(result["rows"]) == 2 * 7 + 4
     monkeypatch.setattr(quality, "evaluate", None)  # nothing is evaluated twice
     assert quality.reproduce(dataset, quick, tmp_path, range(2), progress=False)["rows"] == result["rows"]
     laser = next(s for s in result["summary"] if s["model"] == quality.LASER)
@@ -42,6 +43,17 @@ def test_fused_ranks_are_reciprocal_ranks():
     score = quality.fuse_ranks(lambda _: a, lambda _: b)([np.array([1])])
     ranks = [(1, 4), (3, 1), (2, 2), (4, 3)]
     assert score[0].tolist() == pytest.approx([1 / (60 + x) + 1 / (60 + y) for x, y in ranks])
+
+
+def test_cosines_alone_are_a_user_and_all_items(llm_folder, llm, tmp_path):
+    config = tiny.config(llm_folder(), neighbours={"count": 5, "l2": 1.0})
+    model = LaserRecommender.fit_dataset(tiny.planted(20, 30), tiny.id_model(20), config, tmp_path, False, llm())
+    histories = tiny.histories([3, 4], [9])
+    before = model.score(histories)
+    users = torch.nn.functional.normalize(model.encoder.encode(histories, 2), dim=-1)
+    alone = quality.cosines_alone(model)(histories)
+    torch.testing.assert_close(alone, users @ model.embeddings.T, atol=1e-5, rtol=1e-4)
+    assert (before > alone + 1e-4).any() and torch.equal(model.score(histories), before)
 
 
 def test_the_interval_holds_the_mean_and_shrinks_with_users():

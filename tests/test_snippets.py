@@ -48,7 +48,7 @@ def small_files(folder: Path) -> None:
 def patch(llm_folder):
     """The presets in small: their own choices, sizes of a few neurons, a tiny LLM under every name."""
     with pytest.MonkeyPatch.context() as patch:
-        here = {"backbone": {"name": str(llm_folder()), "precision": "fp32", "layers": 1}}
+        here = {"backbone": {"name": str(llm_folder()), "precision": "fp32", "layers": 1, "mean_layers": (1, 2)}}
         for name, tree in presets.PRESETS.items():
             whiten = {"head": {"whiten_dims": 8}} if tree.get("head", {}).get("whiten_dims") else {}
             patch.setitem(presets.PRESETS, name, merge(merge(merge(tree, TINY), here), whiten))

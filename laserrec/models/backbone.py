@@ -8,7 +8,7 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -42,6 +42,8 @@ class Backbone:
     config: BackboneConfig
     sharded: bool = False
     """Other processes hold parts of it: it computes in all of them or in none."""
+    kept_means: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
+    """The last catalogue's mean outputs (laserrec.text_vectors), by its texts."""
 
     @property
     def d_llm(self) -> int:
@@ -176,9 +178,13 @@ def load_backbone(config: BackboneConfig) -> Backbone:
 
 
 def _check_layers(model: nn.Module, config: BackboneConfig) -> None:
-    for name, deepest in (("layers", config.layers or 0), ("mean_layers", max(config.mean_layers, default=0))):
-        if deepest > model.config.num_hidden_layers:
-            raise UserError(f"backbone.{name} is {deepest}, but {config.name} has {model.config.num_hidden_layers}")
+    there = model.config.num_hidden_layers
+    if config.layers is not None and config.layers > there:
+        raise UserError(f"backbone.layers is {config.layers}, but {config.name} has {there}")
+    if max(config.mean_layers, default=0) > there:
+        raise UserError(f"backbone.mean_layers is {config.mean_layers}, but {config.name} has {there} layers; name others "
+                        f"(--backbone.mean-layers {there}, repeated for more), or the last of backbone.layers alone: "
+                        "--backbone.empty-mean-layers")
 
 
 def _load_sharded(path: str, config: BackboneConfig, dtype: torch.dtype, tokenizer: object, world: World) -> Backbone:
