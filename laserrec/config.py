@@ -315,6 +315,9 @@ class NeighboursConfig(_Section):
     """Weight of the items' text vectors beside the sequences; 0: IDs alone."""
     length_power: float = Field(0.5, ge=0)
     """A sequence of n items weighs n ** -length_power: long ones don't outweigh the many short ones."""
+    row_power: float = Field(0.0, ge=0, le=1)
+    """An item's weights are divided by (their positive ones' sum / the items' mean) ** row_power: with 1 all items say
+    as much."""
     recency: float = Field(0.8, gt=0, le=1)
     """What an item of a history weighs beside the next newer one."""
     share: float = Field(0.7, gt=0)

@@ -22,6 +22,8 @@ from laserrec.errors import UserError
 
 Pull = tuple[Int[Tensor, "found"], Float[Tensor, "found"]]
 """Dense items, ascending, and how strongly a history's items pull them."""
+_LEAST_SUM = 0.01
+"""Of the mean sum of a row: items that nothing is known of are not blown up further."""
 _LAST = 50
 """Items of a history that are looked at, the newest."""
 
@@ -48,7 +50,8 @@ def regress(
 
     B minimises ||X - XB||^2 + text_weight ||T - TB||^2 + l2 ||B||^2 over B with a zero diagonal. X has a row per
     sequence of dense items, ones where an item stands in it, weighed by length ** (-length_power / 2) at mean weight
-    one; T has the unit text vectors' dimensions as rows. Time n_items ** 3, memory 3 n_items ** 2 floats.
+    one; T has the unit text vectors' dimensions as rows. Rows of B are then evened out by row_power. Time n_items ** 3,
+    memory 3 n_items ** 2 floats.
     """
     rows = [np.unique(s) for s in sequences if len(s)]
     weights = np.array([len(s) for s in rows], dtype=np.float32)
@@ -64,6 +67,10 @@ def regress(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     weights_of = inverse / -inverse.diagonal()
     weights_of.fill_diagonal_(0.0)
+    if config.row_power:
+        sums = weights_of.clamp(min=0).sum(dim=1, keepdim=True)
+        mean = sums.mean().clamp(min=1e-8)
+        weights_of /= (sums / mean).clamp(min=_LEAST_SUM) ** config.row_power
     return weights_of
 
 

@@ -39,6 +39,24 @@ def test_no_other_weights_fit_better(length_power, text_weight):
     assert objective(b, config) < objective(torch.zeros_like(b), config)
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_rows_are_evened_out(power):
+    plain = regress(SEQUENCES, 6, NeighboursConfig(l2=0.7), TEXT)
+    sums = [sum(x for x in row if x > 0) for row in plain.tolist()]
+    assert min(sums) > 0.02 * sum(sums) / 6
+    want = torch.tensor([[x / (total / (sum(sums) / 6)) ** power for x in row]
+                         for row, total in zip(plain.tolist(), sums, strict=True)])
+    evened = regress(SEQUENCES, 6, NeighboursConfig(l2=0.7, row_power=power), TEXT)
+    torch.testing.assert_close(evened, want, atol=1e-6, rtol=1e-4)
+    if power == 1.0:
+        torch.testing.assert_close(evened.clamp(min=0).sum(dim=1), torch.full((6,), sum(sums) / 6))
+
+
+def test_an_item_that_nothing_is_known_of_stays_small():
+    weights = regress(tiny.histories([1, 2], [1, 2]), 3, NeighboursConfig(l2=0.7, text_weight=0.0, row_power=1.0))
+    assert torch.isfinite(weights).all() and weights[2].abs().max() == 0
+
+
 def test_weights_of_a_history():
     items, weights = weigh(tiny.histories([7, 2, 9, 2])[0], 0.5)
     assert dict(zip(items.tolist(), weights.tolist(), strict=True)) == {2: 1.0, 9: 0.5, 7: 0.125}
