@@ -143,9 +143,9 @@ class BackboneConfig(_Section):
     layers: int | None = Field(None, ge=1)
     """Use only the first so many layers; None = all (paper)."""
     mean_layers: tuple[int, ...] = ()
-    """Layers behind which an item text's outputs are averaged (prompt.item_side mean, neighbours, text-aware ID models),
-    their vectors side by side; none: behind the last of `layers`. Layers that no history is read with may be among
-    them: item texts are read once."""
+    """Layers behind which an item text's outputs are averaged (prompt.item_side mean, neighbours, text-aware ID
+    models), their vectors side by side; none: behind the last of `layers`. Layers that no history is read with may be
+    among them: item texts are read once."""
     precision: Precision = Precision.AUTO
     """auto times bf16 against fp32 on this machine once and takes the faster."""
     engine: Engine = Engine.AUTO

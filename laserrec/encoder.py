@@ -254,7 +254,9 @@ class Encoder:
         weights[user, torch.as_tensor(place)] = torch.as_tensor(np.concatenate([w for _, w in weighed]))
         return weights @ unit
 
-    def embed_item_outputs(self, outputs: Float[Tensor, "items d_items"], first: int = 1) -> Float[Tensor, "items d_out"]:
+    def embed_item_outputs(
+        self, outputs: Float[Tensor, "items d_items"], first: int = 1
+    ) -> Float[Tensor, "items d_out"]:
         """The head on the LLM outputs of items `first`, first + 1 ..."""
         items = [np.array([i], dtype=np.int32) for i in range(first, first + len(outputs))]
         return self.laser.head(outputs, self._id_part_if_used(items, as_item=True))

@@ -18,6 +18,7 @@ from laserrec.data.sequences import Dataset
 from laserrec.evaluate import Result, Scorer, evaluate
 from laserrec.io import write_json
 from laserrec.model_folder import tell_card
+from laserrec.models.backbone import load_backbone
 from laserrec.models.id_store import load_id_model
 from laserrec.presets import ID_MODELS
 from laserrec.pretrain import pretrain_id_model
@@ -64,12 +65,13 @@ def run(out: Path, config: Config, progress: bool = True) -> list[dict]:
     dataset = Dataset.load(out / "data")
     console.print(f"  {dataset.n_users:,} users, {dataset.n_items:,} items")
 
+    backbone = load_backbone(config.backbone)  # one for all: it keeps what it read of the catalogue
     id_models, seconds = {}, {}
     for name, settings in _id_settings(config.id_model).items():
         folder = out / "-".join(name.lower().split())
         console.print(f"[bold]2 pretrain[/] {name} -> {folder}")
         metrics = pretrain_id_model(dataset, settings, folder, progress,
-                                    lambda: text_vectors(dataset, config, progress))
+                                    lambda: text_vectors(dataset, config, progress, backbone))
         seconds[name] = metrics["seconds"]
         console.print(f"  validation NDCG@10 {metrics['validation_ndcg@10']:.4f}, {metrics['epochs']} epochs, "
                       f"{metrics['seconds']:.0f} s")
@@ -77,7 +79,7 @@ def run(out: Path, config: Config, progress: bool = True) -> list[dict]:
     used = next(iter(id_models))
 
     console.print(f"[bold]3 fit[/] Laser on the frozen {used} and LLM -> {out / 'model'}")
-    model = LaserRecommender.fit_dataset(dataset, id_models[used], config, out / "model", progress)
+    model = LaserRecommender.fit_dataset(dataset, id_models[used], config, out / "model", progress, backbone)
     training = model.facts["training"]
     console.print(f"  {training['trained_parameters']:,} trained parameters, {training['seconds']:.0f} s")
 

@@ -77,11 +77,11 @@ class LaserRecommender:
         folder = Path(folder)
         raw = from_frames(interactions, items, columns)
         prepare(raw.interactions, raw.items, config.data, folder / "data", notes=raw.notes)
-        dataset = Dataset.load(folder / "data")
+        dataset, backbone = Dataset.load(folder / "data"), load_backbone(config.backbone)
         pretrain_id_model(dataset, config.id_model, folder / "id_model", progress,
-                          lambda: text_vectors(dataset, config, progress))
+                          lambda: text_vectors(dataset, config, progress, backbone))
         id_model = load_id_model(folder / "id_model", dataset).model
-        return cls.fit_dataset(dataset, id_model, config, folder / "model", progress)
+        return cls.fit_dataset(dataset, id_model, config, folder / "model", progress, backbone)
 
     @classmethod
     def fit_dataset(cls, dataset: Dataset, id_model: IdModel, config: Config, folder: Path | str,

@@ -1,8 +1,8 @@
 """Vectors of item texts from the frozen LLM as it is: what text-aware ID models, neighbours and text rivals start from.
 
 An item's vector is the mean of the LLM's outputs over the item's own text, centred and whitened, at one depth or at
-several side by side. Nothing is trained and nothing but the catalogue is read. On amazon-scientific it finds the next item far better than the output at a last
-[EOS] does (dev/LOG.md).
+several side by side. Nothing is trained and nothing but the catalogue is read. On amazon-scientific it finds the next
+item far better than the output at a last [EOS] does (dev/LOG.md).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _MAX_TOKENS = 64
 _AT_ONCE = 64
 """Texts per pass of the LLM."""
 _KEPT_BYTES = 2**28
-"""Outputs no larger than this stay with the backbone: an ID model, Laser and its rivals all want those of one catalogue,
-and reading it takes minutes."""
+"""Outputs no larger than this stay with the backbone: an ID model, Laser and its rivals all want those of one
+catalogue, and reading it takes minutes."""
 
 
 @torch.no_grad()

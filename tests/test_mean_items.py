@@ -19,10 +19,10 @@ from laserrec.text_vectors import mean_outputs, whitened
 HEAD = {"whiten_dims": 8, "projection": True, "id_share": 0.3, "seen_offset": True}
 
 
-@pytest.fixture(params=[("prefix_first", {}), ("text_first", {}), ("text_first", {"layers": 2, "mean_layers": (1, 3)})],
-                ids=["prefix_first", "text_first", "two depths"])
+@pytest.fixture(params=["prefix_first", "text_first", "two depths"])
 def settings(request, llm_folder):
-    layout, depth = request.param
+    depth = {"layers": 2, "mean_layers": (1, 3)} if request.param == "two depths" else {}
+    layout = "text_first" if depth else request.param
     return tiny.config(llm_folder(), prompt={"max_items": 4, "max_item_tokens": 8, "layout": layout,
                                              "item_side": "mean"},
                        backbone={"name": str(llm_folder()), "precision": "fp32", **depth}, head=HEAD, neighbours={"count": 6, "l2": 1.0, "text_weight": 1.0},
@@ -70,7 +70,8 @@ def test_means_at_several_depths_are_those_of_backbones_cut_there(llm_folder, en
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"mean_layers": (3, 1)}, r"must ascend .* given \[3, 1\]"), ({"mean_layers": (0, 1)}, r"from 1 or more; given \[0, 1\]"),
+    ({"mean_layers": (3, 1)}, r"must ascend .* given \[3, 1\]"),
+    ({"mean_layers": (0, 1)}, r"from 1 or more; given \[0, 1\]"),
     ({"mean_layers": (1,), "shard": True}, "mean_layers unset")])
 def test_depths_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):

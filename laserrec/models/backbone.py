@@ -182,9 +182,9 @@ def _check_layers(model: nn.Module, config: BackboneConfig) -> None:
     if config.layers is not None and config.layers > there:
         raise UserError(f"backbone.layers is {config.layers}, but {config.name} has {there}")
     if max(config.mean_layers, default=0) > there:
-        raise UserError(f"backbone.mean_layers is {config.mean_layers}, but {config.name} has {there} layers; name others "
-                        f"(--backbone.mean-layers {there}, repeated for more), or the last of backbone.layers alone: "
-                        "--backbone.empty-mean-layers")
+        raise UserError(f"backbone.mean_layers is {config.mean_layers}, but {config.name} has {there} layers; name "
+                        f"others (--backbone.mean-layers {there}, repeated for more), or the last of backbone.layers "
+                        "alone: --backbone.empty-mean-layers")
 
 
 def _load_sharded(path: str, config: BackboneConfig, dtype: torch.dtype, tokenizer: object, world: World) -> Backbone:
