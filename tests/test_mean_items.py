@@ -25,7 +25,8 @@ def settings(request, llm_folder):
     layout = "text_first" if depth else request.param
     return tiny.config(llm_folder(), prompt={"max_items": 4, "max_item_tokens": 8, "layout": layout,
                                              "item_side": "mean"},
-                       backbone={"name": str(llm_folder()), "precision": "fp32", **depth}, head=HEAD, neighbours={"count": 6, "l2": 1.0, "text_weight": 1.0},
+                       backbone={"name": str(llm_folder()), "precision": "fp32", **depth}, head=HEAD,
+                       neighbours={"count": 6, "l2": 1.0, "text_weight": 1.0},
                        train={"lr": 1e-2, "batch_size": 16, "stage_one_epochs": 2, "stage_two_epochs": 1,
                               "item_gradient": True})
 
