@@ -1,8 +1,8 @@
 """What each choice of Laser's recipe is worth, one at a time: `python benchmarks/choices.py OUT`.
 
 Every variant is the preset `small` with one thing changed, trained for one epoch of random cuts, one seed, and scored
-by the text part's cosines alone on validation. A line per variant is added to OUT/choices.jsonl; what stands there already
-is not run again. Differences below .001 in NDCG@10 are within the noise of a seed.
+by the text part's cosines alone on validation. A line per variant is added to OUT/choices.jsonl; what stands there
+already is not run again. Differences below .001 in NDCG@10 are within the noise of a seed.
 """
 
 from __future__ import annotations
