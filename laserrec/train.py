@@ -91,7 +91,9 @@ class Fit:
         self.folder, self.show = folder, progress and self.world.is_main
         self.place, self.log = Place(), []
         self.outputs: Tensor = torch.empty(0)
-        """Float[n_items d_llm], the LLM's outputs for the items; `items` are their embeddings."""
+        """Float[n_items d_items], the LLM's outputs for the items; `items` are their embeddings."""
+        self._white: tuple[Tensor | None, Tensor | None] = (None, None)
+        """Outputs and, of them, what the head makes before its trained part."""
         self.items: Tensor = torch.empty(0)
         self.best_items: Tensor = torch.empty(0)
         self.best_state: dict[str, Tensor] = {}
@@ -257,7 +259,9 @@ class Fit:
     def _items_to_learn_from(self) -> Tensor:
         """The epoch's fixed item embeddings (paper), or with gradient to the head; the LLM's part of them."""
         if self.config.train.item_gradient and self.place.stage == 1:
-            return self.laser.head(self.outputs)
+            if self._white[0] is not self.outputs:
+                self._white = self.outputs, self.laser.head.whiten_items(self.outputs)
+            return self.laser.head.embed_white(self._white[1])
         return self.items[:, : self.items.shape[1] - self._id_width()]
 
     def _id_width(self) -> int:

@@ -86,7 +86,12 @@ class Head(nn.Module):
         With both parts of unit length, scaled by the roots of their shares, the cosine of two embeddings is the
         shares' weighted sum of the parts' cosines.
         """
-        x = self.whiten_items(outputs)
+        return self.embed_white(self.whiten_items(outputs), id_part)
+
+    def embed_white(
+        self, x: Float[Tensor, "batch d_white"], id_part: Float[Tensor, "batch d_id"] | None = None
+    ) -> Float[Tensor, "batch d_out"]:
+        """`forward` behind the whitening, which never changes while the rest is trained."""
         return self._joined(x if self.projection is None else self.projection(self.dropout(x)), id_part)
 
     def users(
