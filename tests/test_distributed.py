@@ -74,6 +74,7 @@ stage_two_epochs = 1
 batch_size = 7
 [backbone]
 layers = 2
+mean_layers = [1, 3]
 name = "{folder}"
 """
 
@@ -330,4 +331,4 @@ def test_settings_that_shards_can_not_have():
                  {"backbone": {"shard": True, "quantization": "int8"}, "prompt": {"layout": "prefix_first"}}):
         with pytest.raises(UserError, match="shard"):
             load_config("small", None, over)
-    assert load_config("small", None, {"backbone": {"shard": True}, "prompt": {"layout": "prefix_first"}})
+    assert load_config("small", None, {"backbone": {"shard": True, "mean_layers": ()}, "prompt": {"layout": "prefix_first"}})

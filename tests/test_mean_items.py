@@ -73,7 +73,7 @@ def test_means_at_several_depths_are_those_of_backbones_cut_there(llm_folder, en
 @pytest.mark.parametrize(("settings", "message"), [
     ({"mean_layers": (3, 1)}, r"must ascend .* given \[3, 1\]"),
     ({"mean_layers": (0, 1)}, r"from 1 or more; given \[0, 1\]"),
-    ({"mean_layers": (1,), "shard": True}, "mean_layers unset")])
+    ({"mean_layers": (1,), "shard": True}, "empty-mean-layers")])
 def test_depths_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
         Config.model_validate({"backbone": settings})

@@ -62,8 +62,8 @@ class Setting:
         return load_config("small", None, merge(
             {"prompt": {"layout": "prefix_first", "item_side": "trained", "max_item_tokens": 64},
              "head": {"whiten_dims": 0, "projection": False, "id_share": 0.0}},
-            {"backbone": {"name": self.backbone, "layers": self.layers, "engine": engine, "precision": precision,
-                          "compiled": compiled and engine == Engine.NATIVE}}))
+            {"backbone": {"name": self.backbone, "layers": self.layers, "mean_layers": (), "engine": engine,
+                          "precision": precision, "compiled": compiled and engine == Engine.NATIVE}}))
 
 
 class Side:
