@@ -331,4 +331,5 @@ def test_settings_that_shards_can_not_have():
                  {"backbone": {"shard": True, "quantization": "int8"}, "prompt": {"layout": "prefix_first"}}):
         with pytest.raises(UserError, match="shard"):
             load_config("small", None, over)
-    assert load_config("small", None, {"backbone": {"shard": True, "mean_layers": ()}, "prompt": {"layout": "prefix_first"}})
+    one_depth = {"backbone": {"shard": True, "mean_layers": ()}, "prompt": {"layout": "prefix_first"}}
+    assert load_config("small", None, one_depth)
