@@ -5,7 +5,7 @@
   adapter.safetensors  what Laser trains (prefix maker, suffix, head)
   id_model/            config.json, model.safetensors of the frozen ID model
   items.parquet        item, item_id, title, brand, category; items behind the first n_known came later
-  items.safetensors    embeddings [n_items d_out]; if used, means [n_items d_llm] of the LLM's outputs over the texts
+  items.safetensors    embeddings [n_items d_out]; if used, means [n_items d_means] of the LLM's outputs over the texts
   log.jsonl            a line an epoch
   README.md            the model card, for people
 
