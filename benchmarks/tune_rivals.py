@@ -85,7 +85,7 @@ def search(out: Path, config: Config, seconds: float, count: int, rivals: list[s
         done = _done(out)
         tried = sorted((done[_key(name, s)]["ndcg"], i) for i, s in enumerate(short[name]) if _key(name, s) in done)
         for _, index in tried[-_LONG:]:
-            settings = {**settings_of(name, count)[index], "patience": 5, "eval_every": 2}
+            settings = settings_of(name, count)[index]
             if _key(name, settings) not in done:
                 _train(name, settings, dataset, text, out)
 
