@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trials import Trials, open_data
 
 from laserrec import train
 from laserrec.config import Config, load_config, merge
-from laserrec.data.prepare import prepare_source
-from laserrec.data.sequences import Dataset
 from laserrec.models.backbone import load_backbone
 from laserrec.models.id_store import load_id_model
 from laserrec.models.mformer import Route
@@ -46,6 +45,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "lr 3e-4": {"train": {"lr": 3e-4}},
     "temperature .05": {"train": {"temperature": 0.05}},
     "temperature .1": {"train": {"temperature": 0.1}},
+    "learnt temperature": {"train": {"learn_temperature": True}},
     "12 tokens an item": {"prompt": {"max_item_tokens": 12}},
     "48 tokens an item": {"prompt": {"max_item_tokens": 48}},
     "items fixed per epoch": {"train": {"item_gradient": False}},
@@ -72,16 +72,12 @@ def _balance(name: str) -> Iterator[None]:
 
 
 def measure(out: Path, names: list[str]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     small = load_config("small")
-    prepare_source("amazon-scientific", out / "data", small.data)
-    dataset, backbone = Dataset.load(out / "data"), load_backbone(small.backbone)
+    dataset, backbone, done = open_data(out, small), load_backbone(small.backbone), Trials(out / "choices.jsonl")
     pretrain_id_model(dataset, small.id_model, out / "id_model", True,
                       lambda: text_vectors(dataset, small, True, backbone))
     id_model = load_id_model(out / "id_model", dataset).model
-    file = out / "choices.jsonl"
     for name in names:
-        done = [json.loads(x)["variant"] for x in file.read_text().splitlines()] if file.is_file() else []
         if name in done:
             continue
         config = Config.model_validate(merge(merge(small.model_dump(), _BASE), _VARIANTS[name]))
@@ -89,12 +85,9 @@ def measure(out: Path, names: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder, _balance(name):
             model = LaserRecommender.fit_dataset(dataset, id_model, config, Path(folder) / "model", False, own)
             log = [json.loads(x) for x in (Path(folder) / "model" / "log.jsonl").read_text().splitlines()]
-        line = {"variant": name, "seconds": model.facts["training"]["seconds"], "loss": log[-1]["loss"]}
-        for when, entry in (("untrained", log[0]), ("trained", log[-1])):
-            line |= {f"{when}_{m}": entry[f"validation_{m}"] for m in ("recall@10", "ndcg@10")}
-        with file.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
-        print(name, {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}, flush=True)
+        ends = ("untrained", log[0]), ("trained", log[-1])
+        scores = {f"{end}_{m}": entry[f"validation_{m}"] for end, entry in ends for m in ("recall@10", "ndcg@10")}
+        done.add(name, variant=name, seconds=model.facts["training"]["seconds"], loss=log[-1]["loss"], **scores)
 
 
 if __name__ == "__main__":

@@ -364,6 +364,8 @@ class TrainConfig(_Section):
     without effect where head.seen_offset does the pushing)."""
     temperature: float = Field(0.05, gt=0)
     """Softmax temperature [tau]."""
+    learn_temperature: bool = False
+    """Train the temperature beside the rest, from `temperature` on (not in the paper)."""
     balance_weight: float = Field(0.01, ge=0)
     """Weight of the load-balancing loss [lambda]."""
     validation_users: int | None = Field(None, ge=1)

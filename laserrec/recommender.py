@@ -94,7 +94,7 @@ class LaserRecommender:
         check_size(dataset.n_items, config.neighbours)
         folder, world = Path(folder), join()
         backbone = backbone or _same_backbone(config.backbone, world)
-        fingerprint = fit_fingerprint(dataset, id_model, config)
+        fingerprint = fit_fingerprint(dataset.fingerprint, id_model, config)
         if world.told(lambda: fingerprint) != fingerprint:
             raise UserError(f"process {world.rank} of {world.size} has other data, settings or another ID model than "
                             "process 0; give every machine the same command and copies of the same folders")
@@ -120,7 +120,9 @@ class LaserRecommender:
     @classmethod
     def _finished(cls, folder: Path, fingerprint: str, backbone: Backbone) -> LaserRecommender:
         model = cls.from_pretrained(folder, backbone)
-        if model.facts.get("fingerprint") != fingerprint:
+        # Not the one that was written then: a version may know settings of which the folder says nothing yet.
+        own = fit_fingerprint(model.facts["data"]["sha256"], model.encoder.id_model, model.encoder.laser.config)
+        if own != fingerprint:
             raise UserError(f"{folder} holds a model with other settings, data or ID model; name another folder or "
                             "delete it")
         return model

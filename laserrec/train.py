@@ -253,7 +253,7 @@ class Fit:
         targets = torch.tensor([e.target - 1 for e in examples])
         offset = self.laser.seen_offset
         seen = Seen.of(histories) if offset is not None or not train.history_negatives else None
-        contrast = item_contrast(users, self._items_to_learn_from(), targets, train.temperature, seen, offset)
+        contrast = item_contrast(users, self._items_to_learn_from(), targets, self._temperature(), seen, offset)
         return contrast, None if route is None else load_balance(route), route
 
     def _items_to_learn_from(self) -> Tensor:
@@ -263,6 +263,10 @@ class Fit:
                 self._white = self.outputs, self.laser.head.whiten_items(self.outputs)
             return self.laser.head.embed_white(self._white[1])
         return self.items[:, : self.items.shape[1] - self._id_width()]
+
+    def _temperature(self) -> float | Tensor:
+        learnt = self.laser.log_temperature
+        return self.config.train.temperature if learnt is None else learnt.exp()
 
     def _id_width(self) -> int:
         return self.encoder.id_model.d_id if self.laser.head.id_share else 0
@@ -281,7 +285,10 @@ class Fit:
 
     def _settings_now(self) -> dict[str, float | None]:
         offset = self.laser.seen_offset
-        return {"lr": self.optimizer.param_groups[0]["lr"], "seen_offset": None if offset is None else offset.item()}
+        now = {"lr": self.optimizer.param_groups[0]["lr"], "seen_offset": None if offset is None else offset.item()}
+        if self.laser.log_temperature is not None:
+            now["temperature"] = self.laser.log_temperature.exp().item()
+        return now
 
     def _set_rate(self, steps_per_epoch: int) -> None:
         train, place = self.config.train, self.place
@@ -413,12 +420,12 @@ _PACE = (("train", "checkpoint_minutes"), ("train", "tokens_per_pass"), ("backbo
          ("backbone", "gradient_checkpointing"), ("backbone", "shard"))
 
 
-def fit_fingerprint(dataset: Dataset, id_model: torch.nn.Module, config: Config) -> str:
+def fit_fingerprint(data_sha256: str, id_model: torch.nn.Module, config: Config) -> str:
     """What a resumed fit must share with the first: data, ID model and every setting but those of pace and memory."""
     tree = config.model_dump(mode="json")
     for section, name in _PACE:
         tree[section].pop(name)
-    digest = hashlib.sha256(json.dumps([dataset.fingerprint, tree], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([data_sha256, tree], sort_keys=True).encode())
     for name, tensor in sorted(id_model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -65,6 +65,17 @@ def test_chunks_give_the_loss_and_gradients_of_the_direct_computation(columns, s
         torch.testing.assert_close(ours.grad, theirs.grad * 3, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize("seen", ["negatives", "left out", "offset"])
+def test_a_temperature_that_is_a_tensor_gets_the_gradient_of_finite_differences(seen):
+    users, items, targets = torch.randn(3, 5).double(), torch.randn(9, 5).double(), torch.tensor([0, 8, 3])
+    pairs = None if seen == "negatives" else Seen.of([np.array([1, 2]), np.array([5]), np.array([4, 9])])
+    offset = torch.tensor(-0.3).double() if seen == "offset" else None
+    tau = torch.tensor(0.2).double().requires_grad_()
+    item_contrast(users, items, targets, tau, pairs, offset).backward()
+    ends = [float(item_contrast(users, items, targets, 0.2 + step, pairs, offset)) for step in (-1e-5, 1e-5)]
+    assert float(tau.grad) == pytest.approx((ends[1] - ends[0]) / 2e-5, rel=1e-5)
+
+
 def naive_balance(probabilities: list[list[float]]) -> float:
     """One user's items, no padding."""
     n, k = len(probabilities), len(probabilities[0])

@@ -78,6 +78,20 @@ def test_a_finished_fit_is_loaded_and_other_settings_are_refused(llm, llm_folder
         LaserRecommender.fit_dataset(data, ids, settings(llm_folder(), train={"seed": 5}), folder, False, llm())
 
 
+def test_a_finished_fit_from_before_a_setting_existed_is_loaded(llm, llm_folder, tmp_path, monkeypatch):
+    from laserrec.train import Fit
+
+    data, ids, folder = tiny.planted(N, users=16), tiny.id_model(N), tmp_path / "model"
+    LaserRecommender.fit_dataset(data, ids, settings(llm_folder()), folder, False, llm())
+    note = json.loads((folder / "model.json").read_text())
+    del note["config"]["train"]["learn_temperature"]
+    (folder / "model.json").write_text(json.dumps(note | {"fingerprint": "of a version that knew fewer settings"}))
+    monkeypatch.setattr(Fit, "run", None)  # a second fit would fail
+    LaserRecommender.fit_dataset(data, ids, settings(llm_folder()), folder, False, llm())
+    with pytest.raises(UserError, match="other settings, data or ID model"):
+        LaserRecommender.fit_dataset(data, tiny.id_model(N, seed=5), settings(llm_folder()), folder, False, llm())
+
+
 # -- recommend --------------------------------------------------------------------------------------------------
 
 

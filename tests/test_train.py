@@ -1,5 +1,6 @@
 """The two-stage fit: what it sees, what it keeps, that it can be stopped anywhere, that it learns."""
 
+import json
 import signal
 
 import numpy as np
@@ -33,7 +34,7 @@ def make_fit(backbone, folder, dataset: Dataset | None = None, id_model=None, wo
     torch.manual_seed(config.train.seed)
     laser = Laser(config, backbone, id_model.d_id, dataset.n_items)
     encoder = Encoder(laser, id_model, Catalogue(laser, dataset.items, dataset.n_items))
-    return Fit(encoder, dataset, config, folder, fit_fingerprint(dataset, id_model, config), False, world)
+    return Fit(encoder, dataset, config, folder, fit_fingerprint(dataset.fingerprint, id_model, config), False, world)
 
 
 def result(fit: Fit) -> dict[str, torch.Tensor]:
@@ -321,7 +322,7 @@ def test_a_checkpoint_of_other_settings_is_refused(llm, tmp_path, monkeypatch):
 
 def test_the_pace_of_checkpoints_may_change(llm, tmp_path):
     dataset, model = tiny.planted(N), tiny.id_model(N)
-    prints = [fit_fingerprint(dataset, model, tiny.config("x", train=t))
+    prints = [fit_fingerprint(dataset.fingerprint, model, tiny.config("x", train=t))
               for t in ({}, {"checkpoint_minutes": 1.0}, {"seed": 3})]
     assert prints[0] == prints[1] != prints[2]
 
@@ -360,3 +361,14 @@ def test_who_follows_whom_is_learnt(llm, walk, tmp_path, prefix, layout):
 
     popular = evaluate("popularity", Popularity(dataset).score, dataset, "test", k=1).plain
     assert evaluate("laser", score, dataset, "test", k=1).plain.recall > popular.recall + 0.4
+
+
+def test_a_learnt_temperature_is_trained_watched_and_saved(llm, tmp_path):
+    fit = make_fit(llm(), tmp_path, train={"learn_temperature": True, "temperature": 0.2, "weight_decay": 0.5})
+    fit.run()
+    tau = fit.laser.log_temperature.exp().item()
+    assert 0 < tau != pytest.approx(0.2, rel=1e-3)
+    lines = [json.loads(x) for x in (tmp_path / "training.jsonl").read_text().splitlines()]
+    assert lines[0]["temperature"] > 0 and "log_temperature" in fit.best_state
+    assert [len(g["params"]) for g in fit.optimizer.param_groups if g["weight_decay"]] == [
+        sum(isinstance(m, torch.nn.Linear) for m in fit.laser.modules())]  # it is not decayed

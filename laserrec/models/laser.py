@@ -52,6 +52,8 @@ class Laser(nn.Module):
         if config.neighbours.count and n_items:
             self.neighbours = Neighbours(config.neighbours, n_items)
         self.seen_offset = nn.Parameter(torch.tensor(_SEEN_OFFSET_START)) if config.head.seen_offset else None
+        tau = torch.tensor(float(config.train.temperature))
+        self.log_temperature = nn.Parameter(tau.log()) if config.train.learn_temperature else None
 
     def _eos_id(self) -> int:
         eos = self.backbone.tokenizer.eos_token_id

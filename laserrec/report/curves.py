@@ -17,6 +17,7 @@ _STEP_CHARTS = (
     ("lr", "Learning rate", "rate"),
     ("grad_norm", "Gradient norm", "before clipping"),
     ("seen_offset", "Offset of items seen before", "added to their score"),
+    ("temperature", "Learnt temperature", "tau of the softmax"),
     ("rate", "Speed", "examples per second"),
 )
 
