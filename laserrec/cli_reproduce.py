@@ -49,6 +49,8 @@ def quality(out: Path = Path("runs/quality"), *, seeds: int = 5, preset: str = "
     prepare_source("amazon-scientific", out / "data", config.data)
     result = work.reproduce(Dataset.load(out / "data"), config, out, range(seeds), not quiet)
     _print(result["summary"], config.eval.k)
+    for line in result["laser_over"]:
+        out_console.print(over(line, config.eval.k))
     if json_file is not None:
         write_json(json_file, {"machine": describe(), **result})
     if plot is not None:
@@ -101,6 +103,14 @@ def _print_cold_start(rows: list[dict[str, Any]], k: int) -> None:
         means = [f"{sum(r[m] for r in own) / len(own):.4f}" for m in (f"recall@{k}", f"ndcg@{k}")]
         table.add_row(*key, *means, str(sum(r["users"] for r in own)), str(len(own)))
     out_console.print(table)
+
+
+def over(line: dict[str, Any], k: int) -> str:
+    """One entry of "laser_over" as a sentence."""
+    what = {"id": "ID-only", "text": "text"}[line["kind"]]
+    recall, ndcg = (line[f"{metric}@{k}_ratio"] for metric in ("recall", "ndcg"))
+    return (f"Laser over the best {what} model, {line['best']}: Recall@{k} x {recall:.3f}, NDCG@{k} x {ndcg:.3f}; "
+            f"difference of NDCG@{k} {line[f'ndcg@{k}_difference']:+.4f} ({line['low']:+.4f} to {line['high']:+.4f})")
 
 
 def _print(summary: list[dict[str, Any]], k: int) -> None:

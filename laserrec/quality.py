@@ -6,7 +6,6 @@ and resumed anywhere. Settings were chosen on validation before; this only train
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,8 +90,8 @@ class _Run:
     def row(self, folder: Path, name: str, kind: str, seed: int | None, score: Scorer, train_seconds: float) -> dict:
         """Evaluate once; the row is found in `folder` afterwards."""
         file = folder / "test.json"
-        if file.is_file():
-            return read_json(file, "delete it to evaluate again")
+        if file.is_file():  # how much was tried since is known here alone
+            return {**read_json(file, "delete it to evaluate again"), "trials": TRIALS.get(name, 0)}
         with Progress(f"{name}, seed {seed}: test", self.dataset.n_users, self.show) as bar:
             result = evaluate(name, score, self.dataset, "test", self.config.eval.k, progress=bar.advance)
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,14 +159,14 @@ def _slug(name: str) -> str:
 def reproduce(
     dataset: Dataset, config: Config, out: Path, seeds: Sequence[int], progress: bool = True
 ) -> dict[str, Any]:
-    """Train and evaluate all models for all seeds. Returns {"rows": [...], "summary": [...]}, written to
-    OUT/quality.json after every seed."""
+    """Train and evaluate all models for all seeds. Returns {"rows": [...], "summary": [...], "laser_over": [...],
+    "config": ...}, written to OUT/quality.json after every seed."""
     run = _Run(dataset, config, out, load_backbone(config.backbone), progress)
     rows: list[dict] = run.seedless()
     for seed in seeds:
         rows += run.seed(seed)
-        result = {"rows": rows, "summary": summarise(rows, out, config.eval.k), "config": json.loads(
-            config.model_dump_json())}
+        result = {"rows": rows, "summary": summarise(rows, out, config.eval.k),
+                  "laser_over": laser_over(rows, out, config.eval.k), "config": config.model_dump(mode="json")}
         write_json(out / "quality.json", result)
         Console(stderr=True).print(f"seed {seed} done; {out / 'quality.json'}")
     return result
@@ -176,13 +175,10 @@ def reproduce(
 def summarise(rows: list[dict], out: Path, k: int = 10) -> list[dict[str, Any]]:
     """Per model: mean and standard deviation over seeds, and the paired difference of per-user NDCG to the best model
     of kind id with its 95% bootstrap interval (users resampled, seeds averaged first)."""
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    gains = {name: np.mean([_gains(out / r["folder"] / "ranks.parquet", k) for r in rows if r["model"] == name], axis=0)
-             for name in names}
-    rivals = [n for n in names if next(r["kind"] for r in rows if r["model"] == n) == "id"]
-    best = max(rivals, key=lambda n: gains[n].mean())
+    gains = _gains_by_model(rows, out, k)
+    best = _best(rows, gains, "id")
     table = []
-    for name in names:
+    for name in gains:
         own = [row for row in rows if row["model"] == name]
         low, high = _interval(gains[name] - gains[best])
         entry = {"model": name, "kind": own[0]["kind"], "seeds": len(own), "against": best,
@@ -193,6 +189,36 @@ def summarise(rows: list[dict], out: Path, k: int = 10) -> list[dict[str, Any]]:
                       f"{metric}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
         table.append(entry)
     return table
+
+
+def laser_over(rows: list[dict], out: Path, k: int = 10) -> list[dict[str, Any]]:
+    """Laser beside the best model of kind id and the best of kind text, by NDCG: how many times as high its means over
+    seeds are, and the paired difference of per-user NDCG with its 95% bootstrap interval."""
+    gains = _gains_by_model(rows, out, k)
+
+    def mean(name: str, metric: str) -> float:
+        return float(np.mean([row[metric] for row in rows if row["model"] == name]))
+
+    table = []
+    for kind in ("id", "text"):
+        best = _best(rows, gains, kind)
+        difference = gains[LASER] - gains[best]
+        low, high = _interval(difference)
+        ratios = {f"{m}_ratio": mean(LASER, m) / mean(best, m) for m in (f"recall@{k}", f"ndcg@{k}")}
+        table.append({"kind": kind, "best": best, **ratios, f"ndcg@{k}_difference": float(difference.mean()),
+                      "low": low, "high": high})
+    return table
+
+
+def _gains_by_model(rows: list[dict], out: Path, k: int) -> dict[str, Float[np.ndarray, "users"]]:
+    """NDCG@k of each user, averaged over seeds."""
+    names = dict.fromkeys(row["model"] for row in rows)
+    return {name: np.mean([_gains(out / r["folder"] / "ranks.parquet", k) for r in rows if r["model"] == name], axis=0)
+            for name in names}
+
+
+def _best(rows: list[dict], gains: dict[str, np.ndarray], kind: str) -> str:
+    return max((r["model"] for r in rows if r["kind"] == kind), key=lambda name: gains[name].mean())
 
 
 def _gains(file: Path, k: int) -> Float[np.ndarray, "users"]:

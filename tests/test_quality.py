@@ -6,6 +6,7 @@ import tiny
 import torch
 
 from laserrec import quality
+from laserrec.cli_reproduce import over
 from laserrec.config import Config
 from laserrec.recommender import LaserRecommender
 
@@ -29,6 +30,9 @@ def test_all_models_of_all_seeds_once(quick, tmp_path, monkeypatch):
     assert len(result["rows"]) == 2 * 7 + 4
     monkeypatch.setattr(quality, "evaluate", None)  # nothing is evaluated twice
     assert quality.reproduce(dataset, quick, tmp_path, range(2), progress=False)["rows"] == result["rows"]
+    monkeypatch.setitem(quality.TRIALS, quality.LASER, 12_345)  # what was tried since is told all the same
+    rows = quality.reproduce(dataset, quick, tmp_path, range(2), progress=False)["rows"]
+    assert {r["trials"] for r in rows if r["model"] == quality.LASER} == {12_345}
     laser = next(s for s in result["summary"] if s["model"] == quality.LASER)
     own = [r["ndcg@10"] for r in result["rows"] if r["model"] == quality.LASER]
     assert laser["ndcg@10"] == pytest.approx(np.mean(own)) and laser["ndcg@10_sd"] == pytest.approx(np.std(own, ddof=1))
@@ -36,6 +40,14 @@ def test_all_models_of_all_seeds_once(quick, tmp_path, monkeypatch):
     assert laser["against"] == best["model"]
     assert laser["ndcg@10_difference"] == pytest.approx(laser["ndcg@10"] - best["ndcg@10"])
     assert laser["low"] <= laser["ndcg@10_difference"] <= laser["high"]
+    for line in result["laser_over"]:
+        rival = max((s for s in result["summary"] if s["kind"] == line["kind"]), key=lambda s: s["ndcg@10"])
+        assert line["best"] == rival["model"]
+        for metric in ("recall@10", "ndcg@10"):
+            assert line[f"{metric}_ratio"] == pytest.approx(laser[metric] / rival[metric])
+        assert line["ndcg@10_difference"] == pytest.approx(laser["ndcg@10"] - rival["ndcg@10"])
+        assert f"{line['best']}: Recall@10 x {line['recall@10_ratio']:.3f}" in over(line, 10)
+    assert [line["kind"] for line in result["laser_over"]] == ["id", "text"]
 
 
 def test_fused_ranks_are_reciprocal_ranks():
