@@ -119,12 +119,14 @@ def _base_model(note: dict[str, Any]) -> str | None:
 
 
 def _what(note: dict[str, Any]) -> str:
+    distilled = ("\n\nIt is distilled: in the language model's place, which reads new items alone, a small network "
+                 "reads the history's item embeddings and the ID model's state." if "student" in note else "")
     return (
         "A sequential recommender: from what a user bought before, in order, it ranks what comes next. A frozen "
         "language model reads the items' texts between a trained prefix, which carries what an ID-based recommender "
         f"knows of the user, and a trained suffix ([Laser]({_PAPER})).\n\n"
         "This folder holds the adapter, the frozen ID model and the catalogue (ids, texts and embeddings of the "
-        "items). It holds neither the language model, which is named below, nor anybody's history."
+        "items). It holds neither the language model, which is named below, nor anybody's history." + distilled
     )
 
 

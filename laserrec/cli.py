@@ -15,6 +15,7 @@ from rich.table import Table
 from laserrec import __version__
 from laserrec.cli_batch import batch_app
 from laserrec.cli_bench import bench_app
+from laserrec.cli_distil import distil_app
 from laserrec.cli_index import index_app
 from laserrec.cli_output import print_recommendations, print_results
 from laserrec.cli_report import report_app
@@ -33,6 +34,7 @@ backbone_app = App(name="backbone", help="The frozen LLM: fetch the default one,
 app.command(backbone_app)
 app.command(bench_app)
 app.command(reproduce_app)
+app.command(distil_app)
 app.command(serve_app)
 app.command(batch_app)
 app.command(index_app)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import tomllib
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from laserrec.errors import UserError
+
+_S = TypeVar("_S", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -385,6 +387,30 @@ class EvalConfig(_Section):
     """Users encoded and ranked at once."""
 
 
+class StudentConfig(_Section):
+    """Distilling a fitted model (laserrec.distil). Not in the paper, and no part of `Config`: a student is made of a
+    model that is fitted already."""
+
+    hidden: int = Field(512, ge=1)
+    """Width of the hidden layer."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """On its input and its output."""
+    views: int = Field(3, ge=0)
+    """Histories that are drawn of each training sequence, beside the whole one: beginnings and parts, in turn."""
+    histories: int = Field(50_000, ge=1)
+    """At most so many are read by the LLM; of more a random part is drawn."""
+    epochs: int = Field(3, ge=1)
+    """Passes over them."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of AdamW; it rises over 50 steps and falls to zero along a cosine."""
+    weight_decay: float = Field(0.1, ge=0)
+    """AdamW's decoupled weight decay."""
+    batch_size: int = Field(128, ge=1)
+    """Histories per step."""
+    seed: int = 0
+    """Seed of histories, initialisation, order and dropout."""
+
+
 class Config(_Section):
     """The whole tree."""
 
@@ -423,11 +449,16 @@ def load_config(preset: str = "small", file: Path | None = None, overrides: dict
     if file is not None:
         tree = merge(tree, _read_toml(file))
         source = str(file)
+    return valid(Config, merge(tree, overrides or {}), f"{source} with overrides")
+
+
+def valid(kind: type[_S], tree: dict[str, Any], source: str) -> _S:
+    """Settings from a nested dict. Raises UserError with each setting's dotted name, what is wrong and the source."""
     try:
-        return Config.model_validate(merge(tree, overrides or {}))
+        return kind.model_validate(tree)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})" for e in error.errors()]
-        raise UserError(f"settings are not valid ({source} with overrides): " + "; ".join(lines)) from None
+        raise UserError(f"settings are not valid ({source}): " + "; ".join(lines)) from None
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

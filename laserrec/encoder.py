@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import polars as pl
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from laserrec.models.attention import Past, TextCache
 from laserrec.models.id_models import pad_histories
 from laserrec.models.laser import Laser
 from laserrec.models.mformer import Route
-from laserrec.models.neighbours import weigh
+from laserrec.models.neighbours import weighed_sums
 from laserrec.progress import Progress
 from laserrec.text_vectors import mean_outputs
 
@@ -31,12 +30,14 @@ class Catalogue:
     """Item texts by dense item, as tokens and, for layout text_first, as the frozen LLM's keys and values.
 
     Items 1..n_known are the ID model's; later ones (`add`) have text alone. world: processes that read the texts
-    together, each its share; afterwards each has all. means: what `means` would hold, if it was kept.
+    together, each its share; afterwards each has all. means: what `means` would hold, if it was kept. later: don't
+    read a text before a history needs it, which may be never.
     """
 
     def __init__(self, laser: Laser, items: pl.DataFrame, n_known: int, progress: bool = False,
-                 world: World | None = None, means: Float[Tensor, "n_items d_means"] | None = None):
-        self.laser, self.n_known = laser, n_known
+                 world: World | None = None, means: Float[Tensor, "n_items d_means"] | None = None,
+                 later: bool = False):
+        self.laser, self.n_known, self._later = laser, n_known, later
         self.prompt = PromptEncoder(laser.backbone.tokenizer, laser.config.prompt)
         self.tokens: list[np.ndarray] = []
         self.shared = laser.config.prompt.layout == Layout.TEXT_FIRST
@@ -49,8 +50,6 @@ class Catalogue:
         self._rows: list[np.ndarray] = []
         self._cache: TextCache | None = None
         self._used = 0  # rows of the cache that hold text; behind them is room for more
-        if self.shared:
-            self._read_instruction()
         self._average(items, progress)
         with Progress("reading item texts", items.height, progress) as bar:
             self.add(items, bar.advance, world)
@@ -64,8 +63,8 @@ class Catalogue:
         new = self.prompt.item_tokens(items)
         self._average(items)
         self.tokens += new
-        if self.shared:
-            self._read(new, progress, world or World())
+        if self.shared and not self._later:
+            self._read(progress, world or World())
 
     def _average(self, items: pl.DataFrame, show: bool = False) -> None:
         """Append to `means`, unless it holds these items."""
@@ -89,9 +88,12 @@ class Catalogue:
             self._cache = TextCache(keys[:, 0], values[:, 0])
         self._used = ids.shape[1]
 
-    def _read(self, new: list[np.ndarray], progress: Callable[[int], None] | None, world: World) -> None:
-        """Each item's block after the instruction: it sees the instruction and itself. Sorted by length for speed."""
-        blocks = [self.prompt.block(tokens) for tokens in new]
+    def _read(self, progress: Callable[[int], None] | None, world: World) -> None:
+        """Each unread item's block after the instruction: it sees the instruction and itself. Sorted by length for
+        speed."""
+        if self._cache is None:
+            self._read_instruction()
+        blocks = [self.prompt.block(tokens) for tokens in self.tokens[len(self._rows) :]]
         lengths = np.array([len(b) for b in blocks], dtype=np.int64)
         ends = self._used + np.cumsum(lengths)
         total = int(ends[-1]) if len(ends) else self._used
@@ -147,6 +149,8 @@ class Catalogue:
 
     def past(self, histories: Sequence[np.ndarray]) -> Past:
         """Where the LLM finds these histories' text; the last max_items of each."""
+        if self._cache is None or len(self._rows) < len(self.tokens):
+            self._read(None, World())
         window = self.laser.config.prompt.max_items
         rows = [np.concatenate([self._instruction_rows, *(self._rows[i - 1] for i in h[-window:])]) for h in histories]
         lengths = torch.tensor([len(r) for r in rows])
@@ -209,6 +213,12 @@ class Encoder:
         return prefix + len(self.catalogue.text(history, as_item)) + 1
 
     @torch.no_grad()
+    def route(self, histories: Sequence[np.ndarray]) -> Route | None:
+        """The router's choice alone, without the LLM; None where there is no router."""
+        mformer = self.laser.mformer
+        return None if mformer is None or mformer.router is None else mformer.router(*self.states(histories))
+
+    @torch.no_grad()
     def id_part(self, histories: Sequence[np.ndarray], as_item: bool = False) -> Float[Tensor, "batch d_id"]:
         """The ID model's state for the next item, or (as_item) the item's own embedding; zeros where it knows none."""
         some, rows = self._known(histories)
@@ -245,14 +255,8 @@ class Encoder:
     @torch.no_grad()
     def _sums(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch d_text"]:
         """The histories' items as whitened mean outputs of unit length, summed, newer ones heavier."""
-        weighed = [weigh(h, self.laser.config.neighbours.recency) for h in histories]
-        items, place = np.unique(np.concatenate([i for i, _ in weighed]), return_inverse=True)
-        rows = self.catalogue.means[torch.as_tensor(items.astype(np.int64)) - 1]
-        unit = F.normalize(self.laser.head.whiten_items(rows), dim=-1)
-        user = torch.as_tensor(np.repeat(np.arange(len(weighed)), [len(i) for i, _ in weighed]))
-        weights = torch.zeros(len(weighed), len(items))
-        weights[user, torch.as_tensor(place)] = torch.as_tensor(np.concatenate([w for _, w in weighed]))
-        return weights @ unit
+        means, whiten = self.catalogue.means, self.laser.head.whiten_items
+        return weighed_sums(histories, lambda items: whiten(means[items - 1]), self.laser.config.neighbours.recency)
 
     def embed_item_outputs(
         self, outputs: Float[Tensor, "items d_items"], first: int = 1

@@ -1,11 +1,13 @@
 """The model folder: the adapter and what it needs beside the LLM, which is named and checked, never copied.
 
   model.json           format, config, backbone {name, revision, sha256}, n_known, n_items, files {name: bytes, sha256},
-                       fingerprint, data, training summary; results and card, if any were recorded
+                       fingerprint, data, training summary; results and card, if any were recorded; of a distilled
+                       model student {config, seconds, ...}
   adapter.safetensors  what Laser trains (prefix maker, suffix, head)
   id_model/            config.json, model.safetensors of the frozen ID model
   items.parquet        item, item_id, title, brand, category; items behind the first n_known came later
   items.safetensors    embeddings [n_items d_out]; if used, means [n_items d_means] of the LLM's outputs over the texts
+  student.safetensors  of a distilled model: the network that reads histories in the LLM's place
   log.jsonl            a line an epoch
   README.md            the model card, for people
 
@@ -21,23 +23,24 @@ from typing import Any, TypeVar
 
 import polars as pl
 from pydantic import BaseModel, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from laserrec import __version__, checkpoint, manifest
 from laserrec.card import write_card
-from laserrec.config import BackboneConfig, Config, IdModelConfig
+from laserrec.config import BackboneConfig, Config, IdModelConfig, StudentConfig
 from laserrec.encoder import Catalogue, Encoder
 from laserrec.errors import UserError
 from laserrec.io import read_json, write_json, write_parquet, write_text
 from laserrec.models.backbone import Backbone, load_backbone
 from laserrec.models.id_models import load_weights
 from laserrec.models.laser import Laser
+from laserrec.models.student import Student
 
 _FORMAT = 2
 _NEEDED = ("adapter.safetensors", "id_model/config.json", "id_model/model.safetensors", "items.parquet",
            "items.safetensors")
-_LOG = "log.jsonl"
-KNOWN_FILES = (*_NEEDED, _LOG, "model.json", "README.md")
+_LOG, _STUDENT = "log.jsonl", "student.safetensors"
+KNOWN_FILES = (*_NEEDED, _LOG, _STUDENT, "model.json", "README.md")
 """All that a model folder consists of."""
 _NO_FACTS = ("format", "laserrec", "config", "backbone", "n_known", "n_items", "files")
 """What `save_model` works out anew; the rest of model.json are the model's facts."""
@@ -46,7 +49,7 @@ _Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 def save_model(folder: Path, encoder: Encoder, items: pl.DataFrame, embeddings: Tensor, facts: dict,
-               log: list[dict] | None) -> None:
+               log: list[dict] | None, student: Student | None = None) -> None:
     """Every file whole or not at all; model.json comes last, so that a folder with it is complete. A model card that
     a person wrote is left alone."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,8 +61,13 @@ def save_model(folder: Path, encoder: Encoder, items: pl.DataFrame, embeddings: 
     means = {"means": encoder.catalogue.means} if len(encoder.catalogue.means) else {}
     checkpoint.save(folder / "items.safetensors", {"embeddings": embeddings, **means})
     write_parquet(folder / "items.parquet", items)
+    files = list(_NEEDED)
     if log is not None:
         write_text(folder / _LOG, "".join(json.dumps(entry) + "\n" for entry in log))
+        files.append(_LOG)
+    if student is not None:
+        checkpoint.save(folder / _STUDENT, student.state_dict())
+        files.append(_STUDENT)
     note = {
         "format": _FORMAT,
         "laserrec": __version__,
@@ -67,7 +75,7 @@ def save_model(folder: Path, encoder: Encoder, items: pl.DataFrame, embeddings: 
         "backbone": {"name": backbone.name, "revision": backbone.revision, "sha256": backbone.sha256},
         "n_known": encoder.catalogue.n_known,
         "n_items": items.height,
-        "files": manifest.describe(folder, _NEEDED if log is None else (*_NEEDED, _LOG)),
+        "files": manifest.describe(folder, files),
         **facts,
     }
     write_card(folder, note)
@@ -91,8 +99,9 @@ def read_note(folder: Path) -> dict[str, Any]:
     missing = [key for key in ("config", "backbone", "n_known") if key not in note]
     if found > 1:
         files = note.get("files", {})
-        known = [n for n, f in files.items() if n in (*_NEEDED, _LOG) and {"bytes", "sha256"} <= set(f)]
-        missing += [f"files of {name}" for name in _NEEDED if name not in known]
+        known = [n for n, f in files.items() if n in (*_NEEDED, _LOG, _STUDENT) and {"bytes", "sha256"} <= set(f)]
+        needed = (*_NEEDED, _STUDENT) if "student" in note else _NEEDED
+        missing += [f"files of {name}" for name in needed if name not in known]
         if not missing and len(known) < len(files):
             strange = sorted(set(files) - set(known))
             raise UserError(f"{folder / 'model.json'} names files that no model has, first {strange[0]!r}; {_ADVICE}")
@@ -129,13 +138,14 @@ def model_identity(folder: Path) -> str:
     """Tells one model with its catalogue from another; what was recorded about it doesn't count."""
     note = read_note(folder)
     files = note.get("files") or manifest.describe(folder, _NEEDED)
-    weights = {name: files[name] for name in _NEEDED}
+    weights = {name: files[name] for name in (*_NEEDED, _STUDENT) if name in files}
     parts = [weights, note["config"], note["backbone"]["sha256"], note["n_known"], note.get("removed", [])]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def load_model(folder: Path, backbone: Backbone | Path | str | None = None) -> tuple[Encoder, pl.DataFrame, Tensor,
-                                                                                   dict]:
+def load_model(
+    folder: Path, backbone: Backbone | Path | str | None = None
+) -> tuple[Encoder, pl.DataFrame, Tensor, dict, Student | None]:
     """backbone: a loaded one, or where to find it in place of the name in model.json. Raises UserError if the folder is
     none or unfinished, if a file has changed, or if the backbone's weights have."""
     note = read_note(folder)
@@ -149,17 +159,26 @@ def load_model(folder: Path, backbone: Backbone | Path | str | None = None) -> t
     id_model = load_weights(_checked(IdModelConfig, id_facts["id_model"], id_file), id_facts["n_items"],
                             checkpoint.load(folder / "id_model" / "model.safetensors")[0])
     laser = Laser(config, backbone, id_model.d_id, note["n_known"])
-    try:
-        laser.load_state_dict(checkpoint.load(folder / "adapter.safetensors")[0])
-    except RuntimeError as error:
-        raise UserError(f"{folder / 'adapter.safetensors'} doesn't fit the settings in model.json (edited?): {error}; "
-                        f"{_ADVICE}") from None
-    laser.eval()
+    _fill(laser, folder / "adapter.safetensors")
     items = _read_items(folder / "items.parquet")
     kept = checkpoint.load(folder / "items.safetensors")[0]
-    catalogue = Catalogue(laser, items, note["n_known"], means=kept.get("means"))
+    student = None
+    if "student" in note:
+        settings = _checked(StudentConfig, note["student"]["config"], folder / "model.json")
+        student = Student(settings, laser.head.d_text(kept["embeddings"].shape[1], id_model.d_id), id_model.d_id)
+        _fill(student, folder / _STUDENT)
+    catalogue = Catalogue(laser, items, note["n_known"], means=kept.get("means"), later=student is not None)
     facts = {k: v for k, v in note.items() if k not in _NO_FACTS}
-    return Encoder(laser, id_model, catalogue), items, kept["embeddings"], facts
+    return Encoder(laser, id_model, catalogue), items, kept["embeddings"], facts, student
+
+
+def _fill(module: nn.Module, file: Path) -> None:
+    """Weights from a file; the module is then for use, not for training."""
+    try:
+        module.load_state_dict(checkpoint.load(file)[0])
+    except RuntimeError as error:
+        raise UserError(f"{file} doesn't fit the settings in model.json (edited?): {error}; {_ADVICE}") from None
+    module.eval()
 
 
 def _backbone_settings(config: BackboneConfig, named: dict, place: Path | str | None) -> BackboneConfig:

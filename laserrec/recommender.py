@@ -34,7 +34,8 @@ from laserrec.models.id_models import IdModel
 from laserrec.models.id_store import load_id_model
 from laserrec.models.laser import Laser
 from laserrec.models.mformer import Route
-from laserrec.models.neighbours import check_size
+from laserrec.models.neighbours import check_size, weighed_sums
+from laserrec.models.student import Student
 from laserrec.new_items import lend_id_part, nearest_known
 from laserrec.pretrain import pretrain_id_model
 from laserrec.ranking import Ask, Ranked, best, ranked
@@ -44,10 +45,12 @@ from laserrec.train import Fit, fit_fingerprint
 
 
 class LaserRecommender:
-    """A fitted model with its catalogue. Make one with `fit`, `fit_dataset` or `from_pretrained`."""
+    """A fitted model with its catalogue. Make one with `fit`, `fit_dataset`, `from_pretrained` or
+    `laserrec.distil.distil`."""
 
-    def __init__(self, encoder: Encoder, items: pl.DataFrame, embeddings: Float[Tensor, "n_items d_out"], facts: dict):
-        self.encoder, self.items, self.facts = encoder, items, dict(facts)
+    def __init__(self, encoder: Encoder, items: pl.DataFrame, embeddings: Float[Tensor, "n_items d_out"], facts: dict,
+                 student: Student | None = None):
+        self.encoder, self.items, self.facts, self.student = encoder, items, dict(facts), student
         self.embeddings = embeddings
         """Of unit length, so that a score is a product."""
         self._names: list[str] = items["item_id"].to_list()
@@ -147,7 +150,8 @@ class LaserRecommender:
         if told := {k: v for k, v in told.items() if v is not None}:
             self.facts["card"] = {**self.facts.get("card", {}), **told}
         removed = {"removed": self._removed} if self._removed else {}
-        save_model(Path(folder), self.encoder, self.items, self.embeddings, {**self.facts, **removed}, None)
+        save_model(Path(folder), self.encoder, self.items, self.embeddings, {**self.facts, **removed}, None,
+                   self.student)
 
     def record(self, result: Result, dataset: Dataset) -> None:
         """Keep what `laserrec.evaluate.evaluate` measured of this model, for the card of its next save or push."""
@@ -197,8 +201,10 @@ class LaserRecommender:
 
     def encode_users(self, histories: Any, unknown: str = "error") -> np.ndarray:
         """Float32[users d_out], in the histories' order; compare with `encode_items` by cosine."""
-        rows = self._read(histories, unknown).rows
-        return self.encoder.encode(rows, self.encoder.laser.config.eval.batch_size).numpy()
+        rows, size = self._read(histories, unknown).rows, self.encoder.laser.config.eval.batch_size
+        if self.student is None:
+            return self.encoder.encode(rows, size).numpy()
+        return torch.cat([self._by_student(rows[at : at + size]) for at in range(0, len(rows), size)]).numpy()
 
     def encode_items(self, item_ids: Sequence[str] | None = None) -> np.ndarray:
         """Float32[items d_out], of unit length, of these items, or of the whole catalogue in the order of `items`."""
@@ -256,6 +262,16 @@ class LaserRecommender:
         """What `use_index` took."""
         return None if self._indexed is None else self._indexed.index
 
+    @property
+    def d_text(self) -> int:
+        """Width of the embeddings' text part, which comes first."""
+        return self.encoder.laser.head.d_text(self.embeddings.shape[1], self.encoder.id_model.d_id)
+
+    def history_sums(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "histories d_text"]:
+        """The text parts of the histories' items, of unit length, summed, newer ones heavier (what a student reads)."""
+        text, recency = self.embeddings[:, : self.d_text], self.encoder.laser.config.neighbours.recency
+        return weighed_sums(histories, lambda items: text[items - 1], recency)
+
     def rank(self, asks: Sequence[Ask]) -> list[Ranked]:
         """Answers to requests in dense items, in one forward of the model: what `recommend` and the server build on.
         Memory grows with len(asks) x items; with an index, x items that were added since."""
@@ -302,12 +318,21 @@ class LaserRecommender:
         """Items behind the known ones take part in the neighbours' pull by the known items nearest by text."""
         laser, known = self.encoder.laser, self.encoder.catalogue.n_known
         if laser.neighbours is not None and len(embeddings) > known:
-            text = embeddings[:, : embeddings.shape[1] - (self.encoder.id_model.d_id if laser.head.id_share else 0)]
+            text = embeddings[:, : self.d_text]
             laser.neighbours.lend(*nearest_known(text[known:], text[:known]))
 
     def _users(self, histories: Sequence[np.ndarray]) -> tuple[Float[Tensor, "batch d_out"], Route | None]:
-        embeddings, route = self.encoder.read(histories)
+        if self.student is not None:
+            embeddings, route = self._by_student(histories), self.encoder.route(histories)
+        else:
+            embeddings, route = self.encoder.read(histories)
         return torch.nn.functional.normalize(embeddings, dim=-1), route
+
+    @torch.no_grad()
+    def _by_student(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch d_out"]:
+        """Users' embeddings without the LLM."""
+        head, state = self.encoder.laser.head, self.encoder.id_part(histories)
+        return head.joined(self.student(self.history_sums(histories), state), state if head.id_share else None)
 
     def _scores(self, users: Float[Tensor, "batch d_out"], histories: Sequence[np.ndarray]
                 ) -> Float[Tensor, "batch n_items"]:

@@ -253,7 +253,7 @@ class Fit:
         targets = torch.tensor([e.target - 1 for e in examples])
         offset = self.laser.seen_offset
         seen = Seen.of(histories) if offset is not None or not train.history_negatives else None
-        contrast = item_contrast(users, self._items_to_learn_from(), targets, self._temperature(), seen, offset)
+        contrast = item_contrast(users, self._items_to_learn_from(), targets, self.laser.temperature, seen, offset)
         return contrast, None if route is None else load_balance(route), route
 
     def _items_to_learn_from(self) -> Tensor:
@@ -263,10 +263,6 @@ class Fit:
                 self._white = self.outputs, self.laser.head.whiten_items(self.outputs)
             return self.laser.head.embed_white(self._white[1])
         return self.items[:, : self.items.shape[1] - self._id_width()]
-
-    def _temperature(self) -> float | Tensor:
-        learnt = self.laser.log_temperature
-        return self.config.train.temperature if learnt is None else learnt.exp()
 
     def _id_width(self) -> int:
         return self.encoder.id_model.d_id if self.laser.head.id_share else 0
@@ -287,7 +283,7 @@ class Fit:
         offset = self.laser.seen_offset
         now = {"lr": self.optimizer.param_groups[0]["lr"], "seen_offset": None if offset is None else offset.item()}
         if self.laser.log_temperature is not None:
-            now["temperature"] = self.laser.log_temperature.exp().item()
+            now["temperature"] = self.laser.temperature.item()
         return now
 
     def _set_rate(self, steps_per_epoch: int) -> None:

@@ -42,6 +42,10 @@ class Head(nn.Module):
         if self.projection is not None:
             nn.init.eye_(self.projection.weight)
 
+    def d_text(self, d_out: int, d_id: int) -> int:
+        """Width of the text part of embeddings d_out wide; the ID part, if there is one, stands behind it."""
+        return d_out - (d_id if self.id_share else 0)
+
     @property
     def needs_whitening(self) -> bool:
         return self.whiten
@@ -92,7 +96,7 @@ class Head(nn.Module):
         self, x: Float[Tensor, "batch d_white"], id_part: Float[Tensor, "batch d_id"] | None = None
     ) -> Float[Tensor, "batch d_out"]:
         """`forward` behind the whitening, which never changes while the rest is trained."""
-        return self._joined(x if self.projection is None else self.projection(self.dropout(x)), id_part)
+        return self.joined(x if self.projection is None else self.projection(self.dropout(x)), id_part)
 
     def users(
         self, outputs: Float[Tensor, "batch d_llm"], history: Float[Tensor, "batch d_text"],
@@ -101,9 +105,12 @@ class Head(nn.Module):
         """With mean_items: outputs at the suffix, and the sums of the histories' whitened items (any length)."""
         at_suffix = (outputs - self.suffix_mean) @ self.suffix_whitening
         start = F.normalize(history, dim=-1) * history.shape[-1] ** 0.5  # as long as a whitened output
-        return self._joined(self.projection(self.dropout(start)) + self.added(self.dropout(at_suffix)), id_part)
+        return self.joined(self.projection(self.dropout(start)) + self.added(self.dropout(at_suffix)), id_part)
 
-    def _joined(self, x: Tensor, id_part: Tensor | None) -> Tensor:
+    def joined(
+        self, x: Float[Tensor, "batch d_text"], id_part: Float[Tensor, "batch d_id"] | None
+    ) -> Float[Tensor, "batch d_out"]:
+        """The text part (any length) and the ID part side by side; the text part as it is where there is no other."""
         if id_part is None:
             return x
         parts = F.normalize(x, dim=-1), F.normalize(id_part, dim=-1)

@@ -55,6 +55,11 @@ class Laser(nn.Module):
         tau = torch.tensor(float(config.train.temperature))
         self.log_temperature = nn.Parameter(tau.log()) if config.train.learn_temperature else None
 
+    @property
+    def temperature(self) -> float | Float[Tensor, ""]:
+        """Of the loss's softmax; with gradient if it is learnt (train.learn_temperature)."""
+        return self.config.train.temperature if self.log_temperature is None else self.log_temperature.exp()
+
     def _eos_id(self) -> int:
         eos = self.backbone.tokenizer.eos_token_id
         return 0 if eos is None else int(eos)

@@ -9,7 +9,7 @@ item keeps only its strongest neighbours.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -40,6 +40,18 @@ def weigh(history: np.ndarray, recency: float) -> tuple[np.ndarray, np.ndarray]:
     """The distinct items of a history and their weights: recency ** (items behind it), an item's newest place."""
     newest, age = np.unique(history[::-1][:_LAST], return_index=True)
     return newest, recency ** age.astype(np.float32)
+
+
+def weighed_sums(
+    histories: Sequence[np.ndarray], rows: Callable[[Int[Tensor, "some"]], Float[Tensor, "some d"]], recency: float
+) -> Float[Tensor, "histories d"]:
+    """The histories' items, as unit rows, summed with the weights of `weigh`. rows: dense items -> their rows."""
+    weighed = [weigh(h, recency) for h in histories]
+    items, place = np.unique(np.concatenate([i for i, _ in weighed]), return_inverse=True)
+    user = torch.as_tensor(np.repeat(np.arange(len(weighed)), [len(i) for i, _ in weighed]))
+    weights = torch.zeros(len(weighed), len(items))
+    weights[user, torch.as_tensor(place)] = torch.as_tensor(np.concatenate([w for _, w in weighed]))
+    return weights @ F.normalize(rows(torch.as_tensor(items.astype(np.int64))), dim=-1)
 
 
 def regress(
