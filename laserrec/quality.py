@@ -21,8 +21,9 @@ from torch import Tensor
 from laserrec import presets
 from laserrec.baselines.linear import EASE, NEAREST, TEXT_EASE, ItemRegression, NearestText
 from laserrec.baselines.popularity import Popularity
-from laserrec.config import Config, IdModelConfig, merge
+from laserrec.config import Config, IdModelConfig, StudentConfig, merge
 from laserrec.data.sequences import Dataset
+from laserrec.distil import distil
 from laserrec.errors import UserError
 from laserrec.evaluate import Scorer, evaluate, save_ranks
 from laserrec.io import read_json, write_json
@@ -35,6 +36,7 @@ from laserrec.recommender import LaserRecommender
 from laserrec.text_vectors import text_vectors
 
 LASER, COSINES, FUSION = "Laser", "Laser without its neighbours (cosines)", "SASRec + Laser, ranks fused"
+DISTILLED = "Laser, distilled (no LLM for users)"
 
 RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
     # name -> (kind, what differs from the kind's tuned settings)
@@ -44,7 +46,7 @@ RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
     "text SASRec": ("text", {"kind": "sasrec", "items": "text", "seen_offset": True}),
 }
 TRIALS = {"SASRec": 21, "BERT4Rec": 16, "SASRec from LLM embeddings": 4, "text SASRec": 8, EASE: 378, TEXT_EASE: 120,
-          NEAREST: 50, LASER: 264, COSINES: 40, FUSION: 1}
+          NEAREST: 50, LASER: 264, COSINES: 40, DISTILLED: 2, FUSION: 1}
 """Settings tried on validation, counted from dev/LOG.md. Laser's are 40 trainings, the 120 of its neighbours and 104
 ways to join the two."""
 _RRF = 60
@@ -129,9 +131,12 @@ class _Run:
         model = LaserRecommender.fit_dataset(self.dataset, load_id_model(id_folder, self.dataset).model, config,
                                              folder / "laser", self.show, self.backbone)
         seconds += model.facts["training"]["seconds"]
+        student = distil(model, self.dataset, folder / "distilled", StudentConfig(seed=seed), self.show)
         fused = fuse_ranks(scorers["SASRec"], model.score)
         return [self.row(folder / "laser-test", LASER, "laser", seed, model.score, seconds),
                 self.row(folder / "cosines", COSINES, "laser", seed, cosines_alone(model), seconds),
+                self.row(folder / "distilled-test", DISTILLED, "laser", seed, student.score,
+                         seconds + student.facts["student"]["seconds"]),
                 self.row(folder / "fusion", FUSION, "fusion", seed, fused, seconds)]
 
     def seedless(self) -> list[dict]:

@@ -23,11 +23,11 @@ def test_all_models_of_all_seeds_once(quick, tmp_path, monkeypatch):
     dataset = tiny.planted(15, 30)
     result = quality.reproduce(dataset, quick, tmp_path, range(2), progress=False)
     names = {row["model"] for row in result["rows"]}
-    assert names == {*quality.RIVALS, quality.LASER, quality.COSINES, quality.FUSION, "popularity", quality.EASE,
-                     quality.TEXT_EASE, quality.NEAREST}
+    assert names == {*quality.RIVALS, quality.LASER, quality.COSINES, quality.DISTILLED, quality.FUSION, "popularity",
+                     quality.EASE, quality.TEXT_EASE, quality.NEAREST}
     assert all({"model", "kind", "seed", "recall@10", "ndcg@10", "mrr", "train_seconds", "trials"} <= row.keys()
                for row in result["rows"])
-    assert len(result["rows"]) == 2 * 7 + 4
+    assert len(result["rows"]) == 2 * 8 + 4
     monkeypatch.setattr(quality, "evaluate", None)  # nothing is evaluated twice
     assert quality.reproduce(dataset, quick, tmp_path, range(2), progress=False)["rows"] == result["rows"]
     monkeypatch.setitem(quality.TRIALS, quality.LASER, 12_345)  # what was tried since is told all the same
