@@ -28,7 +28,7 @@ def distil(data: Path, model: Path, out: Path, *, quiet: bool = False,
     Parameters
     ----------
     data
-        The data folder that MODEL was fitted on; its training sequences are read, no more.
+        A data folder of MODEL's catalogue, as a rule the one it was fitted on. Its training sequences are learnt from.
     model
         A model folder.
     out

@@ -64,11 +64,11 @@ def distil(
     teacher: LaserRecommender, dataset: Dataset, folder: Path | str, config: StudentConfig | None = None,
     progress: bool = True,
 ) -> LaserRecommender:
-    """Train a student on the data folder that the teacher was fitted on, into a model folder of its own. A finished
+    """Train a student on a data folder's training sequences, into a model folder of its own. A finished
     folder of the same teacher and settings is loaded; an unfinished one is resumed, the training at epochs' ends.
 
-    `facts["student"]` says what it took and, under "validation", what both score there. Raises UserError for other
-    data, a teacher that is distilled itself, or a folder of other settings or another teacher.
+    `facts["student"]` says what it took and, under "validation", what both score there. Raises UserError for data of
+    another catalogue, a teacher that is distilled itself, or a folder of other settings or another teacher.
     """
     config, folder = config or StudentConfig(), Path(folder)
     known = teacher.items["item_id"].head(teacher.encoder.catalogue.n_known)

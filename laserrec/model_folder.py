@@ -164,7 +164,7 @@ def load_model(
     kept = checkpoint.load(folder / "items.safetensors")[0]
     student = None
     if "student" in note:
-        settings = _checked(StudentConfig, note["student"]["config"], folder / "model.json")
+        settings = _checked(StudentConfig, note["student"].get("config", {}), folder / "model.json")
         student = Student(settings, laser.head.d_text(kept["embeddings"].shape[1], id_model.d_id), id_model.d_id)
         _fill(student, folder / _STUDENT)
     catalogue = Catalogue(laser, items, note["n_known"], means=kept.get("means"), later=student is not None)

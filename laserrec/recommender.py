@@ -125,7 +125,7 @@ class LaserRecommender:
         model = cls.from_pretrained(folder, backbone)
         # Not the one that was written then: a version may know settings of which the folder says nothing yet.
         own = fit_fingerprint(model.facts["data"]["sha256"], model.encoder.id_model, model.encoder.laser.config)
-        if own != fingerprint:
+        if own != fingerprint or model.student is not None:
             raise UserError(f"{folder} holds a model with other settings, data or ID model; name another folder or "
                             "delete it")
         return model

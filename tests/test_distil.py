@@ -215,6 +215,9 @@ def test_a_finished_folder_is_loaded_and_another_one_refused(teach, tmp_path, mo
         distil.distil(teacher, data, tmp_path / "model", QUICK, False)
     with pytest.raises(UserError, match="holds another model"):
         distil.distil(teacher, data, tmp_path / "fast", QUICK.model_copy(update={"seed": 3}), False)
+    with pytest.raises(UserError, match="other settings, data or ID model"):  # a fit doesn't take it for its own
+        LaserRecommender.fit_dataset(data, tiny.id_model(N), teacher.encoder.laser.config, tmp_path / "fast", False,
+                                     teacher.encoder.laser.backbone)
     monkeypatch.setattr(distil._Distillation, "run", None)  # a second training would fail
     again = distil.distil(teacher, data, tmp_path / "fast", QUICK, False)
     assert torch.equal(again.student.map.weight, made.student.map.weight)
