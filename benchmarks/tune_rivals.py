@@ -43,14 +43,14 @@ _LONG = 2
 
 
 def settings_of(name: str, count: int) -> list[dict[str, Any]]:
-    """The tuned settings of before, then `count - 1` with some of them drawn anew, the same ones for each call."""
+    """The tuned settings of before, then some of them drawn anew: `count` different ones, the same in each call."""
     base = {**ID_MODELS[RIVALS[name][1]["kind"]], **RIVALS[name][1], "seed": 0}
     rng = np.random.default_rng(8)
-
-    def drawn() -> dict[str, Any]:
-        return {k: v[int(rng.integers(len(v)))] for k, v in _SPACES[base["kind"]].items() if rng.random() < _REDRAWN}
-
-    return [base] + [{**base, **drawn()} for _ in range(count - 1)]
+    found = {IdModelConfig(**base): base}
+    while len(found) < count:
+        drawn = {k: v[int(rng.integers(len(v)))] for k, v in _SPACES[base["kind"]].items() if rng.random() < _REDRAWN}
+        found.setdefault(IdModelConfig(**{**base, **drawn}), {**base, **drawn})
+    return list(found.values())
 
 
 def search(out: Path, config: Config, seconds: float, count: int, rivals: list[str]) -> None:
@@ -84,7 +84,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=1800, help="for the short trials of all rivals together")
     parser.add_argument("--count", type=int, default=40, help="short trials a rival at most")
-    parser.add_argument("--rivals", nargs="*", default=["SASRec", "text SASRec", "BERT4Rec"])
+    parser.add_argument("--rivals", nargs="*", default=[name for name in RIVALS])
     options = parser.parse_args()
     torch.set_num_threads(1)
     search(options.out, load_config("small"), options.seconds, options.count, options.rivals)
