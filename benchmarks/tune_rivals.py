@@ -7,6 +7,7 @@ is not touched. A line per trial is added to OUT/trials.jsonl; what stands there
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import time
@@ -49,34 +50,35 @@ def settings_of(name: str, count: int) -> list[dict[str, Any]]:
     found = {IdModelConfig(**base): base}
     while len(found) < count:
         drawn = {k: v[int(rng.integers(len(v)))] for k, v in _SPACES[base["kind"]].items() if rng.random() < _REDRAWN}
-        found.setdefault(IdModelConfig(**{**base, **drawn}), {**base, **drawn})
+        settings = {**base, **drawn}
+        found.setdefault(IdModelConfig(**settings), settings)
     return list(found.values())
 
 
 def search(out: Path, config: Config, seconds: float, count: int, rivals: list[str]) -> None:
     dataset, done = open_data(out, config), Trials(out / "trials.jsonl")
-    text = text_vectors(dataset, config)
+    text = functools.cache(lambda: text_vectors(dataset, config))  # minutes, and not every rival asks
 
     def train(name: str, settings: dict[str, Any]) -> float:
         """Validation NDCG@10, of this or an earlier call."""
         key = name + json.dumps(settings, sort_keys=True)
         if key not in done:
             with tempfile.TemporaryDirectory() as folder:
-                told = pretrain_id_model(dataset, IdModelConfig(**settings), Path(folder) / "m", False, lambda: text)
+                told = pretrain_id_model(dataset, IdModelConfig(**settings), Path(folder) / "m", False, text)
             done.add(key, rival=name, settings=settings, epoch=told["best_epoch"], seconds=told["seconds"],
                      ndcg=told["validation_ndcg@10"], recall=told["validation_recall@10"])
         return done[key]["ndcg"]
 
     until = time.monotonic() + seconds
     for name in rivals:
-        tried = []
-        for settings in settings_of(name, count):
+        tried, all_settings = [], settings_of(name, count)
+        for settings in all_settings:
             if time.monotonic() > until:
                 break
             short = _SHORT[settings["kind"]]
             tried.append((train(name, {**settings, "max_epochs": short, "eval_every": short // 2}), len(tried)))
         for _, index in sorted(tried)[-_LONG:]:
-            train(name, settings_of(name, count)[index])
+            train(name, all_settings[index])
 
 
 if __name__ == "__main__":
@@ -84,7 +86,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=1800, help="for the short trials of all rivals together")
     parser.add_argument("--count", type=int, default=40, help="short trials a rival at most")
-    parser.add_argument("--rivals", nargs="*", default=[name for name in RIVALS])
+    parser.add_argument("--rivals", nargs="*", default=list(RIVALS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     search(options.out, load_config("small"), options.seconds, options.count, options.rivals)
