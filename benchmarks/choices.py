@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from trials import Trials, open_data
 
-from laserrec import train
 from laserrec.config import Config, load_config, merge
-from laserrec.models.backbone import load_backbone
-from laserrec.models.id_store import load_id_model
-from laserrec.models.mformer import Route
-from laserrec.pretrain import pretrain_id_model
-from laserrec.recommender import LaserRecommender
-from laserrec.text_vectors import text_vectors
+from laserrec.llm.backbone import load_backbone
+from laserrec.llm.text_features import text_vectors
+from laserrec.methods.id_store import load_id_model
+from laserrec.methods.laser.mformer import Route
+from laserrec.recommender.recommender import LaserRecommender
+from laserrec.training import train
+from laserrec.training.pretrain import pretrain_id_model
 
 _BASE: dict[str, Any] = {"neighbours": {"count": 0}, "head": {"id_share": 0.0},
                          "train": {"cuts": "random", "stage_one_epochs": 1, "stage_two_epochs": 0}}

@@ -30,12 +30,12 @@ import numpy as np
 import torch
 
 from laserrec.config import IdModelConfig
-from laserrec.data.sequences import Dataset
-from laserrec.evaluate import evaluate, rank_cases
-from laserrec.io import write_json
-from laserrec.metrics import Metrics
-from laserrec.models.id_store import load_id_model
-from laserrec.pretrain import pretrain_id_model
+from laserrec.data.dataset import Dataset
+from laserrec.evaluation.evaluate import evaluate, rank_cases
+from laserrec.evaluation.metrics import Metrics
+from laserrec.methods.id_store import load_id_model
+from laserrec.training.pretrain import pretrain_id_model
+from laserrec.util.io import write_json
 
 OUT = Path(__file__).parent / "results" / "crosscheck_rectools.json"
 KINDS = ("sasrec", "bert4rec")

@@ -18,13 +18,13 @@ import torch
 
 from laserrec.bench.machine import describe
 from laserrec.config import load_config
-from laserrec.data.sequences import Dataset
-from laserrec.encoder import Catalogue, Encoder
-from laserrec.io import write_json
-from laserrec.models.backbone import load_backbone
-from laserrec.models.id_store import load_id_model
-from laserrec.models.laser import Laser
-from laserrec.train import Fit
+from laserrec.data.dataset import Dataset
+from laserrec.llm.backbone import load_backbone
+from laserrec.methods.id_store import load_id_model
+from laserrec.methods.laser.encoder import Catalogue, Encoder
+from laserrec.methods.laser.model import Laser
+from laserrec.training.train import Fit
+from laserrec.util.io import write_json
 
 RUNS = (("native", 0), ("transformers", 0), ("native", 1), ("native", 2))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from laserrec.config import Config
+from laserrec.data.dataset import Dataset
 from laserrec.data.prepare import prepare_source
-from laserrec.data.sequences import Dataset
 
 
 def open_data(out: Path, config: Config) -> Dataset:

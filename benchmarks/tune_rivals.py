@@ -19,10 +19,10 @@ import torch
 from trials import Trials, open_data
 
 from laserrec.config import Config, IdModelConfig, load_config
+from laserrec.experiments.quality import RIVALS
+from laserrec.llm.text_features import text_vectors
 from laserrec.presets import ID_MODELS
-from laserrec.pretrain import pretrain_id_model
-from laserrec.quality import RIVALS
-from laserrec.text_vectors import text_vectors
+from laserrec.training.pretrain import pretrain_id_model
 
 _SPACES: dict[str, dict[str, list[Any]]] = {
     "sasrec": {

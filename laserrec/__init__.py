@@ -3,13 +3,13 @@
 __version__ = "0.1.0"
 __all__ = ["LaserRecommender", "UserError", "__version__"]
 
-from laserrec.errors import UserError
+from laserrec.util.errors import UserError
 
 
 def __getattr__(name: str):
     """`LaserRecommender` is loaded when it is first asked for: it brings torch, which takes seconds."""
     if name == "LaserRecommender":
-        from laserrec.recommender import LaserRecommender
+        from laserrec.recommender.recommender import LaserRecommender
 
         return LaserRecommender
     raise AttributeError(f"module 'laserrec' has no attribute {name!r}")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from laserrec.errors import UserError
+from laserrec.util.errors import UserError
 
 _S = TypeVar("_S", bound=BaseModel)
 
@@ -307,7 +307,7 @@ class HeadConfig(_Section):
 
 class NeighboursConfig(_Section):
     """Item-to-item regression on training sequences and texts that stands beside the embeddings (not in the paper;
-    laserrec.models.neighbours). An item that the history's items pull scores higher than its cosine."""
+    laserrec.methods.neighbours). An item that the history's items pull scores higher than its cosine."""
 
     count: int = Field(0, ge=0)
     """Neighbours that are kept per item; 0: none, scores are cosines (paper)."""
@@ -388,8 +388,8 @@ class EvalConfig(_Section):
 
 
 class StudentConfig(_Section):
-    """Distilling a fitted model (laserrec.distil). Not in the paper, and no part of `Config`: a student is made of a
-    model that is fitted already."""
+    """Distilling a fitted model (laserrec.recommender.distil). Not in the paper, and no part of `Config`: a student is
+    made of a model that is fitted already."""
 
     hidden: int = Field(512, ge=1)
     """Width of the hidden layer."""

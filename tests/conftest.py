@@ -7,8 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test th
 from jaxtyping import install_import_hook
 
 # Shapes in signatures are checked at every call (where there are any: beartype refuses polars' types in unions).
-SHAPED = ("models", "baselines", "encoder", "evaluate", "indexed", "losses", "metrics", "pretrain", "ranking",
-          "recommender", "train")
+SHAPED = ("llm", "methods", "evaluation", "training", "retrieval.indexed", "recommender.ranking",
+          "recommender.recommender")
 install_import_hook([f"laserrec.{module}" for module in SHAPED], "beartype.beartype")
 
 import pytest
@@ -41,7 +41,7 @@ def llm_folder(tmp_path_factory):
 def llm(llm_folder):
     """(family, engine, **settings) -> loaded Backbone, one per session; tests must not change it."""
     from laserrec.config import BackboneConfig
-    from laserrec.models.backbone import load_backbone
+    from laserrec.llm.backbone import load_backbone
 
     made = {}
 

@@ -15,10 +15,13 @@ import tiny
 import torch
 from test_train import make_fit
 
-from laserrec import checkpoint, cli, encoder, train
+from laserrec.cli import main as cli
 from laserrec.config import BackboneConfig
-from laserrec.distributed import World, join
-from laserrec.models.backbone import load_backbone
+from laserrec.llm.backbone import load_backbone
+from laserrec.methods.laser import encoder
+from laserrec.training import train
+from laserrec.util import checkpoint
+from laserrec.util.distributed import World, join
 
 COMMON = {"head": {"projection": True, "whiten_dims": 8, "seen_offset": True, "id_share": 0.3},
           "mformer": {"dropout": 0.0, "state_dropout": 0.3, "routing": "gate_scaled"}}

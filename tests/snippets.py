@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from cyclopts import App
 
-from laserrec import cli
 from laserrec.bench.serve import running
+from laserrec.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 RUN, SHOWN = ("python", "console"), ("text", "toml", "json")

@@ -4,8 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from laserrec.config import Config, load_config, merge
-from laserrec.errors import UserError
 from laserrec.presets import PRESETS
+from laserrec.util.errors import UserError
 
 
 @pytest.fixture

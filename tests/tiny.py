@@ -7,10 +7,10 @@ import polars as pl
 import torch
 
 from laserrec.config import BackboneConfig, Config, IdModelConfig
-from laserrec.data.sequences import Dataset
-from laserrec.encoder import Catalogue, Encoder
-from laserrec.models.id_models import make_id_model
-from laserrec.models.laser import Laser
+from laserrec.data.dataset import Dataset
+from laserrec.methods.laser.encoder import Catalogue, Encoder
+from laserrec.methods.laser.model import Laser
+from laserrec.methods.sequence import make_id_model
 
 NATIVE = ("llama", "mistral", "qwen2", "qwen3")
 WORDS = ("red", "blue", "saw", "hammer", "drill", "paint", "glue", "nail", "wood", "steel")

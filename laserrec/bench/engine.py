@@ -18,19 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laserrec.batching import batches, split_by_tokens
 from laserrec.bench.machine import describe, peak_memory, product_peak, side_by_side, spread
 from laserrec.config import Config, Cuts, Engine, ItemTable, Precision, load_config, merge
+from laserrec.data.dataset import Dataset
 from laserrec.data.prompt import PromptEncoder
-from laserrec.data.sequences import Dataset
-from laserrec.encoder import Catalogue, Encoder
-from laserrec.errors import UserError
-from laserrec.losses import item_contrast, load_balance, total_loss
-from laserrec.models.backbone import load_backbone, resolve_precision
-from laserrec.models.id_models import IdModel, make_id_model
-from laserrec.models.laser import Laser
-from laserrec.progress import Progress
-from laserrec.train import epoch_examples
+from laserrec.llm.backbone import load_backbone, resolve_precision
+from laserrec.methods.laser.encoder import Catalogue, Encoder
+from laserrec.methods.laser.model import Laser
+from laserrec.methods.losses import item_contrast, load_balance, total_loss
+from laserrec.methods.sequence import IdModel, make_id_model
+from laserrec.training.batching import batches, split_by_tokens
+from laserrec.training.train import epoch_examples
+from laserrec.util.errors import UserError
+from laserrec.util.progress import Progress
 
 OURS, THEIRS, SORTED = "ours", "transformers", "transformers, batches sorted by length"
 READING = "ours, texts read anew"

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laserrec.bench.machine import peak_memory, side_by_side
-from laserrec.data.sequences import Cases
-from laserrec.evaluate import rank_cases
-from laserrec.losses import item_contrast
-from laserrec.memory import rows_at_once
-from laserrec.progress import Progress
+from laserrec.data.dataset import Cases
+from laserrec.evaluation.evaluate import rank_cases
+from laserrec.methods.losses import item_contrast
+from laserrec.util.memory import rows_at_once
+from laserrec.util.progress import Progress
 
 _TEMPERATURE = 0.05
 _TOLERANCE = 1e-4

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from laserrec.errors import UserError
-from laserrec.progress import Progress
+from laserrec.util.errors import UserError
+from laserrec.util.progress import Progress
 
 _START = 300.0
 """Seconds that a server may take to load its model."""

@@ -18,8 +18,8 @@ import polars as pl
 from laserrec.config import DataConfig, Split
 from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, check_on_error
 from laserrec.data.sources import Source, read_source
-from laserrec.errors import UserError
-from laserrec.io import json_text, new_folder, parquet_bytes, write_bytes
+from laserrec.util.errors import UserError
+from laserrec.util.io import json_text, new_folder, parquet_bytes, write_bytes
 
 _FORMAT = 1
 _TABLES = ("items", "users", "interactions")

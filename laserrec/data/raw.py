@@ -16,7 +16,7 @@ from typing import Any
 
 import polars as pl
 
-from laserrec.errors import UserError
+from laserrec.util.errors import UserError
 
 INTERACTION_SCHEMA = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "order": pl.Int64}
 ITEM_SCHEMA = {"item_id": pl.String, "title": pl.String, "brand": pl.String, "category": pl.String}

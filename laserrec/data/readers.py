@@ -19,7 +19,7 @@ from typing import Any
 import polars as pl
 
 from laserrec.data.raw import Raw, Table, check_on_error, from_tables
-from laserrec.errors import UserError
+from laserrec.util.errors import UserError
 
 _CHUNK_ROWS = 200_000
 _JSON_ENDINGS = (".jsonl", ".ndjson", ".json")

@@ -16,7 +16,7 @@ from laserrec.data.readers import (
     read_recbole,
     read_tables,
 )
-from laserrec.errors import UserError
+from laserrec.util.errors import UserError
 
 FORMATS = ("auto", "amazon2018", "amazon2023", "recbole", "csv", "parquet", "movielens")
 BUNDLED = ("amazon-scientific",)

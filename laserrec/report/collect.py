@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 from laserrec.config import Config
-from laserrec.data.sequences import Cases, Dataset
-from laserrec.errors import UserError
-from laserrec.io import read_json
-from laserrec.metrics import mean_ranks
-from laserrec.recommender import LaserRecommender
+from laserrec.data.dataset import Cases, Dataset
+from laserrec.evaluation.metrics import mean_ranks
+from laserrec.recommender.recommender import LaserRecommender
 from laserrec.report.categories import short_names
 from laserrec.report.experts import Experts, profile, router_scores
 from laserrec.report.item_map import ItemMap, draw
 from laserrec.report.places import Places
 from laserrec.report.results import Results, read_results
-from laserrec.watch import read_training
+from laserrec.training.watch import read_training
+from laserrec.util.errors import UserError
+from laserrec.util.io import read_json
 
 _EXAMPLES, _TOP, _SHOWN_HISTORY = 5, 5, 8
 _EXAMPLE_SEED = 0

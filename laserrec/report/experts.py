@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laserrec.encoder import Encoder
+from laserrec.methods.laser.encoder import Encoder
 
 _AT_ONCE = 512
 _LEAST_USERS, _LEAST_SHARE = 5, 0.01

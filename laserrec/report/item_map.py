@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laserrec.errors import UserError
 from laserrec.report.categories import groups
+from laserrec.util.errors import UserError
 
 MOST = 5000
 """Points on the page; of a larger catalogue a random part is drawn, so that the page stays small."""

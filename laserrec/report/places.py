@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from laserrec.errors import UserError
-from laserrec.io import read_json
+from laserrec.util.errors import UserError
+from laserrec.util.io import read_json
 
 
 @dataclass(frozen=True)

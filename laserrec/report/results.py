@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laserrec.errors import UserError
-from laserrec.io import read_json
+from laserrec.util.errors import UserError
+from laserrec.util.io import read_json
 
 
 @dataclass(frozen=True)

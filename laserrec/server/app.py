@@ -9,13 +9,13 @@ from fastapi import APIRouter, FastAPI, Path, Query
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from laserrec import __version__
-from laserrec.errors import UserError
 from laserrec.server import schema
 from laserrec.server.guards import BodyLimit, Counting, TokenGuard
 from laserrec.server.metrics import ServerMetrics
 from laserrec.server.service import Answer, Service, wait
 from laserrec.server.settings import MAX_ID, MAX_K, MAX_PAGE
 from laserrec.server.worker import ClosedError, OverloadedError
+from laserrec.util.errors import UserError
 
 _PAGE_POLICY = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
                 "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")

@@ -19,14 +19,14 @@ import polars as pl
 import torch
 
 from laserrec.data.raw import ITEM_SCHEMA
-from laserrec.errors import UserError
-from laserrec.ranking import Ask, Ranked
-from laserrec.recommender import LaserRecommender
+from laserrec.recommender.ranking import Ask, Ranked
+from laserrec.recommender.recommender import LaserRecommender
 from laserrec.server.cache import AnswerCache
 from laserrec.server.listing import Item, Listing
 from laserrec.server.settings import Limits
 from laserrec.server.state import Changes, State, model_sha256
 from laserrec.server.worker import OverloadedError, Worker
+from laserrec.util.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from laserrec.errors import UserError
-from laserrec.io import write_parquet
 from laserrec.server.listing import Item
+from laserrec.util.errors import UserError
+from laserrec.util.io import write_parquet
 
 _SCHEMA = {"item_id": pl.String, "title": pl.String, "brand": pl.String, "category": pl.String, "removed": pl.Boolean,
            "embedding": pl.List(pl.Float32), "model": pl.String}

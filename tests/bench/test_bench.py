@@ -10,7 +10,7 @@ from laserrec.bench.engine import OURS, SORTED, THEIRS, Setting
 from laserrec.config import DataConfig
 from laserrec.data.prepare import prepare
 from laserrec.data.raw import from_frames
-from laserrec.errors import UserError
+from laserrec.util.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_encode_covers_users_items_and_shared_items(setting):
 
 
 def test_both_sides_have_the_same_trained_parts_and_gradients(setting):
-    from laserrec.data.sequences import Dataset
+    from laserrec.data.dataset import Dataset
 
     ours, theirs = engine._sides(setting, Dataset.load(setting.data))
     for a, b in zip(ours.encoder.laser.parameters(), theirs.encoder.laser.parameters(), strict=True):
@@ -67,7 +67,7 @@ def test_unequal_engines_are_not_timed(setting, monkeypatch):
 
 
 def test_tokens_per_epoch_counts_every_token(setting):
-    from laserrec.data.sequences import Dataset
+    from laserrec.data.dataset import Dataset
 
     counts = engine.tokens_per_epoch(setting)
     dataset = Dataset.load(setting.data)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laserrec.config import DataConfig
+from laserrec.data.dataset import Dataset
 from laserrec.data.prepare import k_core, prepare, prepare_source
 from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, from_frames
-from laserrec.data.sequences import Dataset
-from laserrec.errors import UserError
+from laserrec.util.errors import UserError
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "amazon-scientific"
 LOOSE = DataConfig(min_user_interactions=1, min_item_interactions=1)

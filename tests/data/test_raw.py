@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, clean_text, from_frames, parse_times
-from laserrec.errors import UserError
+from laserrec.util.errors import UserError
 
 ITEMS = pl.DataFrame({"item_id": ["a", "b"], "title": ["Drill", "Saw"]})
 

@@ -14,7 +14,7 @@ from laserrec.data.readers import (
     read_recbole,
     read_tables,
 )
-from laserrec.errors import UserError
+from laserrec.util.errors import UserError
 
 LONG = "Ü" * 10_000
 

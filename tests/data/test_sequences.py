@@ -5,10 +5,10 @@ import polars as pl
 import pytest
 
 from laserrec.config import DataConfig
+from laserrec.data.dataset import Dataset
 from laserrec.data.prepare import prepare
 from laserrec.data.raw import from_frames
-from laserrec.data.sequences import Dataset
-from laserrec.errors import UserError
+from laserrec.util.errors import UserError
 
 HISTORIES = {"ann": "abcd", "bob": "ab", "eve": "dcbaa"}
 LOOSE = DataConfig(min_user_interactions=1, min_item_interactions=1)

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from laserrec.data.sources import bundled, read_source
-from laserrec.errors import UserError
+from laserrec.util.errors import UserError
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import tiny
 from evil import EVIL, EVIL_BRAND, EVIL_CATEGORY
 
 from laserrec import LaserRecommender
+from laserrec.data.dataset import Dataset
 from laserrec.data.prepare import prepare
 from laserrec.data.raw import from_frames
-from laserrec.data.sequences import Dataset
-from laserrec.evaluate import evaluate
-from laserrec.io import write_json, write_parquet
-from laserrec.models.id_store import load_id_model
-from laserrec.pretrain import pretrain_id_model
+from laserrec.evaluation.evaluate import evaluate
+from laserrec.methods.id_store import load_id_model
+from laserrec.training.pretrain import pretrain_id_model
+from laserrec.util.io import write_json, write_parquet
 
 N = 14
 

@@ -9,16 +9,17 @@ import polars as pl
 import pytest
 import torch
 
-from laserrec import LaserRecommender, cli
-from laserrec.data.sequences import Dataset
-from laserrec.errors import UserError
-from laserrec.evaluate import evaluate
+from laserrec import LaserRecommender
+from laserrec.cli import main as cli
+from laserrec.data.dataset import Dataset
+from laserrec.evaluation.evaluate import evaluate
 from laserrec.report import item_map
 from laserrec.report.categories import groups, short_names
 from laserrec.report.collect import collect
 from laserrec.report.experts import profile
 from laserrec.report.places import find
 from laserrec.report.results import read_results
+from laserrec.util.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_curves_are_those_of_the_folders(report, run_folder):
 def test_a_model_without_router_and_items_added_later(run_folder, llm, llm_folder, tmp_path):
     import tiny
 
-    from laserrec.models.id_store import load_id_model
+    from laserrec.methods.id_store import load_id_model
 
     dataset = Dataset.load(run_folder / "data")
     config = tiny.config(llm_folder(), mformer={"prefix": "none"}, train={"stage_one_epochs": 1, "stage_two_epochs": 0})

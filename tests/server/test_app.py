@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 
 from laserrec import LaserRecommender
-from laserrec.errors import UserError
 from laserrec.server.app import make_app
 from laserrec.server.service import Service
 from laserrec.server.settings import MAX_HISTORY, Limits
+from laserrec.util.errors import UserError
 
 NEW = {"item_id": "new 1/a", "title": "steel drill 99", "brand": "redco", "category": None}
 

@@ -7,9 +7,9 @@ import urllib.request
 
 import pytest
 
-from laserrec import cli_serve
 from laserrec.bench import serve as bench
-from laserrec.errors import UserError
+from laserrec.cli import serve as cli_serve
+from laserrec.util.errors import UserError
 
 
 def test_driven_over_loopback(model_folder):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from laserrec import LaserRecommender
-from laserrec.errors import UserError
-from laserrec.index import IndexKind
-from laserrec.index_build import build_index
+from laserrec.retrieval.build import build_index
+from laserrec.retrieval.index import IndexKind
 from laserrec.server.service import Service
 from laserrec.server.settings import Limits
+from laserrec.util.errors import UserError
 
 NEW = {"item_id": "new", "title": "steel drill 99", "brand": "redco", "category": None}
 

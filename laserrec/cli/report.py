@@ -1,0 +1,54 @@
+"""`laserrec report`. Thin, as cli.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+report_app = App(name="report")
+
+
+@report_app.default
+def report(run: Path, *, out: Path | None = None, data: Path | None = None, results: Path | None = None,
+           map: Literal["tsne", "pca"] | None = None,
+           json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
+    """Write one HTML page about a run: curves, results, what the experts do, a map of the items, recommendations.
+
+    The page fetches nothing and can be mailed. The run's data, results and ID model are looked for beside it, as
+    quickstart lays them out.
+
+    Examples:
+      laserrec report runs/quickstart
+      laserrec report runs/model --data runs/data --results results.json --out report.html
+
+    Parameters
+    ----------
+    run
+        A model folder, or a folder with model/ in it (made by quickstart).
+    out
+        The page; else RUN/report.html.
+    data
+        The data folder the model was trained on, if it is not beside it.
+    results
+        What evaluate --json or reproduce quality wrote.
+    map
+        tsne (extra `report`) keeps neighbours together, pca needs nothing; else tsne where it is installed.
+    json_file
+        Write the experts' and examples' numbers to this file.
+    """
+    from laserrec.report.collect import collect
+    from laserrec.report.numbers import as_numbers
+    from laserrec.report.page import render
+    from laserrec.report.places import find
+    from laserrec.util.io import write_json, write_text
+
+    found = collect(find(run, data, results), map)
+    out = out or run / "report.html"
+    text = render(found)
+    write_text(out, text)
+    if json_file is not None:
+        write_json(json_file, as_numbers(found))
+    Console().print(f"report {out}: {len(text.encode()) / 2**20:.1f} MiB", soft_wrap=True, highlight=False)

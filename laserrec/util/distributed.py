@@ -1,0 +1,222 @@
+"""Several processes that train as one, started by torchrun or Accelerate; else a world of one process.
+
+Every process holds all that is trained, takes its share of the work, and what it finds is summed or gathered, so that
+all go the same way. Tensors are the CPU's and the backend is gloo. In a world of one nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from laserrec.util.errors import UserError
+
+_PATIENCE = timedelta(hours=24)
+"""How long a process waits for the others. One that dies closes its connections, which the others see at once; this is
+for a machine that vanishes, and must outlast the difference between a fast and a slow one."""
+_MEETING = timedelta(minutes=30)
+"""How long the first process waits for all to come."""
+
+
+class PeerLostError(UserError):
+    """Another process ended while this one waited for it."""
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of one training; this one is `rank` of `size`. Methods that name no single process are called by
+    all of them at the same place. They raise PeerLostError when another one has ended."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    """None: torch's default group."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes files and prints."""
+        return self.rank == 0
+
+    # -- dividing work ------------------------------------------------------------------------------------------
+
+    def share(self, n: int) -> np.ndarray:
+        """This process's part of n pieces of work; every piece is someone's, a share may be empty."""
+        return np.arange(self.rank, n, self.size)
+
+    def even_share(self, n: int) -> np.ndarray:
+        """The same for `gather_rows`: shares are equally long, for which the last ones begin anew with the first."""
+        return (np.arange(-(-n // self.size)) * self.size + self.rank) % max(1, n)
+
+    def gather_rows(self, rows: Tensor, n: int) -> Tensor:
+        """All n rows in order, from the rows of each one's `even_share(n)`."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        with self._together():
+            dist.all_gather(parts, rows.contiguous(), group=self.group)
+        return torch.stack(parts, dim=1).flatten(0, 1)[:n]
+
+    # -- agreeing -----------------------------------------------------------------------------------------------
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], numbers: Tensor) -> Tensor:
+        """Replace every gradient by its sum over the processes and return the sum of `numbers` [n]. A parameter whose
+        gradient is None everywhere keeps none, so that an optimiser leaves it alone."""
+        if self.size == 1:
+            return numbers
+        given = [p.grad is not None for p in parameters]
+        flat = torch.cat([*(torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters),
+                          torch.tensor(given, dtype=torch.float32), numbers.float()])
+        with self._together():
+            dist.all_reduce(flat, group=self.group)
+        *parts, given, numbers = flat.split([*(p.numel() for p in parameters), len(parameters), len(numbers)])
+        for p, part, some in zip(parameters, parts, given.tolist(), strict=True):
+            p.grad = part.view_as(p) if some else None
+        return numbers
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number)
+        with self._together():
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return self.most(int(flag)) > 0
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.most(0)
+
+    # -- following the first ------------------------------------------------------------------------------------
+
+    def follow(self, tensors: Iterable[Tensor], leader: int = 0) -> None:
+        """Overwrite these contiguous tensors with the leading process's."""
+        if self.size > 1:
+            for tensor in tensors:
+                self._send(tensor.detach(), leader)
+
+    def from_main(self, make: Callable[[], tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
+        """What `make` gives in the first process, which alone calls it: tensors by name, and a value that JSON can
+        hold."""
+        if self.size == 1:
+            return make()
+        tensors, value = make() if self.is_main else ({}, None)
+        kinds = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
+        kinds, value = self._send_json([kinds, value])
+        out = {}
+        for name, (dtype, shape) in kinds.items():
+            out[name] = tensors[name].contiguous() if self.is_main else torch.empty(shape, dtype=getattr(torch, dtype))
+            self._send(out[name])
+        return out, value
+
+    def told(self, make: Callable[[], Any]) -> Any:
+        """`from_main` without tensors."""
+        return self.from_main(lambda: ({}, make()))[1]
+
+    def _send_json(self, value: Any) -> Any:
+        text = json.dumps(value).encode() if self.is_main else b""
+        length = torch.tensor(len(text))
+        self._send(length)
+        data = torch.frombuffer(bytearray(text), dtype=torch.uint8) if self.is_main else torch.empty(
+            int(length), dtype=torch.uint8)
+        self._send(data)
+        return json.loads(data.numpy().tobytes())
+
+    def _send(self, tensor: Tensor, leader: int = 0) -> None:
+        data = tensor.view(-1).view(torch.uint8)  # bytes: gloo does not know every dtype
+        if len(data):
+            with self._together():
+                dist.broadcast(data, group=self.group, group_src=leader)
+
+    # -- chance -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def own_randomness(self, *key: int) -> Iterator[None]:
+        """In here each process of several draws other numbers, made from `key` and its rank. Outside, all stay at the
+        same place of the same sequence, whatever was drawn in here."""
+        if self.size == 1:
+            yield
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence((*key, self.rank)).generate_state(1, np.uint64)[0]))
+            yield
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch has several classes for it, all of them RuntimeErrors
+            raise PeerLostError(f"process {self.rank} of {self.size} stops because another one ended without a word; "
+                                "was it killed, for want of memory perhaps?") from error
+
+
+_joined: World | None = None
+_store: dist.Store | None = None
+
+
+def several() -> bool:
+    """Whether this process was started as one of several."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join() -> World:
+    """The world this process was started in: torch.distributed's own if that runs already, else the one that torchrun
+    or Accelerate announced in the environment, else a world of one. May be called again.
+
+    Raises UserError if the announced processes can't be met.
+    """
+    global _joined, _store
+    if not several():
+        return World()
+    if _joined is None and dist.is_initialized():
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # the one that runs may be for GPUs only
+        _joined = World(dist.get_rank(), dist.get_world_size(), group)
+    elif _joined is None:
+        try:
+            _store, rank, size = next(dist.rendezvous("env://", timeout=_MEETING))
+            dist.init_process_group("gloo", store=_store, rank=rank, world_size=size, timeout=_PATIENCE)
+            atexit.register(_leave)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes can't be met: "
+                            f"{str(error).splitlines()[0]}. Start several with torchrun; unset WORLD_SIZE to run "
+                            "one") from None
+        _joined = World(rank, size)
+    return _joined
+
+
+def _leave() -> None:
+    """A process that ends while gloo's threads run is aborted now and then, and torchrun takes that for a failure."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def alone(what: str) -> None:
+    """Raises UserError where several processes run: `what` is the work of one."""
+    if several():
+        raise UserError(f"{what} runs in one process; start it without torchrun (only `laserrec fit` takes several)")
+
+
+def speaks() -> bool:
+    """Of several processes that fail, one says why: the first to ask here. The others end because it did."""
+    if _store is None:
+        return not several() or os.environ.get("RANK", "0") == "0"
+    try:
+        return _store.add("laserrec/failed", 1) == 1
+    except RuntimeError:  # the store has gone with the process that held it
+        return True

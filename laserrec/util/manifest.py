@@ -1,0 +1,41 @@
+"""Size and sha256 of a folder's files: tells a damaged or changed copy from what was written.
+
+It guards against accidents. Whoever can change a file can change the manifest too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from laserrec.util.errors import UserError
+
+
+def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int | str]]:
+    """name -> {"bytes", "sha256"} of files that are there; names are relative, with "/"."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
+
+
+def check(folder: Path, files: Mapping[str, Mapping[str, int | str]], advice: str) -> None:
+    """Raises UserError, with `advice` on what to do, for the first file that is missing or is not what `describe` saw.
+    Files are read in pieces, so memory doesn't grow with them; all sizes are looked at before anything is read."""
+    for name, known in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing; {advice}")
+        size = file.stat().st_size
+        if size < known["bytes"]:
+            raise UserError(f"{file} is cut short: it has {size:,} of {known['bytes']:,} bytes; {advice}")
+        if size > known["bytes"]:
+            raise UserError(f"{file} has changed: it has {size:,} bytes instead of {known['bytes']:,}; {advice}")
+    for name, known in files.items():
+        found = file_sha256(folder / name)
+        if found != known["sha256"]:
+            raise UserError(f"{folder / name} has changed: its sha256 is {found[:12]}... instead of "
+                            f"{str(known['sha256'])[:12]}...; {advice}")
+
+
+def file_sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
