@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laserrec.config import BackboneConfig, Engine, Precision, Quantization
 from laserrec.llm.decoder import NativeDecoder, native_reason
-from laserrec.llm.fetch import DEFAULT_NAME, fetch_default
+from laserrec.llm.precision import resolve_precision
 from laserrec.llm.shard import shard
+from laserrec.llm.weights import find_weights, load_tokenizer, loading, source
+from laserrec.util.device import CPU, move
 from laserrec.util.distributed import World, join
 from laserrec.util.errors import UserError
 
@@ -46,6 +47,11 @@ class Backbone:
     """The last catalogue's mean outputs (laserrec.llm.text_features), by its texts."""
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.embedding.device
+
+    @property
     def d_llm(self) -> int:
         return self.embedding.shape[1]
 
@@ -62,6 +68,10 @@ class Backbone:
     @property
     def native(self) -> bool:
         return isinstance(self.decoder, NativeDecoder)
+
+    def tokens(self, ids: np.ndarray) -> Int[Tensor, "*batch seq"]:
+        """Token ids on the device."""
+        return move(torch.as_tensor(ids, dtype=torch.long), self.device)
 
     def embed(self, tokens: Int[Tensor, "*batch seq"]) -> Float[Tensor, "*batch seq d_llm"]:
         """Token embeddings, without gradient."""
@@ -141,40 +151,36 @@ def _layer_stack(model: nn.Module) -> tuple[tuple[nn.Module, str], nn.ModuleList
                     "leave them unset")
 
 
-def load_backbone(config: BackboneConfig) -> Backbone:
-    """Raises UserError when the model is not there, is not a decoder, or can't use the engine asked for."""
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging as hf_logging
+def load_backbone(config: BackboneConfig, device: torch.device = CPU, trust_remote_code: bool = False) -> Backbone:
+    """The LLM on `device`.
 
-    path = str(fetch_default()) if config.name == DEFAULT_NAME else config.name
+    trust_remote_code: run Python code that comes with the model (ChatGLM2 needs it); only for sources you trust. No
+    setting and no folder can allow it, the caller alone.
+
+    Raises UserError when the model is not there, is not a decoder, or can't use the engine asked for.
+    """
+    from transformers import AutoModel
+
     world = join() if config.shard else World()
-    dtype = torch.bfloat16 if resolve_precision(config.precision) == Precision.BF16 else torch.float32
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    quantized = _quantization_options(config, dtype)
-    hf_logging.disable_progress_bar()
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # it reports the unused output layer; missing weights are checked below
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        if world.size > 1:
-            return _load_sharded(path, config, dtype, tokenizer, world)
-        model, loaded = AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True, **options, **quantized)
-    except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"backbone {config.name!r} could not be loaded: {first}. Give `{DEFAULT_NAME}`, a Hugging Face id that "
-            "this machine can reach, or a folder with config.json, tokenizer and safetensors"
-        ) from None
-    finally:
-        hf_logging.set_verbosity(verbosity)
+    dtype = torch.bfloat16 if resolve_precision(config.precision, device) == Precision.BF16 else torch.float32
+    quantized = _quantization_options(config, dtype, device)
+    tokenizer = load_tokenizer(config, trust_remote_code)
+    if world.size > 1:
+        return _load_sharded(config, dtype, tokenizer, world, device, trust_remote_code)
+    with loading(config):
+        model, loaded = AutoModel.from_pretrained(
+            source(config), revision=config.revision, dtype=dtype, output_loading_info=True,
+            trust_remote_code=trust_remote_code, **quantized)
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"backbone {config.name!r} lacks {len(missing)} weights, first {missing[:3]}; fetch it again")
     model.requires_grad_(False).eval()
     _check_layers(model, config)
+    if not quantized:  # quantized weights are made on the device
+        model.to(device)
     embedding = model.get_input_embeddings().weight.detach()
-    decoder = _decoder(model, config, dtype)
-    folder, revision = _weights_folder(path, config.revision)
-    return Backbone(decoder, embedding, tokenizer, config.name, revision, _files_sha256(folder), config)
+    decoder = _decoder(model, config, dtype).to(device)
+    weights = find_weights(config)
+    return Backbone(decoder, embedding, tokenizer, config.name, weights.revision, weights.sha256, config)
 
 
 def _check_layers(model: nn.Module, config: BackboneConfig) -> None:
@@ -187,11 +193,13 @@ def _check_layers(model: nn.Module, config: BackboneConfig) -> None:
                         "alone: --backbone.empty-mean-layers")
 
 
-def _load_sharded(path: str, config: BackboneConfig, dtype: torch.dtype, tokenizer: object, world: World) -> Backbone:
+def _load_sharded(config: BackboneConfig, dtype: torch.dtype, tokenizer: object, world: World, device: torch.device,
+                  trust_remote_code: bool) -> Backbone:
     from accelerate import init_empty_weights
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoModel
 
+    path = source(config)
     if Path(path).is_dir():
         folder, revision = Path(path), None
     else:
@@ -199,8 +207,8 @@ def _load_sharded(path: str, config: BackboneConfig, dtype: torch.dtype, tokeniz
         folder = Path(snapshot_download(path, revision=config.revision, allow_patterns=wanted))
         revision = folder.name  # .../snapshots/COMMIT
     with init_empty_weights(include_buffers=False):
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        model = AutoModel.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = AutoModel.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
     model.requires_grad_(False).eval()
     _check_layers(model, config)
     (parent, name), _ = _layer_stack(model)
@@ -210,7 +218,7 @@ def _load_sharded(path: str, config: BackboneConfig, dtype: torch.dtype, tokeniz
     return Backbone(decoder, embedding, tokenizer, config.name, revision, _files_sha256(folder), config, True)
 
 
-def _quantization_options(config: BackboneConfig, dtype: torch.dtype) -> dict[str, object]:
+def _quantization_options(config: BackboneConfig, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
     if config.quantization == Quantization.NONE:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -220,9 +228,10 @@ def _quantization_options(config: BackboneConfig, dtype: torch.dtype) -> dict[st
 
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")  # once a layer and pass otherwise
     if config.quantization == Quantization.INT8:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                      bnb_4bit_compute_dtype=dtype)}
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def _decoder(model: nn.Module, config: BackboneConfig, dtype: torch.dtype) -> nn.Module:
@@ -237,55 +246,3 @@ def _decoder(model: nn.Module, config: BackboneConfig, dtype: torch.dtype) -> nn
         return TransformersDecoder(model, config.layers, config.gradient_checkpointing, config.mean_layers)
     return NativeDecoder(model, dtype, config.layers, config.compiled, config.gradient_checkpointing,
                          config.mean_layers)
-
-
-def _weights_folder(path: str, revision: str | None) -> tuple[Path | None, str | None]:
-    """Where the weights lie, and the commit they are of if they come from the hub: a branch's name says nothing of
-    tomorrow's weights."""
-    if Path(path).is_dir():
-        return Path(path), None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(path, "config.json", revision=revision)
-    if not isinstance(found, str):
-        return None, revision
-    folder = Path(found).parent
-    return folder, folder.name  # .../snapshots/COMMIT/config.json
-
-
-def _files_sha256(folder: Path | None) -> str:
-    digest = hashlib.sha256()
-    files = [] if folder is None else sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
-    for file in files:
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest() if files else ""
-
-
-def resolve_precision(precision: Precision) -> Precision:
-    """auto -> the faster of bf16 and fp32 on this machine, measured once per process."""
-    return _measured_precision() if precision == Precision.AUTO else precision
-
-
-@cache
-def _measured_precision() -> Precision:
-    if torch.cuda.is_available():
-        return Precision.BF16 if torch.cuda.is_bf16_supported() else Precision.FP32
-    seconds = {p: _product_seconds(d) for p, d in
-               ((Precision.BF16, torch.bfloat16), (Precision.FP32, torch.float32))}
-    # 1.2: bf16 must pay for its rounding clearly, and a noisy tie should not flip between runs.
-    chosen = Precision.BF16 if seconds[Precision.BF16] * 1.2 < seconds[Precision.FP32] else Precision.FP32
-    log.info("precision probe: bf16 %.2f ms, fp32 %.2f ms -> %s",
-             1e3 * seconds[Precision.BF16], 1e3 * seconds[Precision.FP32], chosen)
-    return chosen
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Fastest of several products of the default backbone's MLP size."""
-    a, b = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.nn.functional.linear(a, b)
-        best = min(best, time.perf_counter() - start)
-    return best

@@ -8,20 +8,34 @@ item far better than the output at a last [EOS] does (dev/LOG.md).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
-from laserrec.config import Config, HeadConfig, PromptConfig
+from laserrec.config import BackboneConfig, Config, PromptConfig
 from laserrec.data.dataset import Dataset
 from laserrec.data.prompt import PromptEncoder
 from laserrec.llm.backbone import Backbone, load_backbone
-from laserrec.methods.laser.head import Head
+from laserrec.llm.precision import resolve_precision
+from laserrec.llm.weights import find_weights, load_tokenizer
+from laserrec.llm.whitening import fit_whitening, whiten
+from laserrec.util import checkpoint
+from laserrec.util.device import move
+from laserrec.util.distributed import World
+from laserrec.util.errors import UserError
 from laserrec.util.progress import Progress
+
+log = logging.getLogger(__name__)
 
 _DIMS = 512
 _MAX_TOKENS = 64
@@ -29,17 +43,177 @@ _MAX_TOKENS = 64
 _AT_ONCE = 64
 """Texts per pass of the LLM."""
 _KEPT_BYTES = 2**28
-"""Outputs no larger than this stay with the backbone: an ID model, Laser and its rivals all want those of one
-catalogue, and reading it takes minutes."""
+"""Means no larger than this stay in memory: an ID model, Laser and its rivals all want those of one catalogue, and
+reading it takes minutes."""
+
+
+class TextFeatures:
+    """What the frozen LLM of `config` makes of item texts, on `device`. Every text is read once: means are kept in
+    memory (those of the last catalogue) and, where `folder` is given, in FOLDER/FINGERPRINT.safetensors.
+
+    Where the folder holds what is asked for, the LLM's weights are hashed but not loaded. backbone: the LLM, if it is
+    loaded already. world: processes that read a catalogue together, each its share; all of them call each method at
+    the same place.
+    """
+
+    def __init__(
+        self, config: BackboneConfig, prompt: PromptConfig, device: torch.device, folder: Path | None = None,
+        progress: bool = False, backbone: Backbone | None = None, world: World | None = None,
+    ):
+        self.config = config if backbone is None else backbone.config
+        self.prompt, self.device, self.folder, self.progress = prompt, device, folder, progress
+        self.world, self._loaded = world or World(), backbone
+        self._kept: dict[str, Tensor] = {}
+
+    @property
+    def backbone(self) -> Backbone:
+        """The LLM, loaded at the first use. Raises UserError if it can't be."""
+        if self._loaded is None:
+            self._loaded = load_backbone(self.config, self.device)
+        return self._loaded
+
+    def means(self, items: pl.DataFrame) -> Float[Tensor, "n_items d_means"]:
+        """Per row of `items` (columns title and the prompt's attributes), the mean of the LLM's outputs over the item's
+        line, read alone; behind each of backbone.mean_layers, side by side, or behind the last layer that is used.
+
+        The first token is left out: attention parks what it has no use for there, and its output tells little of the
+        item. float32 on the device. Raises UserError if the LLM can't be loaded or the folder can't be written.
+        """
+        lines = self._encoder.item_tokens(items)
+        key = self._fingerprint(lines)
+        if key not in self._kept:
+            means = self._from_world(key, lines) if lines else torch.empty(0, self.backbone.d_means, device=self.device)
+            self._kept = {key: means}
+        means = self._kept[key]
+        if means.nbytes > _KEPT_BYTES:
+            self._kept = {}
+        return means.clone()
+
+    def vectors(self, items: pl.DataFrame, fit_rows: int | None = None) -> Float[Tensor, "n_items d_text"]:
+        """`means`, each depth centred and whitened with the mean and covariance of the first `fit_rows` rows (None:
+        all), the directions of largest variance first; at most 512 dimensions for each depth."""
+        return whitened(self.means(items), max(1, len(self.config.mean_layers)), fit_rows)
+
+    @cached_property
+    def _encoder(self) -> PromptEncoder:
+        tokenizer = load_tokenizer(self.config) if self._loaded is None else self._loaded.tokenizer
+        return PromptEncoder(tokenizer, self.prompt.model_copy(update={"max_item_tokens": _MAX_TOKENS}))
+
+    @cached_property
+    def _sha256(self) -> str:
+        """Of the LLM's weight files, found without loading them; "" if they are not on this machine yet."""
+        return find_weights(self.config).sha256 if self._loaded is None else self._loaded.sha256
+
+    def _fingerprint(self, lines: list[np.ndarray]) -> str:
+        """sha256 over all that the means depend on."""
+        if not self._sha256:
+            self._sha256 = self.backbone.sha256  # loading brings the weights here
+        config = self.config
+        settings = {"weights": self._sha256, "depths": list(config.mean_layers) or config.layers,
+                    "precision": str(resolve_precision(config.precision, self.device)),
+                    "quantization": str(config.quantization)}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for line in lines:
+            digest.update(len(line).to_bytes(4, "little") + line.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def _from_world(self, key: str, lines: list[np.ndarray]) -> Tensor:
+        """In the first process from the file, if it is there; else read by all processes, and written by the first."""
+        if self.folder is None or not self._sha256:
+            return self._read(lines)
+        path = self.folder / f"{key}.safetensors"
+
+        def kept() -> Tensor | None:
+            found, there = self.world.from_main(lambda: _load(path, key, len(lines)))
+            return move(found["means"], self.device) if there else None
+
+        if (means := kept()) is not None:
+            return means
+        with self._locked(path) if self.world.is_main else nullcontext():
+            if (means := kept()) is not None:  # another run wrote it while this one waited
+                return means
+            means = self._read(lines)
+            if self.world.is_main:
+                _save(path, key, means)
+            return means
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """Of several runs that want the same file one reads the texts; the others wait for it and take the file."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_name(f".{path.name}.lock"))
+            try:
+                lock.acquire(timeout=1)
+            except Timeout:
+                log.warning("another process reads the same item texts; waiting for %s", path)
+                lock.acquire()
+        except OSError as error:
+            raise UserError(f"the folder of text features {path.parent} can't be written: {error.strerror}; give "
+                            "another one") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _read(self, lines: list[np.ndarray]) -> Tensor:
+        with Progress("reading item texts", len(lines), self.progress) as bar:
+            return _means(self.backbone, lines, bar.advance, self.world)
+
+
+def _load(path: Path, key: str, rows: int) -> tuple[dict[str, Tensor], bool]:
+    """The kept means and True; nothing and False where there is no such file, or one that is not whole."""
+    try:
+        tensors, facts = checkpoint.load(path)
+    except UserError:
+        return {}, False
+    means = tensors.get("means")
+    whole = means is not None and means.dtype == torch.float32 and means.ndim == 2 and len(means) == rows
+    return (tensors, True) if whole and facts.get("fingerprint") == key else ({}, False)
+
+
+def _save(path: Path, key: str, means: Tensor) -> None:
+    try:
+        checkpoint.save(path, {"means": means}, {"fingerprint": key})
+    except OSError as error:
+        raise UserError(f"text features can't be written to {path}: {error.strerror}") from None
 
 
 @torch.no_grad()
+def _means(
+    backbone: Backbone, lines: list[np.ndarray], progress: Callable[[int], None] | None, world: World
+) -> Float[Tensor, "n_items d_means"]:
+    """Mean outputs of each line's tokens. Lines go through the LLM in chunks of like length; the processes of `world`
+    take the chunks in turn and exchange what they found, unless the LLM itself is shared out among them."""
+    out = torch.empty(len(lines), backbone.d_means, device=backbone.device)
+    order = np.argsort([len(line) for line in lines], kind="stable")
+    chunks = [order[at : at + _AT_ONCE] for at in range(0, len(order), _AT_ONCE)]
+    alone = World() if backbone.sharded else world
+    for mine in alone.share(len(chunks)):
+        chunk = chunks[mine]
+        out[torch.as_tensor(chunk, device=backbone.device)] = _chunk_means(backbone, [lines[i] for i in chunk])
+        if progress:
+            progress(sum(map(len, chunks[mine : mine + alone.size])))
+    for number, chunk in enumerate(chunks if alone.size > 1 else []):
+        rows = torch.as_tensor(chunk, device=backbone.device)
+        part = out[rows]
+        alone.follow([part], leader=number % alone.size)
+        out[rows] = part
+    return out
+
+
+def _chunk_means(backbone: Backbone, lines: list[np.ndarray]) -> Float[Tensor, "lines d_means"]:
+    lengths, at_layers = [len(line) for line in lines], backbone.config.mean_layers
+    tokens = backbone.tokens(np.concatenate(lines))
+    rows = backbone.embed(tokens).split(lengths)
+    read = backbone.decoder.read_layers(rows, at_layers) if at_layers else backbone.decoder.read_rows(rows, False)
+    return torch.stack([x[min(1, len(x) - 1) :].float().mean(dim=0) for x in read.split(lengths)])
+
+
 def mean_outputs(
     backbone: Backbone, prompt: PromptConfig, items: pl.DataFrame, progress: Callable[[int], None] | None = None
 ) -> Float[Tensor, "n_items d_means"]:
-    """Per row of `items` (title and the prompt's attributes), the mean of the LLM's outputs over the item's line, read
-    alone; behind each of backbone.mean_layers, side by side, or behind the last layer that is used. The first token is
-    left out: it takes up what attention has no use for and its output says little of it."""
+    """`TextFeatures.means` of a loaded LLM; kept with the LLM."""
     encoder = PromptEncoder(backbone.tokenizer, prompt.model_copy(update={"max_item_tokens": _MAX_TOKENS}))
     lines = encoder.item_tokens(items)
     key = hashlib.sha256(b"".join(len(x).to_bytes(4, "little") + x.astype(np.int32).tobytes() for x in lines)).digest()
@@ -47,16 +221,7 @@ def mean_outputs(
         if progress:
             progress(len(lines))
         return backbone.kept_means[key].clone()
-    out, at_layers = torch.empty(len(lines), backbone.d_means), backbone.config.mean_layers
-    order = np.argsort([len(line) for line in lines], kind="stable")
-    for at in range(0, len(order), _AT_ONCE):
-        chunk = order[at : at + _AT_ONCE]
-        rows = [backbone.embed(torch.as_tensor(lines[i], dtype=torch.long)) for i in chunk]
-        read = backbone.decoder.read_layers(rows, at_layers) if at_layers else backbone.decoder.read_rows(rows, False)
-        outputs = read.split([len(row) for row in rows])
-        out[torch.as_tensor(chunk)] = torch.stack([x[min(1, len(x) - 1) :].float().mean(dim=0) for x in outputs])
-        if progress:
-            progress(len(chunk))
+    out = _means(backbone, lines, progress, World())
     if out.nbytes <= _KEPT_BYTES:
         backbone.kept_means.clear()
         backbone.kept_means[key] = out.clone()
@@ -67,11 +232,9 @@ def whitened(
     outputs: Float[Tensor, "n_items d_means"], layers: int, by: int | None = None
 ) -> Float[Tensor, "n_items d_text"]:
     """Each of the `layers` that stand side by side centred and whitened with the mean and covariance of the first `by`
-    rows (None: all), the most important dimension first; at most 512 wide."""
-    d_llm = outputs.shape[1] // layers
-    head = Head(HeadConfig(whiten_dims=min(_DIMS, d_llm)), d_llm, mean_layers=layers)
-    head.fit_whitening(outputs[:by])
-    return head.whiten_items(outputs)
+    rows (None: all), the directions of largest variance first; at most 512 wide."""
+    dims = min(_DIMS, outputs.shape[1] // layers)
+    return whiten(outputs, *fit_whitening(outputs[:by], dims, layers), layers)
 
 
 def text_vectors(

@@ -1,0 +1,43 @@
+"""Whitening of LLM outputs: centre them and turn their narrow cone into a ball."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@torch.no_grad()
+def fit_whitening(
+    outputs: Float[Tensor, "rows d_all"], dims: int, depths: int = 1
+) -> tuple[Float[Tensor, "d_all"], Float[Tensor, "d_all dims"]]:
+    """Mean and whitening matrix of `outputs`, float32, on their device; the directions of largest variance come first.
+
+    PCA whitening; for text embeddings: Su et al. 2021, "Whitening Sentence Representations for Better Semantics and
+    Faster Retrieval". depths: `outputs` holds so many equally wide parts side by side (the LLM's outputs behind several
+    layers). Each is whitened on its own to `dims` dimensions, and their matrices stand one below another.
+    """
+    fitted = [_fit(part, dims) for part in outputs.chunk(depths, dim=1)]
+    mean, matrix = (torch.cat(parts) for parts in zip(*fitted, strict=True))
+    return mean.to(outputs.device), matrix.to(outputs.device)
+
+
+def whiten(
+    outputs: Float[Tensor, "*batch d_all"], mean: Float[Tensor, "d_all"], matrix: Float[Tensor, "d_all dims"],
+    depths: int = 1,
+) -> Float[Tensor, "*batch d_white"]:
+    """`outputs` centred and whitened, each depth by its own part of `matrix`; d_white = depths * dims."""
+    parts = (outputs - mean).chunk(depths, dim=-1), matrix.chunk(depths)
+    return torch.cat([x @ own for x, own in zip(*parts, strict=True)], dim=-1)
+
+
+def _fit(outputs: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    if outputs.device.type == "mps":  # has no float64, which the covariance of a narrow cone needs
+        outputs = outputs.cpu()
+    x = outputs.double()
+    mean = x.mean(dim=0)
+    values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+    values, vectors = values[-dims:].flip(0).clamp(min=1e-8), vectors[:, -dims:].flip(1)
+    # The sign of an eigenvector is arbitrary; fix it so that two machines agree.
+    largest = vectors.abs().argmax(dim=0, keepdim=True)
+    return mean.float(), (vectors * torch.sign(vectors.gather(0, largest)) / values.sqrt()).float()

@@ -1,0 +1,40 @@
+"""Whitening: what comes out is white, ordered, and the same whatever an eigenvector's sign."""
+
+import pytest
+import torch
+
+from laserrec.llm.whitening import fit_whitening, whiten
+
+
+def cone(rows: int = 200, width: int = 12) -> torch.Tensor:
+    """Vectors in a narrow cone, of unequal spread by dimension."""
+    return 5 + torch.randn(rows, width, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.1, 1, width)
+
+
+@pytest.mark.parametrize(("depths", "dims"), [(1, 12), (1, 5), (2, 4), (3, 4)])
+def test_each_depth_is_white(depths, dims):
+    outputs = cone()
+    mean, matrix = fit_whitening(outputs, dims, depths)
+    white = whiten(outputs, mean, matrix, depths)
+    assert white.shape == (200, depths * dims) and mean.dtype == matrix.dtype == torch.float32
+    for part in white.chunk(depths, dim=1):
+        torch.testing.assert_close(part.mean(dim=0), torch.zeros(dims), rtol=0, atol=1e-5)
+        torch.testing.assert_close(part.T @ part / 200, torch.eye(dims), rtol=0, atol=1e-4)
+
+
+def test_the_largest_direction_comes_first():
+    outputs = cone()
+    first = whiten(outputs, *fit_whitening(outputs, 1))[:, 0]
+    correlations = torch.corrcoef(torch.cat([first[None], outputs.T]))[0, 1:].abs()
+    assert correlations.argmax() >= 10  # the widest dimensions are the last
+
+
+def test_the_largest_entry_of_a_direction_is_positive():
+    _, matrix = fit_whitening(cone(), 12)
+    assert (matrix.gather(0, matrix.abs().argmax(dim=0, keepdim=True)) > 0).all()
+
+
+def test_a_direction_without_variance_stays_finite():
+    outputs = cone()
+    outputs[:, 3] = 1.0
+    assert whiten(outputs, *fit_whitening(outputs, 12)).isfinite().all()
