@@ -50,6 +50,7 @@ class DataConfig(_Section):
 class IdModelKind(StrEnum):
     SASREC = "sasrec"
     BERT4REC = "bert4rec"
+    NONE = "none"
 
 
 class IdLoss(StrEnum):
@@ -67,7 +68,7 @@ class IdModelConfig(_Section):
     """The ID-based sequential recommender that is pretrained, frozen and read by the M-Former."""
 
     kind: IdModelKind = IdModelKind.SASREC
-    """sasrec (causal, next item) or bert4rec (bidirectional, cloze). The paper uses bert4rec."""
+    """sasrec (causal, next item), bert4rec (bidirectional, cloze; the paper's), or none: Laser without an ID model."""
     d_id: int = Field(128, ge=2)
     """Width of the states C_u [d_i]; the paper's BERT4Rec has 64."""
     blocks: int = Field(2, ge=1)
@@ -193,6 +194,7 @@ class Template(StrEnum):
 class Layout(StrEnum):
     PREFIX_FIRST = "prefix_first"
     TEXT_FIRST = "text_first"
+    NONE = "none"
 
 
 class ItemSide(StrEnum):
@@ -209,12 +211,13 @@ class PromptConfig(_Section):
     layout: Layout = Layout.PREFIX_FIRST
     """prefix_first: [prefix][text][suffix] (paper, Eq. 1). text_first (not in the paper):
     [text][prefix][suffix], where each item's text attends to itself and the instruction only, so that the frozen
-    LLM reads every item once and its keys and values are reused for all users and epochs."""
+    LLM reads every item once and its keys and values are reused for all users and epochs. none (not in the paper):
+    the LLM reads items alone, no histories; needs item_side mean."""
     item_side: ItemSide = ItemSide.TRAINED
     """trained: an item is read with the same prefix and suffix as a user (paper). plain (not in the paper): with no
     prefix and a frozen [EOS] as suffix, so that users train against a target that stands still. mean (not in the
     paper): an item is the mean of the LLM's outputs over its own text, and a user starts as the sum of the history's
-    items, newer ones heavier (neighbours.recency), to which a trained map adds the output at the suffix."""
+    items, newer ones heavier (neighbours.decay), to which a trained map adds the output at the suffix."""
     max_items: int = Field(20, ge=1)
     """Only the last so many items of a history are written out."""
     max_item_tokens: int = Field(64, ge=4)
@@ -298,11 +301,11 @@ class HeadConfig(_Section):
     """0: the LLM's output alone (paper). Else the frozen ID model's user state / item embedding stands beside it and
     the score is (1 - id_share) x LLM cosine + id_share x ID cosine. The training loss sees the LLM's part alone: the
     ID model has seen the training targets, so a mix weighed on them would trust it too much."""
-
-
     seen_offset: bool = False
     """Learn one number that is added to the scores of items which stand in the user's history already (not in the
     paper). They are the nearest by text, and how often people buy again differs between shops."""
+    seen_offset_start: float = -1.0
+    """Where that number starts: a cosine less, since most people buy something new."""
 
 
 class NeighboursConfig(_Section):
@@ -320,7 +323,7 @@ class NeighboursConfig(_Section):
     row_power: float = Field(0.0, ge=0, le=1)
     """An item's weights are divided by (their positive ones' sum / the items' mean) ** row_power: with 1 all items say
     as much."""
-    recency: float = Field(0.8, gt=0, le=1)
+    decay: float = Field(0.8, gt=0, le=1)
     """What an item of a history weighs beside the next newer one."""
     share: float = Field(0.7, gt=0)
     """What the softmax over cosines weighs beside the neighbours."""
@@ -385,6 +388,8 @@ class EvalConfig(_Section):
     """Cut-off of Recall@k and NDCG@k."""
     batch_size: int = Field(64, ge=1)
     """Users encoded and ranked at once."""
+    validates: bool = True
+    """Choose the epoch on validation. False: train all epochs and keep the last, for data too small to validate on."""
 
 
 class StudentConfig(_Section):
@@ -423,13 +428,22 @@ class Config(_Section):
     neighbours: NeighboursConfig = NeighboursConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    student: StudentConfig | None = None
+    """Of a distilled model alone; set by `laserrec distil`."""
 
     @model_validator(mode="after")
     def _layout_fits(self) -> Config:
         if self.prompt.layout == Layout.TEXT_FIRST and self.head.pooling == Pooling.MEAN:
             raise ValueError("head.pooling mean needs prompt.layout prefix_first: text_first keeps no text outputs")
-        if self.prompt.item_side == ItemSide.MEAN and not self.head.projection:
+        reads = self.prompt.layout != Layout.NONE
+        if self.prompt.item_side == ItemSide.MEAN and reads and not self.head.projection:
             raise ValueError("prompt.item_side mean needs head.projection: it maps items and the history's sum alike")
+        if not reads and self.prompt.item_side != ItemSide.MEAN:
+            raise ValueError("prompt.layout none needs prompt.item_side mean: without a pass over histories users are "
+                             "sums of items")
+        if not reads and not self.head.projection and self.train.stage_one_epochs + self.train.stage_two_epochs:
+            raise ValueError("prompt.layout none without head.projection has nothing to train; set "
+                             "train.stage_one_epochs and train.stage_two_epochs to 0")
         if self.prompt.layout == Layout.TEXT_FIRST and self.backbone.shard:
             raise ValueError("backbone.shard needs prompt.layout prefix_first: text_first needs the native engine")
         return self

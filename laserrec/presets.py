@@ -9,7 +9,7 @@ ID_MODELS: dict[str, dict[str, Any]] = {
                  "eval_every": 4},
 }
 
-# EASE on IDs alone, as a rival: the best of 378 settings of l2, length_power, recency and row_power.
+# EASE on IDs alone, as a rival: the best of 378 settings of l2, length_power, decay and row_power.
 EASE: dict[str, Any] = {"l2": 400.0, "text_weight": 0.0, "row_power": 0.5}
 
 # The paper's settings (appendix B). Any other decoder of that size goes in with --backbone.name.

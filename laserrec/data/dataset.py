@@ -1,9 +1,9 @@
 """A data folder in memory: items' text, users, training sequences, evaluation cases.
 
 Data folder (written by `laserrec prepare`, read by everything else):
-  items.parquet         item Int32 (dense, 1..n_items; 0 is padding), item_id String, then text columns
+  items.parquet         item Int32 (rows 0..n_items - 1), item_id String, then text columns
                         title, brand, category String (null where unknown)
-  users.parquet         user Int32 (dense, 1..n_users), user_id String
+  users.parquet         user Int32 (rows 0..n_users - 1), user_id String
   interactions.parquet  user Int32, item Int32, position Int32 (0 = the user's oldest), timestamp Int64 or null,
                         split String: "train" | "validation" | "test"; sorted by (user, position)
   meta.json             format, settings, sha256 of the three files, Table 1's columns
@@ -18,10 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from laserrec.data.histories import Histories
 from laserrec.util.errors import UserError
 from laserrec.util.io import read_json
 
+FORMAT = 2
+"""Of data folders; in format 1 items and users were numbered from 1."""
 SPLITS = ("train", "validation", "test")
 
 
@@ -29,19 +35,19 @@ SPLITS = ("train", "validation", "test")
 class Cases:
     """Evaluation cases: predict `targets[i]` from `histories[i]` (everything before it, oldest first)."""
 
-    users: np.ndarray
-    """Int32[cases], dense users."""
-    histories: list[np.ndarray]
-    """Int32[history] each, dense items, never empty."""
-    targets: np.ndarray
-    """Int32[cases], dense items."""
+    users: Int[np.ndarray, "cases"]
+    """Rows of `Dataset.users`."""
+    histories: Histories
+    """Never empty."""
+    targets: Int[Tensor, "cases"]
+    """Item rows."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, index: np.ndarray) -> Cases:
         """The cases at `index`, in that order."""
-        return Cases(self.users[index], [self.histories[i] for i in index], self.targets[index])
+        return Cases(self.users[index], self.histories.take(index), self.targets[torch.as_tensor(index)])
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,31 @@ class Dataset:
                    if not (folder / f).is_file()]
         if missing:
             raise UserError(f"{folder} is not a data folder ({', '.join(missing)} missing); make one: laserrec prepare")
+        meta = read_json(folder / "meta.json", "prepare again")
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+            raise UserError(f"{folder} was written by another version of laserrec (its format is not {FORMAT}); "
+                            "prepare the data again")
         tables = [pl.read_parquet(folder / f"{name}.parquet") for name in ("items", "users", "interactions")]
-        return Dataset(*tables, meta=read_json(folder / "meta.json", "prepare again"))
+        return Dataset(*tables, meta=meta)
 
     @cached_property
-    def train_sequences(self) -> dict[int, np.ndarray]:
-        """user -> Int32[seq] items of split "train", oldest first. Nothing of validation or test is in it."""
+    def train_sequences(self) -> Histories:
+        """Items of split "train" per user who has any, oldest first. Nothing of validation or test is in it."""
+        return self._train[1]
+
+    @property
+    def train_users(self) -> Int[np.ndarray, "sequences"]:
+        """The user of each training sequence."""
+        return self._train[0]
+
+    @cached_property
+    def _train(self) -> tuple[np.ndarray, Histories]:
         return _by_user(self.interactions.filter(pl.col("split") == "train"))
+
+    @cached_property
+    def trained_items(self) -> Int[Tensor, "some"]:
+        """Rows of items that stand in a training sequence, ascending. Of a temporal split they may be few."""
+        return torch.unique(self.train_sequences.items)
 
     def cases(self, split: str) -> Cases:
         """One case per interaction of `split` that has a history. The history is everything before the target:
@@ -96,15 +120,16 @@ class Dataset:
         return {}
 
     def _make_cases(self, split: str) -> Cases:
-        full = _by_user(self.interactions)
+        users, full = _by_user(self.interactions)
         rows = self.interactions.filter((pl.col("split") == split) & (pl.col("position") > 0))
-        users, positions = rows["user"].to_numpy(), rows["position"].to_numpy()
-        histories = [full[u][:p] for u, p in zip(users.tolist(), positions.tolist(), strict=True)]
-        return Cases(users, histories, rows["item"].to_numpy())
+        of, before = rows["user"].to_numpy(), torch.tensor(rows["position"].to_list(), dtype=torch.long)
+        whole = full.take(np.searchsorted(users, of))
+        histories = whole.where(torch.arange(len(whole.items)) - whole.starts[whole.users] < before[whole.users])
+        return Cases(of, histories, torch.tensor(rows["item"].to_list(), dtype=torch.long))
 
 
-def _by_user(interactions: pl.DataFrame) -> dict[int, np.ndarray]:
-    users, items = interactions["user"].to_numpy(), interactions["item"].to_numpy().astype(np.int32)
-    starts = np.flatnonzero(np.r_[True, users[1:] != users[:-1]]) if len(users) else np.zeros(0, int)
-    parts = np.split(items, starts[1:]) if len(users) else []
-    return dict(zip(users[starts].tolist(), parts, strict=True))
+def _by_user(interactions: pl.DataFrame) -> tuple[np.ndarray, Histories]:
+    """Users that have any, ascending, and their items in the rows' order."""
+    users, counts = np.unique(interactions["user"].to_numpy(), return_counts=True)
+    items = torch.as_tensor(interactions["item"].to_numpy().astype(np.int64))
+    return users, Histories(items, torch.as_tensor(counts.cumsum(), dtype=torch.long))

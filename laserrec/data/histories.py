@@ -1,73 +1,124 @@
-"""The histories a caller gives, in any of their forms -> dense items."""
+"""Users' ordered histories as two tensors: one type from the door to the score."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import numpy as np
-import polars as pl
-
-from laserrec.data.raw import to_polars
-from laserrec.util.errors import UserError
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Histories:
-    """`rows[i]`: Int32[history] dense items of `users[i]`, never empty."""
+    """Histories of item rows (0 to n_items - 1), oldest first. A history may be empty."""
 
-    users: list
-    rows: list[np.ndarray]
-    user_type: pl.DataType
-    pandas: bool
-    """The caller's frame was a pandas one."""
+    items: Int[Tensor, "total"]
+    """All histories, one behind another."""
+    ends: Int[Tensor, "users"]
+    """Where each history ends: history u is items[ends[u - 1] : ends[u]]."""
+
+    @staticmethod
+    def of(rows: Iterable[Sequence[int] | np.ndarray | Tensor], device: torch.device | None = None) -> Histories:
+        """From one sequence of item rows per user."""
+        parts = [np.asarray(row, dtype=np.int64) for row in rows]
+        items = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        return Histories(torch.as_tensor(items, device=device), torch.as_tensor(ends, device=device))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, user: int) -> Int[Tensor, "seq"]:
+        """One history."""
+        start = int(self.ends[user - 1]) if user else 0
+        return self.items[start : int(self.ends[user])]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.items.device
+
+    @cached_property
+    def starts(self) -> Int[Tensor, "users"]:
+        """Where each history begins."""
+        return torch.cat([self.ends.new_zeros(min(1, len(self))), self.ends[:-1]])
+
+    @cached_property
+    def lengths(self) -> Int[Tensor, "users"]:
+        """Items of each history."""
+        return self.ends - self.starts
+
+    @cached_property
+    def users(self) -> Int[Tensor, "total"]:
+        """The user of each item."""
+        rows = torch.arange(len(self), device=self.device)
+        return torch.repeat_interleave(rows, self.lengths, output_size=len(self.items))
+
+    @cached_property
+    def ages(self) -> Int[Tensor, "total"]:
+        """Steps back in time of each item: 0 for a history's newest."""
+        place = torch.arange(len(self.items), device=self.device)
+        return self.ends[self.users] - 1 - place
+
+    def lists(self) -> list[list[int]]:
+        """One list of item rows per user."""
+        items, ends = self.items.tolist(), self.ends.tolist()
+        return [items[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)] if ends else []
+
+    def to(self, device: torch.device) -> Histories:
+        """The same on another device."""
+        if self.device == device:
+            return self
+        return Histories(self.items.to(device, non_blocking=True), self.ends.to(device, non_blocking=True))
+
+    def take(self, users: Int[Tensor, "some"] | np.ndarray | Sequence[int]) -> Histories:
+        """Some users' histories, in the order given."""
+        users = torch.as_tensor(users, dtype=torch.long, device=self.device)
+        lengths = self.lengths[users]
+        ends = lengths.cumsum(0)
+        count = int(ends[-1]) if len(ends) else 0
+        shift = torch.repeat_interleave(self.starts[users] - (ends - lengths), lengths, output_size=count)
+        return Histories(self.items[torch.arange(count, device=self.device) + shift], ends)
+
+    def where(self, kept: Bool[Tensor, "total"]) -> Histories:
+        """Without the items at which `kept` is False; all users stay."""
+        counts = torch.zeros_like(self.ends).index_add_(0, self.users, kept.long())
+        return Histories(self.items[kept], counts.cumsum(0))
+
+    def last(self, count: int) -> Histories:
+        """The newest `count` items of each."""
+        return self if not len(self) or int(self.lengths.max()) <= count else self.where(self.ages < count)
+
+    def below(self, n_items: int) -> Histories:
+        """Without items of row n_items and above."""
+        kept = self.items < n_items
+        return self if bool(kept.all()) else self.where(kept)
+
+    def padded(self, fill: int) -> Int[Tensor, "users longest"]:
+        """As one matrix, `fill` behind the shorter ones; at least one column."""
+        longest = max(1, int(self.lengths.max())) if len(self) else 1
+        out = torch.full((len(self), longest), fill, dtype=torch.long, device=self.device)
+        out[self.users, torch.arange(len(self.items), device=self.device) - self.starts[self.users]] = self.items
+        return out
+
+    def distinct(self) -> Pairs:
+        """Which items stand in which histories."""
+        width = int(self.items.max()) + 1 if len(self.items) else 1
+        keys = torch.unique(self.users * width + self.items)
+        return Pairs(keys // width, keys % width)
 
 
-def read_histories(histories: Any, index: Mapping[str, int], unknown: str = "error") -> Histories:
-    """`index`: item_id -> dense item. Item ids are compared as strings.
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs (user, item row), each once, ascending."""
 
-    Raises UserError for an unknown item (unless unknown = "drop"), an empty history, no histories, or another type.
-    """
-    if unknown not in ("error", "drop"):
-        raise UserError(f'unknown is "error" or "drop", not {unknown!r}')
-    pandas = type(histories).__module__.split(".")[0] == "pandas"
-    named = _as_mapping(histories)
-    if not named:
-        raise UserError("no histories were given; a recommendation needs at least one")
-    rows = [_dense(user, items, index, unknown) for user, items in named.items()]
-    users = list(named)
-    whole = all(isinstance(u, int) for u in users)
-    return Histories(users if whole else [str(u) for u in users], rows, pl.Int64 if whole else pl.String, pandas)
+    users: Int[Tensor, "pairs"]
+    items: Int[Tensor, "pairs"]
 
-
-def _as_mapping(histories: Any) -> Mapping[Any, Sequence[Any]]:
-    if isinstance(histories, Mapping):
-        return histories
-    if isinstance(histories, pl.DataFrame) or hasattr(histories, "iloc"):
-        frame = to_polars(histories)
-        missing = [c for c in ("user_id", "item_id") if c not in frame.columns]
-        if missing:
-            raise UserError(f"histories: column {', '.join(missing)} is missing; there are: {', '.join(frame.columns)}")
-        grouped = frame.group_by("user_id", maintain_order=True).agg("item_id")
-        return dict(zip(grouped["user_id"].to_list(), grouped["item_id"].to_list(), strict=True))
-    if isinstance(histories, Sequence) and not isinstance(histories, str):
-        if histories and (isinstance(histories[0], str) or not isinstance(histories[0], Iterable)):
-            raise UserError("histories is one list of item ids; give a list of histories: [[...], ...]")
-        return dict(enumerate(histories))
-    raise UserError(f"histories: expected a dict, a list of lists or a frame, not {type(histories).__name__}")
-
-
-def _dense(user: Any, items: Sequence[Any], index: Mapping[str, int], unknown: str) -> np.ndarray:
-    if isinstance(items, str) or not isinstance(items, Iterable):
-        raise UserError(f"history of user {user!r} is {items!r}, not a list of item ids; give a list, even for one")
-    ids = [str(i) for i in items]
-    missing = [i for i in ids if i not in index]
-    if missing and unknown == "error":
-        raise UserError(f"history of user {user!r}: {len(missing)} unknown item ids, first {missing[:3]}; "
-                        'add them with add_items, or leave them out with unknown = "drop"')
-    dense = [index[i] for i in ids if i in index]
-    if not dense:
-        left = "no item of it is in the catalogue" if ids else "it is empty"
-        raise UserError(f"history of user {user!r}: {left}; a recommendation needs at least one item")
-    return np.array(dense, dtype=np.int32)
+    def to(self, device: torch.device) -> Pairs:
+        """The same on another device."""
+        return Pairs(self.users.to(device, non_blocking=True), self.items.to(device, non_blocking=True))

@@ -16,12 +16,12 @@ from pathlib import Path
 import polars as pl
 
 from laserrec.config import DataConfig, Split
+from laserrec.data.dataset import FORMAT
 from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, check_on_error
 from laserrec.data.sources import Source, read_source
 from laserrec.util.errors import UserError
 from laserrec.util.io import json_text, new_folder, parquet_bytes, write_bytes
 
-_FORMAT = 1
 _TABLES = ("items", "users", "interactions")
 
 
@@ -51,7 +51,7 @@ def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig,
     report = {**dict(notes or {}), "steps": steps, "split": facts, **_statistics(*tables)}
     files = {f"{name}.parquet": parquet_bytes(table) for name, table in zip(_TABLES, tables, strict=True)}
     sha256 = hashlib.sha256(b"".join(files.values())).hexdigest()
-    meta = {"format": _FORMAT, "sha256": sha256, "settings": config.model_dump(mode="json"),
+    meta = {"format": FORMAT, "sha256": sha256, "settings": config.model_dump(mode="json"),
             "table1": report["table1"]}
     files["meta.json"] = json_text(meta).encode("utf-8")
     files["report.json"] = json_text(report).encode("utf-8")
@@ -196,9 +196,9 @@ def _temporal(acts: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, dic
 
 
 def _number(acts: pl.DataFrame, items: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """items, users, interactions of the folder. Dense numbers from 1 in the order of the sorted ids (by bytes)."""
-    items = items.sort("item_id").with_row_index("item", 1).with_columns(pl.col("item").cast(pl.Int32))
-    users = acts.select("user_id").unique().sort("user_id").with_row_index("user", 1)
+    """items, users, interactions of the folder. Rows from 0 in the order of the sorted ids (by bytes)."""
+    items = items.sort("item_id").with_row_index("item").with_columns(pl.col("item").cast(pl.Int32))
+    users = acts.select("user_id").unique().sort("user_id").with_row_index("user")
     users = users.with_columns(pl.col("user").cast(pl.Int32))
     numbered = acts.join(items.select("item_id", "item"), on="item_id").join(users, on="user_id")
     numbered = numbered.select("user", "item", "position", "timestamp", "split").sort("user", "position")

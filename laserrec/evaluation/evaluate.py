@@ -7,50 +7,63 @@ that is a repeat purchase counts as lost (rank = number of items).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import polars as pl
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from laserrec.data.dataset import Cases, Dataset
+from laserrec.data.histories import Histories
 from laserrec.evaluation.metrics import Metrics, mean_ranks, ranks_without
 from laserrec.util.io import write_parquet
 from laserrec.util.memory import rows_at_once
 
-Scorer = Callable[[Sequence[np.ndarray]], Tensor]
-"""Histories (dense items, oldest first) -> Float[batch n_items]; column j is item j + 1."""
+
+class Scorer(Protocol):
+    """All that the evaluator asks of a model."""
+
+    def score(self, histories: Histories) -> Float[Tensor, "users items"]:
+        """One column per item row; higher is better. Called without gradient."""
+        ...
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Float64[cases] each: nothing filtered, and history excluded."""
+    """The target's rank in each case, 1 = best."""
 
-    plain: np.ndarray
-    exclude_seen: np.ndarray
+    plain: Float[np.ndarray, "cases"]
+    """Among all items."""
+    exclude_seen: Float[np.ndarray, "cases"]
+    """Among the items that are not in the history."""
 
 
-def rank_cases(score: Scorer, cases: Cases, batch_size: int, n_items: int,
+@torch.no_grad()
+def rank_cases(model: Scorer, cases: Cases, batch_size: int, n_items: int,
                progress: Callable[[int], None] | None = None) -> Ranks:
-    """Rank every case's target; at most batch_size x n_items scores are held at once."""
-    plain, filtered = [], []
-    for at in range(0, len(cases), batch_size):
-        histories = cases.histories[at : at + batch_size]
-        with torch.no_grad():
-            scores = score(histories)
-        if scores.shape != (len(histories), n_items):
-            raise ValueError(f"scores have shape {tuple(scores.shape)}, not {(len(histories), n_items)}")
-        targets = torch.as_tensor(cases.targets[at : at + batch_size].astype(np.int64)) - 1
+    """Rank every case's target; at most batch_size x n_items scores are held at once, fewer where items are many.
+    Raises ValueError for scores of another shape or a NaN among them."""
+    batch_size = rows_at_once(n_items, batch_size)
+    plain, filtered = [torch.zeros(0, dtype=torch.double)], [torch.zeros(0, dtype=torch.double)]
+    order = cases.histories.lengths.argsort(stable=True)  # histories of like length go through a model together
+    for rows in order.split(batch_size):
+        part = cases.take(rows.numpy())
+        scores = model.score(part.histories)
+        if scores.shape != (len(part), n_items):
+            raise ValueError(f"scores have shape {tuple(scores.shape)}, not {(len(part), n_items)}")
+        targets = part.targets.to(scores.device)
         ranks = mean_ranks(scores, targets)
-        seen = [torch.as_tensor(h.astype(np.int64)) - 1 for h in histories]
-        plain.append(ranks.numpy())
-        filtered.append(ranks_without(ranks, scores, targets, seen).numpy())
+        plain.append(ranks.cpu())
+        filtered.append(ranks_without(ranks, scores, targets, part.histories.distinct().to(scores.device)).cpu())
         if progress:
-            progress(len(histories))
-    return Ranks(np.concatenate(plain), np.concatenate(filtered)) if plain else Ranks(np.zeros(0), np.zeros(0))
+            progress(len(part))
+    back = order.argsort()
+    return Ranks(torch.cat(plain)[back].numpy(), torch.cat(filtered)[back].numpy())
 
 
 @dataclass(frozen=True)
@@ -72,21 +85,18 @@ class Result:
                 "seconds": round(self.seconds, 2), "exclude_seen": hidden}
 
 
-def evaluate(model: str, score: Scorer, dataset: Dataset, split: str, k: int = 10, batch_size: int = 256,
+def evaluate(name: str, model: Scorer, dataset: Dataset, split: str, k: int = 10, batch_size: int = 64,
              progress: Callable[[int], None] | None = None) -> Result:
-    """Full ranking of one split; fewer than batch_size users at once where there are very many items. `seconds` is the
-    time this took."""
+    """Full ranking of one split, `batch_size` users at once (setting `eval.batch_size`). `seconds` is the time this
+    took. Raises UserError for a split without cases."""
     start = time.monotonic()
-    batch_size = rows_at_once(dataset.n_items, batch_size)
-    ranks = rank_cases(score, dataset.cases(split), batch_size, dataset.n_items, progress)
-    return Result(model, split, Metrics.from_ranks(ranks.plain, k), Metrics.from_ranks(ranks.exclude_seen, k), ranks,
+    ranks = rank_cases(model, dataset.cases(split), batch_size, dataset.n_items, progress)
+    return Result(name, split, Metrics.from_ranks(ranks.plain, k), Metrics.from_ranks(ranks.exclude_seen, k), ranks,
                   time.monotonic() - start)
 
 
 def save_ranks(path: Path, dataset: Dataset, split: str, ranks: Ranks) -> None:
     """Per-case ranks with the caller's user ids, for significance tests."""
-    cases = dataset.cases(split)
-    names = dict(zip(dataset.users["user"].to_list(), dataset.users["user_id"].to_list(), strict=True))
-    frame = pl.DataFrame({"user_id": [names[u] for u in cases.users.tolist()], "rank": ranks.plain,
-                          "rank_exclude_seen": ranks.exclude_seen})
+    users = dataset.users["user_id"].gather(dataset.cases(split).users.tolist())
+    frame = pl.DataFrame({"user_id": users, "rank": ranks.plain, "rank_exclude_seen": ranks.exclude_seen})
     write_parquet(path, frame)

@@ -13,6 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from laserrec.data.histories import Pairs
+from laserrec.util.errors import UserError
+
 
 def mean_ranks(
     scores: Float[Tensor, "batch items"], targets: Int[Tensor, "batch"]
@@ -33,18 +36,15 @@ def ranks_without(
     ranks: Float[Tensor, "batch"],
     scores: Float[Tensor, "batch items"],
     targets: Int[Tensor, "batch"],
-    excluded: list[Int[Tensor, "_"]],
+    excluded: Pairs,
 ) -> Float[Tensor, "batch"]:
-    """`mean_ranks` had row i's columns `excluded[i]` not been ranked. An excluded target can never be recommended:
+    """`mean_ranks` had the excluded (row, column) pairs not been ranked. An excluded target can never be recommended:
     its rank is the last, `items`."""
-    out = ranks.clone()
-    for row, (target, gone) in enumerate(zip(targets.tolist(), excluded, strict=True)):
-        gone = gone.unique()
-        if bool((gone == target).any()):
-            out[row] = scores.shape[1]
-            continue
-        own, others = scores[row, target], scores[row, gone]
-        out[row] -= (others > own).sum() + (others == own).sum() / 2
+    own, others = scores.gather(1, targets[:, None])[excluded.users, 0], scores[excluded.users, excluded.items]
+    ahead = (others > own).double() + (others == own).double() / 2
+    out = ranks.index_add(0, excluded.users, -ahead)
+    lost = excluded.users[excluded.items == targets[excluded.users]]
+    out[lost] = float(scores.shape[1])
     return out
 
 
@@ -62,9 +62,9 @@ class Metrics:
 
     @staticmethod
     def from_ranks(ranks: np.ndarray, k: int = 10) -> Metrics:
-        """Raises ValueError for no ranks at all."""
+        """Raises UserError for no ranks at all."""
         if len(ranks) == 0:
-            raise ValueError("no ranks: there is no case to evaluate")
+            raise UserError("there is no case to evaluate: no user of this split has an item before the target")
         hit = ranks <= k
         gain = np.where(hit, 1 / np.log2(1 + ranks), 0.0)
         return Metrics(k, float(hit.mean()), float(gain.mean()), float((1 / ranks).mean()), len(ranks))

@@ -1,156 +1,156 @@
-"""Items that stand together in histories, as a closed-form item-to-item regression: EASE (Steck 2019, "Embarrassingly
-Shallow Autoencoders for Sparse Data") with the items' texts as further rows (Jeunen, Van Balen & Goethals 2020,
-"Closed-Form Models for Collaborative Filtering with Side-Information").
+"""Item-to-item weights in closed form: EASE (Steck 2019, "Embarrassingly Shallow Autoencoders for Sparse Data") with
+the items' texts as further rows (Jeunen, Van Balen & Goethals 2020, "Closed-Form Models for Collaborative Filtering
+with Side-Information").
 
-Not in the paper. Where histories are short it finds more than a transformer over item IDs does, in seconds, and each
-item keeps only its strongest neighbours.
+Not in the paper. Where histories are short it finds more than a transformer over item IDs does, in seconds.
 """
 
 from __future__ import annotations
-
-import os
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from scipy import sparse
 from torch import Tensor, nn
 
 from laserrec.config import NeighboursConfig
+from laserrec.data.histories import Histories, Pairs
+from laserrec.methods.terms import AtPairs, decayed_pairs
 from laserrec.util.errors import UserError
+from laserrec.util.memory import available_bytes
 
-Pull = tuple[Int[Tensor, "found"], Float[Tensor, "found"]]
-"""Dense items, ascending, and how strongly a history's items pull them."""
 _LEAST_SUM = 0.01
-"""Of the mean sum of a row: items that nothing is known of are not blown up further."""
-_LAST = 50
-"""Items of a history that are looked at, the newest."""
+"""Of the mean sum of a row's weights: rows below it are not scaled up further."""
 
 
-def check_size(n_items: int, config: NeighboursConfig) -> None:
-    """Raises UserError where the regression would not fit into this machine's memory."""
-    needed, memory = 3 * 4 * n_items**2, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if config.count and needed > memory:
-        raise UserError(f"neighbours of {n_items:,} items take {needed / 1e9:,.0f} GB and this machine has "
-                        f"{memory / 1e9:,.0f} GB; leave them off: --neighbours.count 0")
+def check_size(n_items: int) -> None:
+    """Raises UserError where the regression would not fit into the memory that is free."""
+    needed, free = 3 * 4 * n_items**2, available_bytes()
+    if needed > free:
+        raise UserError(f"the item-to-item regression of {n_items:,} items takes {needed / 1e9:,.1f} GB and "
+                        f"{free / 1e9:,.1f} GB are free; turn it off (setting neighbours.count = 0) or use a larger "
+                        "machine")
 
 
-def weigh(history: np.ndarray, recency: float) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct items of a history and their weights: recency ** (items behind it), an item's newest place."""
-    newest, age = np.unique(history[::-1][:_LAST], return_index=True)
-    return newest, recency ** age.astype(np.float32)
-
-
-def weighed_sums(
-    histories: Sequence[np.ndarray], rows: Callable[[Int[Tensor, "some"]], Float[Tensor, "some d"]], recency: float
-) -> Float[Tensor, "histories d"]:
-    """The histories' items, as unit rows, summed with the weights of `weigh`. rows: dense items -> their rows."""
-    weighed = [weigh(h, recency) for h in histories]
-    items, place = np.unique(np.concatenate([i for i, _ in weighed]), return_inverse=True)
-    user = torch.as_tensor(np.repeat(np.arange(len(weighed)), [len(i) for i, _ in weighed]))
-    weights = torch.zeros(len(weighed), len(items))
-    weights[user, torch.as_tensor(place)] = torch.as_tensor(np.concatenate([w for _, w in weighed]))
-    return weights @ F.normalize(rows(torch.as_tensor(items.astype(np.int64))), dim=-1)
+def _gram(sequences: Histories, n_items: int, length_power: float) -> np.ndarray:
+    """Weighted co-occurrence counts [n_items n_items] of items in sequences."""
+    pairs = sequences.distinct()
+    sizes = torch.bincount(pairs.users, minlength=len(sequences)).double()
+    mean = sizes.sum() / max(1, int((sizes > 0).sum()))
+    weights = (sizes.clamp(min=1) / mean) ** -length_power
+    x = sparse.csr_matrix((weights[pairs.users].sqrt().numpy(), (pairs.users.numpy(), pairs.items.numpy())),
+                          shape=(len(sequences), n_items))
+    return np.asarray((x.T @ x).todense(), dtype=np.float32)
 
 
 def regress(
-    sequences: Sequence[np.ndarray], n_items: int, config: NeighboursConfig,
-    text: Float[Tensor, "n_items d_text"] | None = None,
+    sequences: Histories, n_items: int, config: NeighboursConfig, text: Float[Tensor, "n_items d_text"] | None = None,
+    device: torch.device | None = None,
 ) -> Float[Tensor, "n_items n_items"]:
-    """The regression's weights B: row i says how much each item gains where i stands in a history.
+    """The regression's weights B: entry (i, j) is what item i in a history adds to the score of item j.
 
     B minimises ||X - XB||^2 + text_weight ||T - TB||^2 + l2 ||B||^2 over B with a zero diagonal. X has a row per
-    sequence of dense items, ones where an item stands in it, weighed by length ** (-length_power / 2) at mean weight
-    one; T has the unit text vectors' dimensions as rows. Rows of B are then evened out by row_power. Time n_items ** 3,
-    memory 3 n_items ** 2 floats.
+    sequence, ones where an item stands in it, weighted by length ** (-length_power / 2) at mean weight one; T has the
+    unit text vectors' dimensions as rows. Rows of B are then evened out by row_power. Time n_items ** 3, memory
+    3 n_items ** 2 floats. Raises UserError where that is not free.
     """
-    rows = [np.unique(s) for s in sequences if len(s)]
-    weights = np.array([len(s) for s in rows], dtype=np.float32)
-    weights = (weights / weights.mean()) ** -config.length_power if len(rows) else weights
-    gram = torch.zeros(n_items, n_items)
-    for row, weight in zip(rows, weights.tolist(), strict=True):
-        index = torch.as_tensor(row.astype(np.int64)) - 1
-        gram[index[:, None], index[None]] += weight
+    check_size(n_items)
+    gram = torch.from_numpy(_gram(sequences, n_items, config.length_power)).to(device)
     if text is not None and config.text_weight:
         unit = F.normalize(text, dim=-1)
         gram.addmm_(unit, unit.T, alpha=config.text_weight)
     gram.diagonal().add_(config.l2)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    weights_of = inverse / -inverse.diagonal()
-    weights_of.fill_diagonal_(0.0)
+    weights = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    weights /= -weights.diagonal().clone()
+    weights.fill_diagonal_(0.0)
     if config.row_power:
-        sums = weights_of.clamp(min=0).sum(dim=1, keepdim=True)
+        sums = weights.clamp(min=0).sum(dim=1, keepdim=True)
         mean = sums.mean().clamp(min=1e-8)
-        weights_of /= (sums / mean).clamp(min=_LEAST_SUM) ** config.row_power
-    return weights_of
+        weights /= (sums / mean).clamp(min=_LEAST_SUM) ** config.row_power
+    return weights
 
 
 class Neighbours(nn.Module):
-    """Each item's strongest neighbours, and how their pull joins a cosine. Nothing here is trained by gradient.
+    """Each item's strongest neighbours, as a score term. Nothing here is trained by gradient.
 
-    Parameters: `n_items`: the known items.
+    With boost b of an item, the sum of the weights of the history's items for it, its cosine c becomes
+    tau log(exp(c / tau) + scale b): the cosine whose softmax weight is the item's own plus its neighbours'. An item
+    without a boost keeps its cosine.
+
+    Parameters: `n_items`: the items of the regression; later ones inherit (`inherit`).
     """
 
     def __init__(self, config: NeighboursConfig, n_items: int):
         super().__init__()
-        self.config, self.temperature = config, config.temperature
+        self.config = config
         count = min(config.count, max(1, n_items - 1))
         self.register_buffer("items", torch.zeros(n_items, count, dtype=torch.int32))
         self.register_buffer("weights", torch.zeros(n_items, count))
         self.register_buffer("log_scale", torch.zeros(()))
-        self._lenders: tuple[Tensor, Tensor] | None = None
+        self._parents: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def fit(self, sequences: Sequence[np.ndarray], text: Float[Tensor, "n_items d_text"]) -> None:
+    def fit(self, sequences: Histories, text: Float[Tensor, "n_items d_text"]) -> None:
         """Keep the largest positive weights of `regress`."""
         n_items, count = self.items.shape
-        top = regress(sequences, n_items, self.config, text).topk(count, dim=1)
-        self.items.copy_((top.indices + 1).to(torch.int32))
+        top = regress(sequences, n_items, self.config, text, self.items.device).topk(count, dim=1)
+        self.items.copy_(top.indices.to(torch.int32))
         self.weights.copy_(top.values.clamp(min=0))
 
     @torch.no_grad()
     def scale_to(self, cosines: Float[Tensor, "users n_items"]) -> None:
-        """Weigh neighbours against these users' cosines: the softmax over a user's cosines counts `share` times as much
-        as the neighbours' weights, which like it are about a probability. One scale for all users, so that a score
-        needs no sum over all items."""
-        self.log_scale.copy_((cosines / self.temperature).logsumexp(dim=1).mean() - np.log(self.config.share))
+        """Set the scale such that the softmax over a user's cosines counts `share` times as much as the neighbours'
+        weights, on average over these users. One scale for all users, so that a score needs no sum over items."""
+        log_sums = (cosines / self.config.temperature).logsumexp(dim=1)
+        self.log_scale.copy_(log_sums.mean() - np.log(self.config.share))
 
-    def lend(self, rows: Int[Tensor, "new lenders"], weights: Float[Tensor, "new lenders"]) -> None:
-        """Items behind the known ones, that were never regressed, take their place from known ones (rows, from 0): in a
-        history they pull what those pull; they are pulled as those are, and by those themselves as a strongest
-        neighbour would be. None: `rows` is empty."""
-        self._lenders = (rows, weights) if len(rows) else None
+    def inherit(self, rows: Int[Tensor, "new parents"], weights: Float[Tensor, "new parents"]) -> None:
+        """Give items behind the known ones, which the regression never saw, parents among the known ones: in a history
+        they count as their parents do, and their boost is the weighted mean of their parents' boosts, where a parent
+        in the history counts as the strongest neighbour would."""
+        self._parents = (rows, weights) if len(rows) else None
 
-    def pull(self, history: np.ndarray) -> Pull:
-        """Dense items that the history's items pull, and how strongly, ascending; none of the history itself."""
-        items, weights = weigh(history, self.config.recency)
-        rows, strength = self._as_known(torch.as_tensor(items.astype(np.int64)) - 1, torch.as_tensor(weights))
-        found, place = torch.unique(self.items[rows].flatten().long(), return_inverse=True)
-        total = torch.zeros(len(found)).index_add_(0, place, (self.weights[rows] * strength[:, None]).flatten())
-        if self._lenders is not None:
-            new, pulls = self._pulled_new(found, total, rows, strength)
-            found, total = torch.cat([found, new]), torch.cat([total, pulls])
-        real = (total > 0) & ~torch.isin(found, torch.as_tensor(items.astype(np.int64)))
-        return found[real], total[real]
+    @torch.no_grad()
+    def on(self, histories: Histories) -> AtPairs:
+        """The boosts of one batch; none for items of the history itself."""
+        histories = histories.to(self.items.device)
+        pairs, strength = decayed_pairs(histories, self.config.decay)
+        users, rows, strength = self._as_known(pairs, strength)
+        boosted = self.items[rows].long()
+        found = [(users.repeat_interleave(boosted.shape[1]), boosted.flatten(),
+                  (self.weights[rows] * strength[:, None]).flatten())]
+        if self._parents is not None:
+            own = users, rows, self.weights[rows].amax(dim=1) * strength
+            found.append(self._children(*(torch.cat(x) for x in zip(found[0], own, strict=True))))
+        users, items, boosts = (torch.cat(x) for x in zip(*found, strict=True))
+        width = len(self.items) + (0 if self._parents is None else len(self._parents[0]))
+        keys, place = torch.unique(users * width + items, return_inverse=True)
+        total = torch.zeros(len(keys), device=boosts.device).index_add_(0, place, boosts)
+        kept = (total > 0) & ~torch.isin(keys, pairs.users * width + pairs.items)
+        return AtPairs(Pairs(keys[kept] // width, keys[kept] % width), total[kept], self._join)
 
-    def _as_known(self, rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-        """Known rows and their weights in place of a history's rows; without lenders new items say nothing."""
-        known = rows < len(self.items)
-        if self._lenders is None or known.all():
-            return rows[known], strength[known]
-        lenders, shares = (x[rows[~known] - len(self.items)] for x in self._lenders)
-        return (torch.cat([rows[known], lenders.flatten()]),
+    def _as_known(self, pairs: Pairs, strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Users, known rows and weights of the histories' items; new items are replaced by their parents."""
+        known = pairs.items < len(self.items)
+        if self._parents is None:
+            return pairs.users[known], pairs.items[known], strength[known]
+        parents, shares = (x[pairs.items[~known] - len(self.items)] for x in self._parents)
+        return (torch.cat([pairs.users[known], pairs.users[~known].repeat_interleave(parents.shape[1])]),
+                torch.cat([pairs.items[known], parents.flatten()]),
                 torch.cat([strength[known], (shares * strength[~known][:, None]).flatten()]))
 
-    def _pulled_new(self, found: Tensor, total: Tensor, rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-        """All new items and how they are pulled."""
-        lenders, shares = self._lenders
-        known = torch.zeros(len(self.items)).index_add_(0, found - 1, total)
-        known.index_add_(0, rows, self.weights[rows].amax(dim=1) * strength)
-        return torch.arange(len(lenders)) + len(self.items) + 1, (known[lenders] * shares).sum(dim=1)
+    def _children(self, users: Tensor, items: Tensor, boosts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What boosts of known items add to new items: (users, new rows, boosts)."""
+        parents, shares = self._parents
+        order = torch.argsort(parents.flatten(), stable=True)
+        starts = torch.searchsorted(parents.flatten()[order], items)
+        counts = torch.searchsorted(parents.flatten()[order], items, right=True) - starts
+        source = torch.repeat_interleave(torch.arange(len(items), device=items.device), counts)
+        ends = counts.cumsum(0)
+        place = order[torch.arange(len(source), device=items.device) - (ends - counts)[source] + starts[source]]
+        return users[source], place // parents.shape[1] + len(self.items), boosts[source] * shares.flatten()[place]
 
-    def join(self, cosines: Float[Tensor, "n"], pulls: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-        """Scores of pulled items, on the cosines' scale: the cosine whose softmax weight is the item's own plus the
-        neighbours', tau log(exp(cosine / tau) + scale x pull). An item that nothing pulls keeps its cosine."""
-        return self.temperature * torch.logaddexp(cosines / self.temperature, pulls.log() + self.log_scale)
+    def _join(self, cosines: Float[Tensor, "some"], boosts: Float[Tensor, "some"]) -> Float[Tensor, "some"]:
+        tau = self.config.temperature
+        return tau * torch.logaddexp(cosines / tau, boosts.log() + self.log_scale)

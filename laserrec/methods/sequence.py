@@ -1,14 +1,14 @@
-"""The ID-based sequential recommenders: SASRec (Kang & McAuley 2018) and BERT4Rec (Sun et al. 2019).
+"""The transformer that the ID-based sequential recommenders share, and how it is trained.
 
-Both share one body. Batches are padded on the right and padding is masked, so an output doesn't depend on its batch.
-SASRec's positions count from the window's first item: counted back from the newest (the left-padded original), all but
-the last position of a short training sequence would be trained at places that are never asked for. BERT4Rec's count
-back from the newest: its mask at inference then stands where the masks of cut sequences stood in training.
+Item rows 0 to n_items - 1 are the items, row n_items is padding, row n_items + 1 BERT4Rec's mask token. Batches are
+padded on the right and padding is masked, so an output doesn't depend on its batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,35 +16,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from laserrec.config import IdLoss, IdModelConfig, IdModelKind, ItemTable
+from laserrec.config import IdLoss, IdModelConfig, ItemTable
+from laserrec.data.dataset import Dataset
+from laserrec.data.histories import Histories, Pairs
+from laserrec.methods.terms import SeenOffset
 from laserrec.util.errors import UserError
 
-_PREFIX_SHARE = 0.5
-"""BERT4Rec: share of sequences that are cut to a random start and hide its last item alone, as at inference. With the
-whole sequence's last item instead, validation NDCG@10 on amazon-scientific was .053, with random starts .0555 and
-positions from the end .0563."""
-
-
 _ITEM_STD = 0.02
-"""Spread of fresh weights."""
+"""Standard deviation of fresh weights."""
 _SEEN_OFFSET_START = -2.0
 """Where a learnt seen offset starts, in logits: most people buy something new."""
 
 
-def pad_histories(histories: Sequence[np.ndarray], max_history: int) -> Int[Tensor, "batch seq"]:
-    """The last `max_history` items of each, padded with 0 on the right. Raises UserError for an empty history."""
-    for row, history in enumerate(histories):
-        if len(history) == 0:
-            raise UserError(f"history {row} (counted from 0) is empty; a sequence model needs at least one item")
-    cut = [torch.as_tensor(h[-max_history:].astype(np.int64)) for h in histories]
-    return nn.utils.rnn.pad_sequence(cut, batch_first=True)
-
-
-def _rows_and_lengths(items: Int[Tensor, "batch seq"]) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
-    return torch.arange(len(items), device=items.device), (items > 0).sum(dim=1)
-
-
-class _Block(nn.Module):
+class Block(nn.Module):
     """Attention, then a feed-forward (d_id wide inside for SASRec, 4 d_id for BERT4Rec, as published), both residual.
 
     SASRec normalises behind the sum (on amazon-scientific: fewer epochs than in front of it, and a better validation
@@ -67,6 +51,7 @@ class _Block(nn.Module):
         return self.dropout(self.out(y.transpose(1, 2).flatten(-2)))
 
     def forward(self, x: Float[Tensor, "batch seq d_id"], mask: Bool[Tensor, "batch one seq_or_one seq"]) -> Tensor:
+        """[batch seq d_id]; mask: which positions each one reads."""
         if self.pre_norm:
             x = x + self._attend(self.attention_norm(x), mask)
             return x + self.dropout(self.feed(self.feed_norm(x)))
@@ -74,10 +59,53 @@ class _Block(nn.Module):
         return self.feed_norm(x + self.dropout(self.feed(x)))
 
 
-class IdModel(nn.Module):
-    """Body and interface of both: item ids in, states [d_id] and scores of all items out.
+@dataclass(frozen=True)
+class Targets:
+    """A batch with what is to be predicted in it; built on the CPU, then moved."""
 
-    Row 0 of the item table is padding, rows 1..n_items the items, row n_items + 1 BERT4Rec's mask token.
+    inputs: Int[Tensor, "batch seq"]
+    places: Int[Tensor, "targets"]
+    """Flat positions (row * seq + column) whose states predict something, ascending."""
+    items: Int[Tensor, "targets"]
+    """The items there."""
+    seen: Pairs
+    """(target, item): items that the target's state may see."""
+
+    def rows(self, rows: Int[Tensor, "some"]) -> Targets:
+        """Some rows of the batch."""
+        seq = self.inputs.shape[1]
+        of = self.places // seq
+        new_row = torch.full((len(self.inputs),), -1).index_copy_(0, rows, torch.arange(len(rows)))
+        kept = new_row[of] >= 0
+        order = torch.argsort(new_row[of[kept]], stable=True)
+        places = (new_row[of] * seq + self.places % seq)[kept][order]
+        number = torch.full((len(of),), -1).index_copy_(0, kept.nonzero()[:, 0][order], torch.arange(len(places)))
+        users = number[self.seen.users]
+        return Targets(self.inputs[rows], places, self.items[kept][order],
+                       Pairs(users[users >= 0], self.seen.items[users >= 0]))
+
+    def to(self, device: torch.device) -> Targets:
+        """The same on another device."""
+        moved = (x.to(device, non_blocking=True) for x in (self.inputs, self.places, self.items))
+        return Targets(*moved, self.seen.to(device))
+
+
+def make_targets(inputs: Tensor, targets: Tensor, visible: Callable[[Tensor, Tensor], Tensor], pad: int,
+                 offset: bool) -> Targets:
+    """`targets`: Int[batch seq], `pad` where nothing is predicted. visible: rows and columns of targets -> the items
+    that each may see, Int[targets seq], `pad` elsewhere; called only if there is a seen offset."""
+    row, column = (targets != pad).nonzero(as_tuple=True)
+    seen = Pairs(row[:0], row[:0])
+    if offset:
+        items = visible(row, column)
+        target, place = (items != pad).nonzero(as_tuple=True)
+        keys = torch.unique(target * (pad + 1) + items[target, place])
+        seen = Pairs(keys // (pad + 1), keys % (pad + 1))
+    return Targets(inputs, row * inputs.shape[1] + column, targets[row, column], seen)
+
+
+class SequenceModel(nn.Module):
+    """Histories in, a state per item and scores of all items out. A two-tower model: the bias is a dimension.
 
     Parameters: `text`: Float[n_items d_text] whitened vectors of the items' texts, most important dimension first;
     needed by the item tables that are made from them (`config.items`). Raises ValueError without.
@@ -89,12 +117,12 @@ class IdModel(nn.Module):
         super().__init__()
         if text is None and config.items != ItemTable.IDS:
             raise ValueError(f"item table {config.items!r} is made from text vectors")
-        self.config, self.n_items = config, n_items
+        self.config, self.n_items, self.pad, self.mask_token = config, n_items, n_items, n_items + 1
         self.max_history, self.d_id = config.max_history, config.d_id
-        self.item = nn.Embedding(n_items + 2, config.d_id, padding_idx=0)
+        self.item = nn.Embedding(n_items + 2, config.d_id, padding_idx=self.pad)
         self.position = nn.Embedding(config.max_history + 1, config.d_id)
         self.embedding_dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(_Block(config, pre_norm=not self.causal) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(Block(config, pre_norm=not self.causal) for _ in range(config.blocks))
         self.norm = nn.Identity() if self.causal else nn.LayerNorm(config.d_id)
         self.bias = nn.Parameter(torch.zeros(n_items))
         for module in self.modules():
@@ -103,9 +131,9 @@ class IdModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         self.adaptor = None
-        self.seen_offset = nn.Parameter(torch.tensor(_SEEN_OFFSET_START)) if config.seen_offset else None
+        self.seen = SeenOffset(_SEEN_OFFSET_START) if config.seen_offset else None
         with torch.no_grad():
-            self.item.weight[0].zero_()
+            self.item.weight[self.pad].zero_()
         if config.items == ItemTable.LLM_START:
             self._start_from(text)
         elif config.items == ItemTable.TEXT:
@@ -116,26 +144,32 @@ class IdModel(nn.Module):
     @torch.no_grad()
     def _start_from(self, text: Float[Tensor, "n_items d_text"]) -> None:
         dims = min(self.d_id, text.shape[1])
-        start = text[:, :dims] / text[:, :dims].std().clamp(min=1e-8) * _ITEM_STD
-        self.item.weight[1 : self.n_items + 1, :dims] = start
+        self.item.weight[: self.n_items, :dims] = text[:, :dims] / text[:, :dims].std().clamp(min=1e-8) * _ITEM_STD
 
-    def table(self) -> Float[Tensor, "rows d_id"]:
-        """The whole item table, padding and mask token included."""
-        if self.adaptor is None:
-            return self.item.weight
-        ends = self.item.weight[:1], self.item.weight[self.n_items + 1 :]
-        return torch.cat([ends[0], self.adaptor(self.text), ends[1]])
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.bias.device
+
+    @property
+    def terms(self) -> list[SeenOffset]:
+        """The learnt seen offset, if there is one."""
+        return [] if self.seen is None else [self.seen]
+
+    def item_embeddings(self) -> Float[Tensor, "n_items d_id"]:
+        """Without padding and mask token."""
+        return self.item.weight[: self.n_items] if self.adaptor is None else self.adaptor(self.text)
 
     def embed(self, items: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_id"]:
-        """Rows of the item table."""
-        return self.item(items) if self.adaptor is None else F.embedding(items, self.table())
+        """Vectors of items, padding and mask tokens."""
+        if self.adaptor is None:
+            return self.item(items)
+        return F.embedding(items, torch.cat([self.item_embeddings(), self.item.weight[self.n_items :]]))
 
     def states(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_id"]:
         """C_u: one state per item of the history (SASRec: of the items up to it; BERT4Rec: of all given items)."""
-        real, place = items > 0, torch.arange(items.shape[1], device=items.device)
-        if not self.causal:
-            place = (real.sum(dim=1, keepdim=True) - 1 - place).clamp(min=0)
-        x = self.embedding_dropout(self.embed(items) + self.position(place))
+        real = items != self.pad
+        x = self.embedding_dropout(self.embed(items) + self.position(self._positions(real)))
         mask = real[:, None, None, :].expand(-1, 1, items.shape[1], -1)
         if self.causal:
             mask = mask & torch.ones(items.shape[1], items.shape[1], dtype=torch.bool, device=items.device).tril()
@@ -143,99 +177,125 @@ class IdModel(nn.Module):
             x = block(x, mask)
         return self.norm(x)
 
-    def item_embeddings(self) -> Float[Tensor, "n_items d_id"]:
-        return self.table()[1 : self.n_items + 1]
+    @abstractmethod
+    def _positions(self, real: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch_or_one seq"]:
+        """Rows of the position table."""
 
-    def logits(self, states: Float[Tensor, "*batch d_id"]) -> Float[Tensor, "*batch n_items"]:
-        return states @ self.item_embeddings().T + self.bias
-
-    def scores(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch n_items"]:
-        """Of the next item after each history (0 = padding on the right)."""
-        return self._add_seen_offset(self.logits(self.next_item_state(items)), items)
-
-    def _add_seen_offset(
-        self, logits: Float[Tensor, "rows n_items"], visible: Int[Tensor, "rows seq"]
-    ) -> Float[Tensor, "rows n_items"]:
-        """`visible`: the items each row has seen, 0 where there is none."""
-        if self.seen_offset is None:
-            return logits
-        row, place = visible.nonzero(as_tuple=True)
-        pairs = torch.unique(row * self.n_items + visible[row, place] - 1)
-        return logits.flatten().index_add(0, pairs, self.seen_offset.expand(len(pairs))).view_as(logits)
-
-    def score(self, histories: Sequence[np.ndarray]) -> Float[Tensor, "batch n_items"]:
-        """`scores` for the evaluator."""
-        return self.scores(pad_histories(histories, self.max_history))
-
-
-class SASRec(IdModel):
-    """Causal self-attention; every position predicts the next item."""
-
-    causal = True
-
+    @abstractmethod
     def next_item_state(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch d_id"]:
-        rows, length = _rows_and_lengths(items)
-        return self.states(items)[rows, length - 1]
+        """The state that predicts the item after each history (padded on the right)."""
 
-    def loss(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-        """Mean over all positions of a training sequence that have a next item."""
-        inputs = items[:, :-1].masked_fill(items[:, 1:] == 0, 0)  # a sequence's last item is a target only
-        targets = items[:, 1:]
-        real = targets > 0
-        states, targets = self.states(inputs)[real], targets[real]
-        if self.config.loss == IdLoss.CROSS_ENTROPY:
-            row, place = real.nonzero(as_tuple=True)
-            seen = inputs[row].masked_fill(torch.arange(inputs.shape[1], device=items.device) > place[:, None], 0)
-            return F.cross_entropy(self._add_seen_offset(self.logits(states), seen), targets - 1)
-        negatives = torch.randint(1, self.n_items + 1, targets.shape, device=targets.device)
-        positive, negative = (self._pair_logits(states, i) for i in (targets, negatives))
-        return F.softplus(-positive).mean() + F.softplus(negative).mean()
+    @abstractmethod
+    def targets(self, items: Int[Tensor, "batch seq"]) -> Targets:
+        """Training sequences (on the CPU) -> inputs and targets of one step."""
+
+    def pad_histories(self, histories: Histories) -> Int[Tensor, "batch seq"]:
+        """The newest max_history items of each, on the model's device. Raises UserError for an empty history."""
+        if len(histories) and int(histories.lengths.min()) == 0:
+            row = int(histories.lengths.argmin())
+            raise UserError(f"history {row} (counted from 0) is empty; a sequence model needs at least one item")
+        return histories.last(self.max_history).padded(self.pad).to(self.device, non_blocking=True)
+
+    def users(self, histories: Histories) -> Float[Tensor, "users d_out"]:
+        """The state for the next item, and a one that takes the item's bias."""
+        state = self.next_item_state(self.pad_histories(histories))
+        return torch.cat([state, state.new_ones(len(state), 1)], dim=1)
+
+    def items(self, rows: Int[Tensor, "some"] | None = None) -> Float[Tensor, "items d_out"]:
+        """Embeddings, and the biases behind them."""
+        table = torch.cat([self.item_embeddings(), self.bias[:, None]], dim=1)
+        return table if rows is None else table[rows]
+
+    @torch.no_grad()
+    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
+        """Logits of the next item."""
+        scores = self.users(histories) @ self.items().T
+        for term in self.terms:
+            scores = term.on(histories).to_all(scores)
+        return scores
+
+    def loss(self, part: Targets) -> Float[Tensor, ""]:
+        """The sum of the targets' losses."""
+        part = part.to(self.device)
+        states = self.states(part.inputs).flatten(0, 1)[part.places]
+        if self.config.loss == IdLoss.BCE:
+            negatives = torch.randint(0, self.n_items, part.items.shape, device=states.device)
+            positive, negative = (self._pair_logits(states, i) for i in (part.items, negatives))
+            return F.softplus(-positive).sum() + F.softplus(negative).sum()
+        logits = states @ self.item_embeddings().T + self.bias
+        if self.seen is not None:
+            at = part.seen.users * self.n_items + part.seen.items
+            logits = logits.flatten().index_add(0, at, self.seen.offset.expand(len(at))).view_as(logits)
+        return F.cross_entropy(logits, part.items, reduction="sum")
 
     def _pair_logits(self, states: Tensor, items: Tensor) -> Tensor:
-        return (states * self.embed(items)).sum(dim=-1) + self.bias[items - 1]
+        return (states * self.embed(items)).sum(dim=-1) + self.bias[items]
 
 
-class BERT4Rec(IdModel):
-    """Bidirectional self-attention; hidden items are predicted from both sides (cloze)."""
+class SequenceTask:
+    """Training a sequence model on whole sequences; a `Trainable`."""
 
-    causal = False
+    def __init__(self, model: SequenceModel, dataset: Dataset):
+        """Raises UserError where no sequence has a next item."""
+        self.module = model
+        long = (dataset.train_sequences.lengths > 1).nonzero()[:, 0]
+        if not len(long):
+            raise UserError("no user has two training interactions; there is nothing to learn a sequence from")
+        self.sequences = dataset.train_sequences.take(long)
 
-    def next_item_state(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch d_id"]:
-        """The state of a mask token put behind the history."""
-        rows, length = _rows_and_lengths(items)
-        masked = F.pad(items, (0, 1))
-        masked[rows, length] = self.n_items + 1
-        return self.states(masked)[rows, length]
+    def start(self, pause: Callable[[], None]) -> None:
+        """Nothing."""
 
-    def loss(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-        """Cloze over random positions; some sequences are cut to a random start and hide its last item alone, since
-        that is the task at inference (the original adds last-item samples and slides a window for the same end)."""
-        length = (items > 0).sum(dim=1, keepdim=True)
-        prefix = torch.rand(len(items), 1, device=items.device) < _PREFIX_SHARE
-        shorter = 2 + (torch.rand(len(items), 1, device=items.device) * (length - 1)).long()
-        length = torch.where(prefix, shorter.clamp(max=length), length)
-        place = torch.arange(items.shape[1], device=items.device)
-        items = items.masked_fill(place >= length, 0)
-        hidden = (torch.rand(items.shape, device=items.device) < self.config.mask_probability) & (items > 0)
-        hidden = torch.where(prefix | ~hidden.any(dim=1, keepdim=True), place == length - 1, hidden)
-        states = self.states(items.masked_fill(hidden, self.n_items + 1))[hidden]
-        seen = items.masked_fill(hidden, 0)[hidden.nonzero(as_tuple=True)[0]]
-        return F.cross_entropy(self._add_seen_offset(self.logits(states), seen), items[hidden] - 1)
+    def decayed(self) -> Iterable[nn.Parameter]:
+        """All but the seen offset."""
+        offset = None if self.module.seen is None else self.module.seen.offset
+        return (p for p in self.module.parameters() if p is not offset)
+
+    def begin_epoch(self, number: int) -> SequenceExamples:
+        """The sequences as they are, but for the share that is read in a random order."""
+        self.module.train()
+        config, sequences = self.module.config, self.sequences
+        if config.shuffle:
+            rng = np.random.default_rng((config.seed, number - 1, 1))
+            mixed = torch.from_numpy(rng.random(len(sequences)) < config.shuffle)[sequences.users]
+            key = torch.where(mixed, torch.from_numpy(rng.random(len(mixed))), -sequences.ages.double())
+            order = torch.from_numpy(np.lexsort((key.numpy(), sequences.users.numpy())))
+            sequences = Histories(sequences.items[order], sequences.ends)
+        return SequenceExamples(sequences.last(self.module.max_history), self.module)
+
+    def loss(self, batch: Targets, rows: np.ndarray) -> dict[str, Tensor]:
+        """The rows' share of the mean over all targets of the batch."""
+        part = batch if len(rows) == len(batch.inputs) else batch.rows(torch.as_tensor(rows))
+        return {"loss": self.module.loss(part) / len(batch.places)}
+
+    def end_epoch(self) -> None:
+        """Nothing."""
+
+    def scorer(self) -> SequenceModel:
+        """The model, without dropout."""
+        return self.module.eval()
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's."""
+        return self.module.state_dict()
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """The model's."""
+        self.module.load_state_dict(state)
 
 
-def make_id_model(
-    config: IdModelConfig, n_items: int, text: Float[Tensor, "n_items d_text"] | None = None
-) -> IdModel:
-    """A fresh model; seed torch first. `text`: see IdModel."""
-    return {IdModelKind.SASREC: SASRec, IdModelKind.BERT4REC: BERT4Rec}[config.kind](config, n_items, text)
+@dataclass(frozen=True)
+class SequenceExamples:
+    """One epoch's sequences."""
 
+    sequences: Histories
+    model: SequenceModel
 
-def load_weights(config: IdModelConfig, n_items: int, weights: dict[str, Tensor]) -> IdModel:
-    """A trained model from its state_dict, ready for use: frozen and in evaluation mode. Raises RuntimeError where the
-    weights don't fit."""
-    text = weights.get("text")
-    if text is None and config.items != ItemTable.IDS:
-        text = torch.zeros(n_items, config.d_id)  # it started the item table, which the weights hold now
-    model = make_id_model(config, n_items, text)
-    model.load_state_dict(weights)
-    return model.eval().requires_grad_(False)
+    @property
+    def lengths(self) -> Int[np.ndarray, "examples"]:
+        """Items of each."""
+        return self.sequences.lengths.numpy()
+
+    def batch(self, index: Int[np.ndarray, "batch"]) -> Targets:
+        """Padded, with targets."""
+        return self.model.targets(self.sequences.take(index).padded(self.model.pad))

@@ -1,7 +1,7 @@
 """The curves of one training, written while it runs: TENSORBOARD/ and training.jsonl in its folder.
 
   tensorboard/     scalars per step, for `tensorboard --logdir`; validation at the last step of its epoch
-  training.jsonl   a line every few steps: step (from 1, over all stages), steps it stands for, stage, epoch; means over
+  training.jsonl   a line every few steps: step (from 1, over all phases), steps it stands for, phase, epoch; means over
                    those steps of the losses and gradient norms; examples and seconds; experts: users per query expert
 
 A resumed training goes on behind its checkpoint: what was written of later steps is dropped, and they are done again.
@@ -12,15 +12,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from laserrec.methods.laser.mformer import Route
 from laserrec.util.io import write_text
 
 LOG_FILE = "training.jsonl"
@@ -41,16 +39,11 @@ class Watch:
         self._empty()
 
     def _empty(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._users: list[int] = []
+        self._sums: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {}
-        self._forget_step()
         self._steps = self._examples = 0
         self._since = self._until = time.monotonic()
-
-    def _forget_step(self) -> None:
-        self._own: dict[str, float] = {}
-        self._own_users: list[int] = []
 
     def start(self, done: int | None = None) -> None:
         """done: steps of the checkpoint that the training goes on from; None: it starts anew."""
@@ -63,22 +56,17 @@ class Watch:
         self._events = _event_writer(self.folder / EVENTS_FOLDER, 0 if done is None else done + 1)
         self._empty()
 
-    def add(self, **numbers: float | torch.Tensor) -> None:
-        """Numbers of the present step; what is given several times within a step is summed."""
-        for name, number in numbers.items():
-            self._own[name] = self._own.get(name, 0.0) + float(number)
+    def add(self, **numbers: Tensor) -> None:
+        """Numbers of the present step, each a tensor: 0-dim, or one entry per query expert under the name `experts`.
+        They stay on their device until a line is written, since reading one from a GPU waits for it."""
+        self._own = numbers
 
-    def routed(self, users: Sequence[float]) -> None:
-        """Users given to each query expert in the present step (`expert_users`)."""
-        self._own_users = _summed(self._own_users, [round(n) for n in users])
-
-    def step(self, step: int, examples: int, **facts: float | int | None) -> None:
+    def step(self, step: int, examples: int, **facts: float | str | None) -> None:
         """The step is done: the `step`-th of the training, from 1. facts: taken as they are, such as epoch, lr."""
         self._steps, self._examples, self._until = self._steps + 1, self._examples + examples, time.monotonic()
         self._facts = {"step": step, **facts}
         self._sums = {name: self._sums.get(name, 0.0) + number for name, number in self._own.items()}
-        self._users = _summed(self._users, self._own_users)
-        self._forget_step()
+        self._own = {}
         if step % self.every == 0:
             self._write()
 
@@ -106,8 +94,10 @@ class Watch:
 
     def _write(self) -> None:
         if self._steps and self._events is not None:
-            seconds = self._until - self._since
-            means = {name: total / self._steps for name, total in self._sums.items()}
+            seconds, users = self._until - self._since, self._sums.pop("experts", None)
+            sums = torch.stack([x.double() for x in self._sums.values()]).tolist() if self._sums else []
+            means = {name: total / self._steps for name, total in zip(self._sums, sums, strict=True)}
+            self._users = [] if users is None else [round(n) for n in users.tolist()]
             self._write_line({"steps": self._steps, **means, "examples": self._examples, "seconds": round(seconds, 4),
                               **({"experts": self._users} if self._users else {})})
             self._write_events(means, self._examples / max(seconds, 1e-9))
@@ -120,17 +110,12 @@ class Watch:
             file.write(json.dumps(entry) + "\n")
 
     def _write_events(self, means: dict[str, float], rate: float) -> None:
-        facts = {name: number for name, number in self._facts.items() if number is not None}
+        facts = {name: number for name, number in self._facts.items() if isinstance(number, int | float)}
         step = facts.pop("step")
         for name, number in {**means, **facts, "examples_per_second": rate}.items():
             self._events.add_scalar(f"train/{name}", number, step)
         for expert, users in enumerate(self._users, 1):
             self._events.add_scalar(f"experts/share_{expert}", users / max(1, sum(self._users)), step)
-
-
-def expert_users(route: Route) -> Int[Tensor, "experts"]:
-    """How many users each query expert was chosen for; those without ID states are nobody's."""
-    return torch.bincount(route.expert[route.mask.any(dim=1)], minlength=route.scores.shape[1])
 
 
 def read_training(folder: Path) -> list[dict[str, Any]]:
@@ -145,11 +130,6 @@ def read_training(folder: Path) -> list[dict[str, Any]]:
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             entries.append(entry)
     return entries
-
-
-def _summed(a: list[int], b: list[int]) -> list[int]:
-    """Place by place; an empty list is zeros."""
-    return [x + y for x, y in zip(a, b, strict=True)] if a and b else a or b
 
 
 def _finite(value: Any) -> Any:

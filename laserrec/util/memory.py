@@ -13,3 +13,10 @@ def columns_at_once(rows: int, n_items: int, width: int, limit: int = LIMIT_BYTE
 def rows_at_once(n_items: int, wanted: int, limit: int = LIMIT_BYTES) -> int:
     """Users whose float32 scores of all items fit into `limit` bytes; at least 1, at most `wanted`."""
     return max(1, min(wanted, limit // (4 * _COPIES * max(1, n_items))))
+
+
+def available_bytes() -> int:
+    """Memory that this machine could give to a process now, without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)

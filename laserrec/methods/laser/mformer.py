@@ -25,6 +25,11 @@ class Route:
     expert: Int[Tensor, "batch"]
     """argmax of scores."""
 
+    def users_per_expert(self) -> Float[Tensor, "experts"]:
+        """How many users each expert was chosen for; those without ID states count for none."""
+        chosen = F.one_hot(self.expert, self.scores.shape[1]) * self.mask.any(dim=1)[:, None]
+        return chosen.sum(dim=0).float()
+
 
 class Router(nn.Module):
     """One linear map from an ID state to a score per expert (Eq. 5-7)."""

@@ -1,157 +1,186 @@
-"""Laser: [prefix][text][suffix] through a frozen LLM -> an embedding (paper, 3.1.2; Eq. 1-2)."""
+"""Laser as a composition: a user side, an item side, the ID part beside them, and terms behind the cosine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
+import polars as pl
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from laserrec.config import Config, ItemSide, Pooling, Prefix
-from laserrec.llm.attention import Past
-from laserrec.llm.backbone import Backbone
-from laserrec.methods.laser.head import Head
-from laserrec.methods.laser.mformer import MFormer, Route
-from laserrec.methods.neighbours import Neighbours, Pull
-from laserrec.methods.seen import Seen
+from laserrec.config import Config
+from laserrec.data.histories import Histories
+from laserrec.llm.text_features import TextFeatures
+from laserrec.methods.laser.head import AddedOutput, Head
+from laserrec.methods.laser.id_states import IdStates
+from laserrec.methods.laser.mformer import Route
+from laserrec.methods.laser.new_items import inherit_id_part, nearest_known
+from laserrec.methods.laser.readers import Reader
+from laserrec.methods.laser.sides import ItemSide, MeanItems, StudentUsers, UserSide
+from laserrec.methods.laser.student import Student
+from laserrec.methods.laser.texts import Texts
+from laserrec.methods.neighbours import Neighbours
+from laserrec.methods.protocol import ScoreTerm
+from laserrec.methods.terms import SeenOffset
 
-_SEEN_OFFSET_START = -1.0
-"""Where head.seen_offset starts: a cosine less, since most people buy something new."""
+_ITEMS_AT_ONCE = 64
+"""Items whose texts go through the LLM together."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a Laser is composed of; None: it has no such part."""
+
+    user_side: UserSide
+    item_side: ItemSide
+    head: Head
+    ids: IdStates
+    features: TextFeatures
+    texts: Texts | None = None
+    reader: Reader | None = None
+    added: AddedOutput | None = None
+    student: Student | None = None
+    neighbours: Neighbours | None = None
+    seen: SeenOffset | None = None
 
 
 class Laser(nn.Module):
-    """All that Laser trains. The frozen LLM is held beside it and is in neither parameters nor state_dict.
+    """A two-tower model whose scores are cosines, changed by its terms.
 
-    Parameters: `d_id`: width of the ID model's states; `n_items`: known items, for those settings that keep something
-    of each (neighbours).
+    An embedding is the text part and, with head.id_share, the ID part behind it: with both of unit length and scaled by
+    the roots of their shares, the cosine of two embeddings is the shares' weighted sum of the parts' cosines.
     """
 
-    def __init__(self, config: Config, backbone: Backbone, d_id: int, n_items: int = 0):
+    def __init__(self, config: Config, parts: Parts):
         super().__init__()
-        self.config, self.backbone = config, backbone
-        mformer, d_llm = config.mformer, backbone.d_llm
-        token_std = float(backbone.embedding.float().std())
-        self.mformer = self.learned_prefix = None
-        if mformer.prefix in (Prefix.MFORMER, Prefix.ONE_EXPERT):
-            base = self._token_start(mformer.queries) if mformer.zero_init else None
-            self.mformer = MFormer(mformer, d_id, d_llm, token_std, base)
-        elif mformer.prefix == Prefix.LEARNED:
-            self.learned_prefix = nn.Parameter(torch.randn(mformer.queries, d_llm) * token_std)
-        eos = backbone.embedding[self._eos_id()].float()
-        start = eos if config.head.suffix_from_eos else torch.randn(d_llm) * token_std
-        self.suffix = nn.Parameter(start[None].clone())
-        if config.head.pooling == Pooling.EOS:
-            self.suffix.data.copy_(eos)
-            self.suffix.requires_grad_(False)
-        self.register_buffer("plain_suffix", eos[None].clone(), persistent=False)
-        mean_items = config.prompt.item_side == ItemSide.MEAN
-        self.head = Head(config.head, d_llm, mean_items, backbone.mean_depths if mean_items else 1)
-        self.neighbours = None
-        if config.neighbours.count and n_items:
-            self.neighbours = Neighbours(config.neighbours, n_items)
-        self.seen_offset = nn.Parameter(torch.tensor(_SEEN_OFFSET_START)) if config.head.seen_offset else None
+        self.config, self.user_side, self.item_side = config, parts.user_side, parts.item_side
+        self.ids, self.features, self.texts = parts.ids, parts.features, parts.texts
+        self.head, self.reader, self.added, self.student = parts.head, parts.reader, parts.added, parts.student
+        self.neighbours, self.seen = parts.neighbours, parts.seen
+        self.id_share = config.head.id_share
         tau = torch.tensor(float(config.train.temperature))
         self.log_temperature = nn.Parameter(tau.log()) if config.train.learn_temperature else None
+        self.to(parts.features.device)
+        self.vectors: Float[Tensor, "n_items d_out"] = torch.zeros(0, self.d_out, device=self.device)
+        """The items', of unit length."""
+        self.n_known = 0
+        """Items that were there when the model was fitted; later ones have text alone."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.features.device
+
+    @property
+    def d_text(self) -> int:
+        """Width of the embeddings' text part, which comes first."""
+        return self.head.d_out
+
+    @property
+    def d_out(self) -> int:
+        """Width of the embeddings."""
+        return self.d_text + (self.ids.d_id if self.id_share else 0)
+
+    @property
+    def terms(self) -> Sequence[ScoreTerm]:
+        """Neighbours change cosines, the seen offset what comes of them."""
+        return [term for term in (self.neighbours, self.seen) if term is not None]
 
     @property
     def temperature(self) -> float | Float[Tensor, ""]:
-        """Of the loss's softmax; with gradient if it is learnt (train.learn_temperature)."""
+        """Of the loss's softmax [tau]; with gradient if it is learnt (train.learn_temperature)."""
         return self.config.train.temperature if self.log_temperature is None else self.log_temperature.exp()
 
-    def _eos_id(self) -> int:
-        eos = self.backbone.tokenizer.eos_token_id
-        return 0 if eos is None else int(eos)
-
-    def _token_start(self, count: int) -> Float[Tensor, "count d_llm"]:
-        """Embeddings of the instruction's first words, repeated as needed: a prefix that reads as text."""
-        from laserrec.data.prompt import INSTRUCTIONS, Template
-
-        ids = self.backbone.tokenizer(INSTRUCTIONS[Template.PAPER], add_special_tokens=False)["input_ids"]
-        return self.backbone.embedding[torch.tensor((ids * count)[:count])].float()
+    # -- users and items ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def finish(
-        self, scores: Float[Tensor, "batch n_items"], histories: Sequence[np.ndarray]
-    ) -> Float[Tensor, "batch n_items"]:
-        """Cosines (changed in place) -> scores: with what the history's items pull, and the learnt offset of those
-        items themselves, where there are such."""
-        if self.neighbours is not None:
-            for row, history in zip(scores, histories, strict=True):
-                items, pulls = self.neighbours.pull(history)
-                row[items - 1] = self.neighbours.join(row[items - 1], pulls)
-        if self.seen_offset is not None:
-            seen = Seen.of(histories)
-            scores[seen.users, seen.items] += self.seen_offset
-        return scores
+    def read(self, histories: Histories) -> tuple[Float[Tensor, "users d_out"], Route | None]:
+        """Users' embeddings, of unit length, and how their prefixes were routed."""
+        text, route = self.user_side.text(histories)
+        return self._joined(text, self.ids.user(histories) if self.id_share else None), route
 
-    def pull(self, history: np.ndarray) -> Pull | None:
-        """What the history's items pull; None without neighbours."""
-        return None if self.neighbours is None else self.neighbours.pull(history)
+    def users(self, histories: Histories) -> Float[Tensor, "users d_out"]:
+        """Users' embeddings, of unit length."""
+        return self.read(histories)[0]
+
+    def items(self, rows: Int[Tensor, "some"] | None = None) -> Float[Tensor, "items d_out"]:
+        """Items' embeddings, of unit length."""
+        return self.vectors if rows is None else self.vectors[rows]
 
     @torch.no_grad()
-    def finish_some(
-        self, scores: Float[Tensor, "some"], items: Int[Tensor, "some"], history: np.ndarray,
-        pull: Pull | None,
-    ) -> Float[Tensor, "some"]:
-        """`finish` for some items of one history (changed in place). pull: of this history (`pull`)."""
-        if pull is not None:
-            pulled, pulls = pull
-            if len(pulled):
-                place = torch.searchsorted(pulled, items).clamp(max=len(pulled) - 1)
-                hit = pulled[place] == items
-                scores[hit] = self.neighbours.join(scores[hit], pulls[place[hit]])
-        if self.seen_offset is not None:
-            scores[torch.isin(items, torch.as_tensor(np.unique(history)).long())] += self.seen_offset
+    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
+        """Cosines and terms."""
+        scores = self.users(histories) @ self.vectors.T
+        for term in self.terms:
+            scores = term.on(histories).to_all(scores)
         return scores
 
-    def prefix(
-        self, states: Float[Tensor, "batch items d_id"], mask: Bool[Tensor, "batch items"]
-    ) -> tuple[Float[Tensor, "batch queries d_llm"], Route | None]:
-        """The prefix P and how it was routed; no tokens at all for prefix = none."""
-        if self.mformer is not None:
-            return self.mformer(states, mask)
-        if self.learned_prefix is not None:
-            return self.learned_prefix.expand(states.shape[0], -1, -1), None
-        return self._no_prefix(states), None
+    @torch.no_grad()
+    def item_outputs(self, rows: Int[Tensor, "items"]) -> Float[Tensor, "items d_in"]:
+        """What the item side puts into the head."""
+        parts = [self.item_side.outputs(part) for part in rows.split(_ITEMS_AT_ONCE)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.head.d_out, device=self.device)
 
-    def _no_prefix(self, states: Tensor) -> Tensor:
-        return states.new_zeros(states.shape[0], 0, self.backbone.d_llm)
+    @torch.no_grad()
+    def embed_items(self, outputs: Float[Tensor, "items d_in"], rows: Int[Tensor, "items"]
+                    ) -> Float[Tensor, "items d_out"]:
+        """Embeddings of items from their outputs."""
+        return self._joined(self.head(outputs), self.ids.item(rows) if self.id_share else None)
 
-    def _added(self, states: Tensor, mask: Tensor, plain: bool) -> tuple[Tensor, Tensor, Route | None]:
-        """Prefix [batch queries d_llm], suffix [1 d_llm] and route; plain: no prefix, [EOS] as suffix."""
-        if plain:
-            return self._no_prefix(states), self.plain_suffix, None
-        prefix, route = self.prefix(states, mask)
-        return prefix, self.suffix, route
+    def set_items(self, vectors: Float[Tensor, "n_items d_out"]) -> None:
+        """Take these as the items' embeddings."""
+        self.vectors = vectors
+        text = F.normalize(vectors[:, : self.d_text], dim=-1)
+        if isinstance(self.user_side, StudentUsers):
+            self.user_side.vectors = text
+        if self.neighbours is not None and self.n_known > 0:
+            self.neighbours.inherit(*nearest_known(text[self.n_known :], text[: self.n_known]))
 
-    def forward(
-        self,
-        tokens: Sequence[np.ndarray],
-        states: Float[Tensor, "batch items d_id"],
-        mask: Bool[Tensor, "batch items"],
-        plain: bool = False,
-    ) -> tuple[Float[Tensor, "batch d_llm"], Route | None]:
-        """Pooled LLM outputs for texts given as token ids, layout prefix_first. plain: without the trained tokens."""
-        prefix, suffix, route = self._added(states, mask, plain)
-        embed = self.backbone.embed
-        rows = [torch.cat([p, embed(torch.as_tensor(t, dtype=torch.long)).to(p.dtype), suffix])
-                for p, t in zip(prefix, tokens, strict=True)]
-        if self.config.head.pooling == Pooling.MEAN:
-            outputs = self.backbone.decoder.read_rows(rows, last_only=False).split([len(row) for row in rows])
-            return torch.stack([out[:-1].mean(dim=0) for out in outputs]), route  # all but the suffix
-        return self.backbone.decoder.read_rows(rows, last_only=True), route
+    def _joined(self, text: Float[Tensor, "some d_text"], id_part: Float[Tensor, "some d_id"] | None
+                ) -> Float[Tensor, "some d_out"]:
+        if id_part is None:
+            return F.normalize(text, dim=-1)
+        shares = (1 - self.id_share) ** 0.5, self.id_share**0.5
+        parts = [share * F.normalize(part, dim=-1) for share, part in zip(shares, (text, id_part), strict=True)]
+        return F.normalize(torch.cat(parts, dim=-1), dim=-1)
 
-    def read_past(
-        self,
-        past: Past,
-        states: Float[Tensor, "batch items d_id"],
-        mask: Bool[Tensor, "batch items"],
-        plain: bool = False,
-    ) -> tuple[Float[Tensor, "batch d_llm"], Route | None]:
-        """Pooled LLM outputs for texts that were read before, layout text_first."""
-        prefix, suffix, route = self._added(states, mask, plain)
-        added = torch.cat([prefix, suffix.expand(prefix.shape[0], 1, -1)], dim=1)
-        decoder = self.backbone.decoder
-        return decoder.read(added.flatten(0, 1), decoder.behind(past, added.shape[1]), last_only=True), route
+    # -- new items ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None
+                  ) -> Float[Tensor, "new d_out"]:
+        """As `Growing.add_items`. Where embeddings have an ID part, the new ones inherit theirs from the known items
+        nearest by text; so they do in the neighbours."""
+        first = len(self.vectors)
+        try:
+            if self.texts is not None:
+                self.texts.add(items)
+            if isinstance(self.item_side, MeanItems):
+                self.item_side.means = torch.cat([self.item_side.means, self.features.means(items)])
+            if vectors is None:
+                rows = torch.arange(first, first + items.height, device=self.device)
+                vectors = self.embed_items(self.item_outputs(rows), rows)
+                if self.id_share:
+                    vectors = inherit_id_part(vectors, self.vectors[: self.n_known], self.ids.d_id)
+                vectors = F.normalize(vectors, dim=-1)
+            self.set_items(torch.cat([self.vectors, vectors.to(self.device)]))
+        except BaseException:
+            self.drop_items(first)
+            raise
+        return vectors
+
+    def drop_items(self, count: int) -> None:
+        """As `Growing.drop_items`."""
+        if self.texts is not None:
+            self.texts.truncate(count)
+        if isinstance(self.item_side, MeanItems):
+            self.item_side.means = self.item_side.means[:count]
+        self.set_items(self.vectors[:count])
+
+    def item_tensors(self) -> dict[str, Tensor]:
+        """What a model folder keeps of the items beside their text: embeddings and, if used, mean outputs."""
+        means = {"means": self.item_side.means} if isinstance(self.item_side, MeanItems) else {}
+        return {"vectors": self.vectors, **means}

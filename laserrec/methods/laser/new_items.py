@@ -1,4 +1,4 @@
-"""What an ID-based recommender would say of an item that it never saw: what it says of the items with the nearest text.
+"""What an item that was never trained on inherits from the known items with the nearest text.
 
 Not in the paper. A new item's own ID part would be zero, and a score of text alone can't compete with scores of both.
 """
@@ -12,31 +12,33 @@ from torch import Tensor
 
 from laserrec.util.memory import rows_at_once
 
-_NEIGHBOURS, _SHARPNESS = 10, 20.0
-"""Of 5, 10 and 20 neighbours, and of ridge regression, the best on amazon-scientific's validation split; dev/LOG.md."""
+_PARENTS, _SHARPNESS = 10, 20.0
+"""Of 5, 10 and 20 parents, and of ridge regression, the best on amazon-scientific's validation split; dev/LOG.md."""
 
 
 @torch.no_grad()
 def nearest_known(
     new: Float[Tensor, "new d_text"], known: Float[Tensor, "known d_text"]
-) -> tuple[Int[Tensor, "new lenders"], Float[Tensor, "new lenders"]]:
+) -> tuple[Int[Tensor, "new parents"], Float[Tensor, "new parents"]]:
     """For each new item the rows of the known items nearest by cosine, and their weights, which sum to one: the nearer
     the heavier."""
     unit, size = F.normalize(known, dim=-1), rows_at_once(len(known), max(1, len(new)))
-    rows, weights = [], []
+    parents = min(_PARENTS, len(known))
+    rows = [torch.zeros(0, parents, dtype=torch.long, device=new.device)]
+    weights = [new.new_zeros(0, parents)]
     for part in F.normalize(new, dim=-1).split(size):
-        nearest = (part @ unit.T).topk(min(_NEIGHBOURS, len(known)), dim=1)
+        nearest = (part @ unit.T).topk(parents, dim=1)
         rows.append(nearest.indices)
         weights.append(torch.softmax(_SHARPNESS * nearest.values, dim=1))
     return torch.cat(rows), torch.cat(weights)
 
 
 @torch.no_grad()
-def lend_id_part(
+def inherit_id_part(
     new: Float[Tensor, "new d_out"], known: Float[Tensor, "known d_out"], d_id: int
 ) -> Float[Tensor, "new d_out"]:
-    """New items' embeddings with an ID part, the last d_id columns: the mean of their nearest known items' ID parts,
-    nearest by the cosine of the other columns, the nearer the heavier, at those items' mean length."""
+    """New items' embeddings with an ID part, the last d_id columns: the weighted mean of the ID parts of their nearest
+    known items (`nearest_known` by the other columns), at those items' mean length."""
     out, parts = new.clone(), known[:, -d_id:]
     rows, weights = nearest_known(new[:, :-d_id], known[:, :-d_id])
     mean = (parts[rows] * weights[..., None]).sum(dim=1)

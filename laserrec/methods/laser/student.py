@@ -1,4 +1,4 @@
-"""What a fitted Laser's LLM makes of a history, learnt by a small network that reads no text."""
+"""A small network that learns what a fitted Laser's LLM makes of a history, and reads no text."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from laserrec.data.histories import Pairs
 from laserrec.methods.laser.mformer import Route
-from laserrec.methods.seen import Seen
 from laserrec.util.memory import columns_at_once
 
 
@@ -17,7 +17,7 @@ def item_contrast(
     items: Float[Tensor, "n_items d"],
     targets: Int[Tensor, "batch"],
     temperature: float | Float[Tensor, ""],
-    seen: Seen | None = None,
+    seen: Pairs | None = None,
     seen_offset: Float[Tensor, ""] | None = None,
     columns: int | None = None,
 ) -> Float[Tensor, ""]:
@@ -31,67 +31,68 @@ def item_contrast(
     they are computed again for the gradient.
     """
     columns = columns or columns_at_once(len(users), *items.shape)
+    offsets = None
     if seen is not None and seen_offset is None:
-        others = seen.items != targets[seen.users]
-        seen, offset = Seen(seen.users[others], seen.items[others]), users.new_tensor(-torch.inf)
-    else:
-        offset = None if seen_offset is None else seen_offset / temperature
-    # Over tau already, as is the offset: so the gradient below needs to know nothing of it.
+        offsets = torch.where(seen.items != targets[seen.users], -torch.inf, 0.0)
+    elif seen is not None:
+        offsets = (seen_offset / temperature).expand(len(seen.users))
+    # Over tau already, as are the offsets: so the gradient below needs to know nothing of it.
     scaled_users = F.normalize(users, dim=-1) / temperature
-    return _ItemContrast.apply(scaled_users, items, targets, seen, offset, columns)
+    return _ItemContrast.apply(scaled_users, items, targets, seen, offsets, columns)
 
 
 class _ItemContrast(torch.autograd.Function):
+    """No boolean indexing: on a GPU each would wait for the device."""
+
     @staticmethod
-    def forward(ctx, users, items, targets, seen, offset, columns):
+    def forward(ctx, users, items, targets, seen, offsets, columns):
         ctx.seen, ctx.columns = seen, columns
         lse = users.new_full((len(users),), -torch.inf)
-        own = torch.empty_like(lse)
+        own = torch.zeros_like(lse)
         for at in range(0, len(items), columns):
             unit = F.normalize(items[at : at + columns], dim=-1)
-            logits = _logits(users, unit, _pairs_from(seen, at, columns), offset)
-            here = ((targets >= at) & (targets < at + columns)).nonzero().squeeze(1)
-            own[here] = logits[here, targets[here] - at]
+            logits = _logits(users, unit, seen, offsets, at)
+            column, inside = _column(targets, at, len(unit))
+            own = torch.where(inside, logits.gather(1, column[:, None])[:, 0], own)
             lse = torch.logaddexp(lse, logits.logsumexp(dim=1))
-        ctx.save_for_backward(users, items, targets, lse, offset)
+        ctx.save_for_backward(users, items, targets, lse, offsets)
         return (lse - own).mean()
 
     @staticmethod
     def backward(ctx, d_loss):
-        users, items, targets, lse, offset = ctx.saved_tensors
+        users, items, targets, lse, offsets = ctx.saved_tensors
         d_users = torch.zeros_like(users)
         d_items = torch.zeros_like(items) if ctx.needs_input_grad[1] else None
-        d_offset = torch.zeros_like(offset) if ctx.needs_input_grad[4] else None
+        d_offsets = torch.zeros_like(offsets) if ctx.needs_input_grad[4] else None
         scale = d_loss / len(users)
         for at in range(0, len(items), ctx.columns):
             raw = items[at : at + ctx.columns]
             length = raw.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-            unit, pairs = raw / length, _pairs_from(ctx.seen, at, ctx.columns)
-            d_cosine = _logits(users, unit, pairs, offset).sub_(lse[:, None]).exp_()
-            here = ((targets >= at) & (targets < at + ctx.columns)).nonzero().squeeze(1)
-            d_cosine[here, targets[here] - at] -= 1
-            d_cosine *= scale
-            d_users += d_cosine @ unit
-            if d_offset is not None:
-                d_offset += d_cosine[pairs].sum()
+            unit = raw / length
+            d_logits = _logits(users, unit, ctx.seen, offsets, at).sub_(lse[:, None]).exp_()
+            column, inside = _column(targets, at, len(unit))
+            d_logits.scatter_add_(1, column[:, None], -inside[:, None].to(d_logits.dtype))
+            d_logits *= scale
+            d_users += d_logits @ unit
+            if d_offsets is not None:
+                place, there = _column(ctx.seen.items, at, len(unit))
+                d_offsets += torch.where(there, d_logits[ctx.seen.users, place], 0.0)
             if d_items is not None:
-                d_unit = d_cosine.T @ users
+                d_unit = d_logits.T @ users
                 d_items[at : at + ctx.columns] = (d_unit - unit * (d_unit * unit).sum(dim=-1, keepdim=True)) / length
-        return d_users, d_items, None, None, d_offset, None
+        return d_users, d_items, None, None, d_offsets, None
 
 
-def _pairs_from(seen: Seen | None, at: int, columns: int) -> tuple[Tensor, Tensor] | None:
-    """Rows and columns of the chunk's matrix that are seen."""
-    if seen is None:
-        return None
-    here = (seen.items >= at) & (seen.items < at + columns)
-    return seen.users[here], seen.items[here] - at
+def _column(rows: Tensor, at: int, count: int) -> tuple[Tensor, Tensor]:
+    """Where item rows stand in the chunk from `at` on, and whether they are in it."""
+    return (rows - at).clamp(0, count - 1), (rows >= at) & (rows < at + count)
 
 
-def _logits(users: Tensor, unit_items: Tensor, pairs: tuple[Tensor, Tensor] | None, offset: Tensor | None) -> Tensor:
+def _logits(users: Tensor, unit_items: Tensor, seen: Pairs | None, offsets: Tensor | None, at: int) -> Tensor:
     logits = users @ unit_items.T
-    if pairs is not None:
-        logits[pairs] += offset
+    if seen is not None:
+        column, inside = _column(seen.items, at, len(unit_items))
+        logits.index_put_((seen.users, column), torch.where(inside, offsets, 0.0), accumulate=True)
     return logits
 
 
@@ -102,15 +103,7 @@ def load_balance(route: Route) -> Float[Tensor, ""]:
     """
     experts = route.probabilities.shape[-1]
     count = route.mask.sum(dim=1)
-    some = count > 0
-    if not bool(some.any()):
-        return route.probabilities.sum() * 0.0
     chosen = F.one_hot(route.probabilities.argmax(dim=-1), experts) * route.mask[..., None]
     share = chosen.sum(dim=1) / count.clamp(min=1)[:, None]
     probability = route.probabilities.sum(dim=1) / count.clamp(min=1)[:, None]
-    return experts * (share * probability).sum(dim=1)[some].mean()
-
-
-def total_loss(contrast: Tensor, balance: Tensor | None, weight: float) -> Tensor:
-    """Eq. 12; without a router there is nothing to balance."""
-    return contrast if balance is None else torch.add(contrast, balance, alpha=weight)
+    return experts * (share * probability).sum() / (count > 0).sum().clamp(min=1)

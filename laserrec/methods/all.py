@@ -1,0 +1,175 @@
+"""All methods by name. A method says how its model is made, fitted and read again; everything else is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from laserrec.config import Config, IdModelKind, ItemTable
+from laserrec.data.dataset import Dataset
+from laserrec.llm.text_features import TextFeatures
+from laserrec.methods.bert4rec import BERT4Rec
+from laserrec.methods.closed_form import FitOnce, ItemRegression, NearestText, Popularity
+from laserrec.methods.laser import build as laser
+from laserrec.methods.neighbours import check_size
+from laserrec.methods.protocol import Phase
+from laserrec.methods.sasrec import SASRec
+from laserrec.methods.sequence import SequenceModel, SequenceTask
+from laserrec.util.distributed import World
+from laserrec.util.errors import UserError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a model is made of, beside its weights."""
+
+    config: Config
+    items: pl.DataFrame
+    """The catalogue: item_id, title and the attributes."""
+    n_known: int
+    """Items that the model is fitted on: the first rows of `items`."""
+    features: TextFeatures
+    """Of the frozen LLM; they carry the device."""
+    id_model: SequenceModel | None = None
+    world: World = field(default_factory=World)
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to recommend."""
+
+    kind: str
+    """What it knows of items: id, text or laser (both)."""
+    sections: tuple[str, ...]
+    """Of the config, those that its result depends on."""
+    reads_text: Callable[[Config], bool]
+    """Whether the result depends on the frozen LLM too."""
+    make: Callable[[Given], Any]
+    """A fresh model; torch is seeded before."""
+    phases: Callable[[Any, Given, Dataset], list[Phase]]
+    """How it is fitted."""
+    restore: Callable[[Given, dict[str, Tensor], dict[str, Tensor]], Any]
+    """The model from its state_dict and item tensors. Raises RuntimeError where they don't fit."""
+    shapes: Callable[[Config, int], Shapes]
+    """Shapes of its largest weights, by which forged settings are found before anything is allocated."""
+    needs: Callable[[Config, int], None] = lambda config, n_items: None
+    """Raises UserError where it can't be fitted to so many items on this machine."""
+
+
+# -- sequence models --------------------------------------------------------------------------------------------------
+
+def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
+    def settings(config: Config) -> Any:
+        return config.id_model.model_copy(update={"kind": name})
+
+    def make(given: Given) -> SequenceModel:
+        config = settings(given.config)
+        text = None if config.items == ItemTable.IDS else given.features.vectors(given.items)
+        return kind(config, given.n_known, None if text is None else text.cpu()).to(given.features.device)
+
+    def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> SequenceModel:
+        config, text = settings(given.config), weights.get("text")
+        if text is None and config.items != ItemTable.IDS:
+            text = torch.zeros(given.n_known, config.d_id)  # it started the item table, which the weights hold now
+        return _filled(kind(config, given.n_known, text), weights, given)
+
+    def phases(model: SequenceModel, given: Given, dataset: Dataset) -> list[Phase]:
+        config = model.config
+        return [Phase(name.value, SequenceTask(model, dataset), config.max_epochs, config.batch_size, config.lr,
+                      config.weight_decay, patience=config.patience, eval_every=config.eval_every)]
+
+    def shapes(config: Config, n_known: int) -> Shapes:
+        own = config.id_model
+        return {"item.weight": (n_known + 2, own.d_id), "position.weight": (own.max_history + 1, own.d_id),
+                f"blocks.{own.blocks - 1}.out.weight": (own.d_id, own.d_id)}
+
+    return Method("id", ("id_model",), lambda config: config.id_model.items != ItemTable.IDS, make, phases, restore,
+                  shapes)
+
+
+# -- closed forms -----------------------------------------------------------------------------------------------------
+
+def _closed_form(kind: str, make: Callable[[Given], nn.Module], fit: Callable[[Any, Given, Dataset], object],
+                 shapes: Callable[[Config, int], Shapes], needs: Callable[[Config, int], None] | None = None) -> Method:
+    def phases(model: nn.Module, given: Given, dataset: Dataset) -> list[Phase]:
+        return [Phase("closed form", FitOnce(model, lambda: fit(model, given, dataset)), epochs=0)]
+
+    def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> nn.Module:
+        return _filled(make(given), weights, given)
+
+    return Method(kind, ("neighbours",), lambda config: kind == "text", make, phases, restore, shapes,
+                  needs or (lambda config, n_items: None))
+
+
+def _regression(kind: str) -> Method:
+    def fit(model: ItemRegression, given: Given, dataset: Dataset) -> None:
+        model.fit(dataset, given.features.vectors(given.items) if kind == "text" else None)
+
+    def make(given: Given) -> ItemRegression:
+        return ItemRegression(given.config.neighbours, given.n_known).to(given.features.device)
+
+    return _closed_form(kind, make, fit, lambda config, n: {"weights": (n, n)}, lambda config, n: check_size(n))
+
+
+def _nearest() -> Method:
+    def make(given: Given) -> NearestText:
+        return NearestText(given.n_known, given.config.neighbours.decay).to(given.features.device)
+
+    return _closed_form("text", make, lambda model, given, dataset: model.fit(given.features.vectors(given.items)),
+                        lambda config, n: {})
+
+
+def _popularity() -> Method:
+    return _closed_form("id", lambda given: Popularity(given.n_known).to(given.features.device),
+                        lambda model, given, dataset: model.fit(dataset), lambda config, n: {"counts": (n,)})
+
+
+# -- Laser ------------------------------------------------------------------------------------------------------------
+
+def _laser() -> Method:
+    def make(given: Given) -> Any:
+        return laser.compose(given.config, given.items, given.n_known, given.features, given.id_model,
+                             world=given.world, progress=given.progress)
+
+    def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> Any:
+        return laser.restore(given.config, given.items, given.n_known, given.features, given.id_model, weights, kept)
+
+    def needs(config: Config, n_items: int) -> None:
+        if config.neighbours.count:
+            check_size(n_items)
+
+    return Method("laser", ("id_model", "backbone", "prompt", "mformer", "head", "neighbours", "train", "student"),
+                  lambda config: True, make, lambda model, given, data: laser.phases(model, data, given.world,
+                                                                                     given.progress),
+                  restore, laser.shapes, needs)
+
+
+def _filled(model: nn.Module, weights: dict[str, Tensor], given: Given) -> Any:
+    model.load_state_dict(weights)
+    return model.to(given.features.device).eval().requires_grad_(False)
+
+
+METHODS: dict[str, Method] = {
+    "laser": _laser(),
+    "sasrec": _sequence(SASRec, IdModelKind.SASREC),
+    "bert4rec": _sequence(BERT4Rec, IdModelKind.BERT4REC),
+    "ease": _regression("id"),
+    "ease-text": _regression("text"),
+    "nearest-text": _nearest(),
+    "popularity": _popularity(),
+}
+
+
+def find_method(name: str) -> Method:
+    """Raises UserError for an unknown name."""
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,127 @@
+"""Methods without training by gradient: popularity, item-to-item regression, and the nearest items by text.
+
+The last two never recommend what stands in the history: its items are ranked behind all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laserrec.config import NeighboursConfig
+from laserrec.data.dataset import Dataset
+from laserrec.data.histories import Histories
+from laserrec.methods.neighbours import regress
+from laserrec.methods.protocol import Examples, Scorer
+from laserrec.methods.terms import decayed_pairs, decayed_sums
+
+
+class Popularity(nn.Module):
+    """Everyone gets the items with the most training interactions. Items with equal counts are ties."""
+
+    def __init__(self, n_items: int):
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(n_items))
+
+    def fit(self, dataset: Dataset) -> Popularity:
+        """Count split "train" alone."""
+        self.counts.copy_(torch.bincount(dataset.train_sequences.items, minlength=len(self.counts)))
+        return self
+
+    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
+        """The same row for every history."""
+        return self.counts.expand(len(histories), -1).clone()
+
+
+class ItemRegression(nn.Module):
+    """EASE (Steck 2019); with text vectors, their dimensions are further rows of the regression (Jeunen et al. 2020).
+    A score is the sum of the weights of the history's items, newer ones heavier."""
+
+    def __init__(self, config: NeighboursConfig, n_items: int):
+        super().__init__()
+        self.config = config
+        self.register_buffer("weights", torch.zeros(n_items, n_items))
+
+    def fit(self, dataset: Dataset, text: Float[Tensor, "n_items d_text"] | None = None) -> ItemRegression:
+        """See laserrec.methods.neighbours.regress."""
+        self.weights = regress(dataset.train_sequences, dataset.n_items, self.config, text, self.weights.device)
+        return self
+
+    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
+        """Sums of weights, seen items last."""
+        pairs, decay = decayed_pairs(histories, self.config.decay)
+        x = torch.zeros(len(histories), len(self.weights), device=self.weights.device)
+        x[pairs.users, pairs.items] = decay.to(x.device)
+        return _seen_last(x @ self.weights, histories)
+
+
+class NearestText(nn.Module):
+    """Cosine of each item's text vector with the sum of the history's, newer items heavier."""
+
+    def __init__(self, n_items: int, decay: float = 0.8):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("unit", torch.zeros(n_items, 0))
+
+    def fit(self, text: Float[Tensor, "n_items d_text"]) -> NearestText:
+        """Keep the vectors at unit length."""
+        self.unit = F.normalize(text, dim=-1)
+        return self
+
+    def load_state_dict(self, state: dict[str, Tensor], *args: object, **options: object) -> None:
+        """Of vectors of any width."""
+        self.unit = state["unit"].to(self.unit.device)
+
+    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
+        """Cosines, seen items last."""
+        users = decayed_sums(histories.to(self.unit.device), lambda rows: self.unit[rows], self.decay)
+        return _seen_last(F.normalize(users, dim=-1) @ self.unit.T, histories)
+
+
+def _seen_last(scores: Tensor, histories: Histories) -> Float[Tensor, "users n_items"]:
+    seen = histories.distinct().to(scores.device)
+    span = scores.amax(dim=1) - scores.amin(dim=1) + 1
+    scores[seen.users, seen.items] -= span[seen.users]
+    return scores
+
+
+class FitOnce:
+    """A `Trainable` without epochs: the model is made by one call."""
+
+    def __init__(self, module: nn.Module, fit: Callable[[], object]):
+        self.module, self._fit = module, fit
+
+    def start(self, pause: Callable[[], None]) -> None:
+        """Make the model."""
+        self._fit()
+
+    def decayed(self) -> Iterable[nn.Parameter]:
+        """None."""
+        return ()
+
+    def begin_epoch(self, number: int) -> Examples:
+        """Never called."""
+        raise NotImplementedError("this method has no epochs")
+
+    def loss(self, batch: object, rows: object) -> dict[str, Tensor]:
+        """Never called."""
+        raise NotImplementedError("this method has no epochs")
+
+    def end_epoch(self) -> None:
+        """Nothing."""
+
+    def scorer(self) -> Scorer:
+        """The model itself."""
+        return self.module
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's."""
+        return self.module.state_dict()
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """The model's."""
+        self.module.load_state_dict(state)

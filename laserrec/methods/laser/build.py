@@ -1,0 +1,110 @@
+"""A config -> a composed Laser and the phases that fit it."""
+
+from __future__ import annotations
+
+import polars as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laserrec.config import Config, ItemSide, Layout, Prefix
+from laserrec.data.dataset import Dataset
+from laserrec.llm.text_features import TextFeatures
+from laserrec.methods.laser.head import AddedOutput, Head
+from laserrec.methods.laser.id_states import IdStates
+from laserrec.methods.laser.model import Laser, Parts
+from laserrec.methods.laser.readers import READERS, Reader
+from laserrec.methods.laser.sides import MeanItems, ReadItems, ReadUsers, StudentUsers, SummedUsers
+from laserrec.methods.laser.student import Student
+from laserrec.methods.laser.task import LaserTask
+from laserrec.methods.laser.texts import Texts
+from laserrec.methods.neighbours import Neighbours
+from laserrec.methods.protocol import Phase
+from laserrec.methods.sequence import SequenceModel
+from laserrec.methods.terms import SeenOffset
+from laserrec.util.distributed import World
+
+
+def compose(
+    config: Config, items: pl.DataFrame, n_known: int, features: TextFeatures, id_model: SequenceModel | None,
+    means: Float[Tensor, "n_items d_means"] | None = None, world: World | None = None, progress: bool = False,
+) -> Laser:
+    """A fresh Laser over `items`, of which the first n_known are those it is fitted on; seed torch first.
+
+    means: what the LLM's mean outputs over the items' texts are, if they are known. The LLM is loaded only where a part
+    needs it: to read histories, or texts whose means are not given. Raises UserError where settings and LLM don't fit.
+    """
+    ids, settings = IdStates(id_model, features.device), config.head
+    mean_items = config.prompt.item_side == ItemSide.MEAN
+    if mean_items and means is None:
+        means = features.means(items)
+    reader, texts = _reader(config, items, features, ids, world, progress)
+    depths = max(1, len(config.backbone.mean_layers)) if mean_items else 1
+    head = Head(settings, means.shape[1] if mean_items else reader.backbone.d_llm, depths)
+    added = AddedOutput(settings, reader.backbone.d_llm, head.d_out) if mean_items and reader is not None else None
+    item_side = MeanItems(means) if mean_items else ReadItems(reader, config.prompt.item_side == ItemSide.PLAIN)
+    student = None
+    if config.student is not None:
+        student = Student(config.student, head.d_out, ids.d_id)
+        user_side = StudentUsers(student, ids, config.neighbours.decay)
+    elif mean_items:
+        user_side = SummedUsers(item_side, head, config.neighbours.decay, reader, added)
+    else:
+        user_side = ReadUsers(reader, head)
+    neighbours = Neighbours(config.neighbours, n_known) if config.neighbours.count else None
+    seen = SeenOffset(settings.seen_offset_start) if settings.seen_offset else None
+    laser = Laser(config, Parts(user_side, item_side, head, ids, features, texts, reader, added, student, neighbours,
+                                seen))
+    laser.n_known = n_known
+    return laser
+
+
+def _reader(config: Config, items: pl.DataFrame, features: TextFeatures, ids: IdStates, world: World | None,
+            progress: bool) -> tuple[Reader | None, Texts | None]:
+    """The LLM's side: None where neither users nor items are read by it (layout none; a student over mean items)."""
+    mean_items = config.prompt.item_side == ItemSide.MEAN
+    if config.prompt.layout == Layout.NONE or (config.student is not None and mean_items):
+        return None, None
+    texts = Texts(features.backbone, config.prompt, items, progress, world)
+    return READERS[config.prompt.layout](config, features.backbone, texts, ids), texts
+
+
+def phases(laser: Laser, dataset: Dataset, world: World, progress: bool = False) -> list[Phase]:
+    """The paper's two stages; a stage of no epochs still makes what is made in closed form."""
+    train = laser.config.train
+    shared = {"batch_size": train.batch_size, "lr": train.lr, "weight_decay": train.weight_decay,
+              "cosine_decay": train.cosine_decay, "max_grad_norm": train.max_grad_norm,
+              "tokens_per_pass": train.tokens_per_pass if laser.config.prompt.layout == Layout.PREFIX_FIRST else None}
+    first = Phase("stage 1", LaserTask(laser, dataset, world, fixed=False, progress=progress), train.stage_one_epochs,
+                  warmup_fraction=train.warmup_fraction, validates_start=True, **shared)
+    if not train.stage_two_epochs:
+        return [first]
+    second = LaserTask(laser, dataset, world, fixed=True, progress=progress)
+    return [first, Phase("stage 2", second, train.stage_two_epochs, **shared)]
+
+
+def restore(config: Config, items: pl.DataFrame, n_known: int, features: TextFeatures,
+            id_model: SequenceModel | None, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> Laser:
+    """A fitted Laser from its state_dict and item tensors. Raises RuntimeError where they don't fit."""
+    if config.prompt.item_side == ItemSide.MEAN and len(kept["means"]) != items.height:
+        raise RuntimeError(f"{len(kept['means'])} mean outputs of {items.height} items")
+    means = kept["means"].to(features.device) if "means" in kept else None
+    laser = compose(config, items, n_known, features, id_model, means)
+    laser.load_state_dict(weights)
+    if kept["vectors"].shape != (items.height, laser.d_out):
+        raise RuntimeError(f"embeddings of shape {tuple(kept['vectors'].shape)}, not {(items.height, laser.d_out)}")
+    laser.set_items(kept["vectors"].to(torch.float32).to(features.device))
+    return laser.eval().requires_grad_(False)
+
+
+def shapes(config: Config, n_known: int) -> dict[str, tuple[int, ...]]:
+    """Of the largest weights, as the settings claim them."""
+    out, mformer = {}, config.mformer
+    if config.neighbours.count:
+        out["neighbours.items"] = (n_known, min(config.neighbours.count, max(1, n_known - 1)))
+    reads = config.prompt.layout != Layout.NONE and config.student is None
+    if reads and mformer.prefix in (Prefix.MFORMER, Prefix.ONE_EXPERT):
+        experts = 1 if mformer.prefix == Prefix.ONE_EXPERT else mformer.experts
+        out["reader.mformer.experts"] = (experts, mformer.queries, mformer.d_model)
+        out[f"reader.mformer.blocks.{mformer.blocks - 1}.feed.0.weight"] = (4 * mformer.d_model, mformer.d_model)
+    return out

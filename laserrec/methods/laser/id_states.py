@@ -1,0 +1,67 @@
+"""What Laser takes from the frozen ID-based recommender below it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from laserrec.data.histories import Histories
+from laserrec.methods.sequence import SequenceModel
+
+
+class IdStates:
+    """States of histories and items under a frozen sequence model; under none, nothing is known of anything.
+
+    Items behind the model's own, which it was never trained on, are left out of histories.
+    """
+
+    def __init__(self, model: SequenceModel | None, device: torch.device):
+        self.model, self.device = model, device
+        if model is not None:
+            self.model = model.to(device).eval().requires_grad_(False)
+
+    @property
+    def d_id(self) -> int:
+        """Width of the states [d_i]."""
+        return 1 if self.model is None else self.model.d_id
+
+    @torch.no_grad()
+    def states(self, histories: Histories, hide: Bool[Tensor, "batch"] | None = None
+               ) -> tuple[Float[Tensor, "batch items d_id"], Bool[Tensor, "batch items"]]:
+        """C_u and which of them are real. hide: histories whose states are hidden."""
+        if self.model is None:
+            mask = torch.zeros(len(histories), 1, dtype=torch.bool, device=self.device)
+            return torch.zeros(*mask.shape, self.d_id, device=self.device), mask
+        known = histories.below(self.model.n_items).last(self.model.max_history)
+        mask = torch.zeros(len(known), 1, dtype=torch.bool)
+        if len(known.items) == 0:
+            return torch.zeros(*mask.shape, self.d_id, device=self.device), mask.to(self.device)
+        padded = known.padded(self.model.pad)
+        mask = padded != self.model.pad
+        mask = mask if hide is None else mask & ~hide[:, None]
+        # A history without any known item would be all padding, which attention can't read.
+        padded[:, 0] = padded[:, 0].where(known.lengths > 0, 0)
+        states = self.model.states(padded.to(self.device, non_blocking=True)).float()
+        return states, mask.to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def user(self, histories: Histories) -> Float[Tensor, "batch d_id"]:
+        """The state for the next item; zeros for a history without known items."""
+        out = torch.zeros(len(histories), self.d_id, device=self.device)
+        if self.model is None:
+            return out
+        known = histories.below(self.model.n_items)
+        some = (known.lengths > 0).nonzero()[:, 0]
+        if len(some):
+            out[some.to(self.device)] = self.model.next_item_state(self.model.pad_histories(known.take(some))).float()
+        return out
+
+    @torch.no_grad()
+    def item(self, rows: Int[Tensor, "items"]) -> Float[Tensor, "items d_id"]:
+        """The items' own embeddings; zeros for items that the model was never trained on."""
+        if self.model is None:
+            return torch.zeros(len(rows), self.d_id, device=self.device)
+        known = rows < self.model.n_items
+        table = self.model.item_embeddings()
+        return torch.where(known[:, None], table[rows.clamp(max=self.model.n_items - 1)], 0.0)

@@ -1,0 +1,236 @@
+"""Training Laser in two stages (paper, 3.3.2).
+
+Stage 1: item embeddings are encoded anew at every epoch's end; the epoch that is best on validation is kept.
+Stage 2: training goes on from there against that epoch's item embeddings, which stay fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from laserrec.config import Cuts
+from laserrec.data.dataset import Dataset
+from laserrec.data.histories import Histories
+from laserrec.llm.whitening import fit_whitening, whiten
+from laserrec.methods.laser.losses import item_contrast, load_balance
+from laserrec.methods.laser.model import Laser
+from laserrec.methods.laser.sides import MeanItems
+from laserrec.util.distributed import World
+from laserrec.util.progress import Progress
+
+_SCALE_USERS = 256
+"""Users whose cosines set the neighbours' scale."""
+_TEXT_DIMS = 512
+"""Of the whitened text vectors in the regression, for each depth."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Predict each target from its history, both of one user's training sequence."""
+
+    histories: Histories
+    targets: Int[Tensor, "batch"]
+    hide: Bool[Tensor, "batch"]
+    """Whose ID states are hidden (mformer.state_dropout)."""
+
+
+@dataclass(frozen=True)
+class LaserExamples:
+    """One epoch's examples, as places in the training sequences."""
+
+    sequences: Histories
+    of: Int[Tensor, "examples"]
+    """The sequence of each."""
+    cut: Int[Tensor, "examples"]
+    """Its target's place there; the history is everything before."""
+    lengths: Int[np.ndarray, "examples"]
+    """Tokens that the LLM reads."""
+    state_dropout: float
+
+    def batch(self, index: Int[np.ndarray, "batch"]) -> Batch:
+        """Histories on the CPU; what is drawn here is the same in all processes."""
+        whole, cut = self.sequences.take(self.of[index]), self.cut[index]
+        histories = whole.where(torch.arange(len(whole.items)) - whole.starts[whole.users] < cut[whole.users])
+        return Batch(histories, whole.items[whole.starts + cut], torch.rand(len(index)) < self.state_dropout)
+
+
+def epoch_examples(sequences: Histories, cuts: Cuts, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Sequences and places of this epoch's targets: every place that has a history (all), or one random such place per
+    sequence."""
+    long = (sequences.lengths > 1).nonzero()[:, 0]
+    lengths = sequences.lengths[long]
+    if cuts == Cuts.RANDOM:
+        draws = torch.from_numpy(np.random.default_rng(seed).random(len(long)))
+        return long, 1 + (draws * (lengths - 1)).long()
+    of = torch.repeat_interleave(long, lengths - 1)
+    first = torch.repeat_interleave((lengths - 1).cumsum(0) - (lengths - 1), lengths - 1)
+    return of, torch.arange(len(of)) - first + 1
+
+
+class LaserTask:
+    """One stage; a `Trainable`. fixed: the items' embeddings stay as they are (stage 2)."""
+
+    def __init__(self, laser: Laser, dataset: Dataset, world: World, fixed: bool, progress: bool = False):
+        self.module, self.dataset, self.world, self.fixed = laser, dataset, world, fixed
+        self.progress = progress
+        self.outputs: Float[Tensor, "n_items d_in"] = torch.zeros(0, laser.head.d_out, device=laser.device)
+        self._white: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    # -- around the epochs --------------------------------------------------------------------------------------
+
+    def start(self, pause: Callable[[], None]) -> None:
+        """Whitening, neighbours and the items' embeddings, from the untrained model. Stage 2 after stage 1 has them."""
+        laser = self.module
+        if len(laser.vectors):
+            return
+        laser.eval()
+        laser.n_known = self.dataset.n_items
+        self.outputs = self._read_items()
+        if laser.head.white is not None:
+            laser.head.white.fit(self.outputs)
+        if laser.added is not None:
+            laser.added.white.fit(self._suffix_outputs())
+        if laser.neighbours is not None:
+            laser.neighbours.fit(self.dataset.train_sequences, self._text_vectors())
+        self.world.follow(laser.state_dict().values())
+        self._embed()
+
+    def end_epoch(self) -> None:
+        """Encode the items anew, unless they are fixed."""
+        self.module.eval()
+        if self.fixed:
+            self._scale_neighbours()
+            return
+        if self.module.item_side.trained:
+            self.outputs = self._read_items()
+        self._embed()
+
+    def _rows(self) -> Int[Tensor, "n_items"]:
+        return torch.arange(self.dataset.n_items, device=self.module.device)
+
+    def _read_items(self) -> Float[Tensor, "n_items d_in"]:
+        if isinstance(self.module.item_side, MeanItems):
+            return self.module.item_side.means
+        return self._in_shares(self.module.item_outputs)
+
+    def _in_shares(self, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows of all items, read by all processes together."""
+        mine = torch.as_tensor(self.world.even_share(self.dataset.n_items))
+        parts = []
+        with Progress("encoding items", len(mine), self.progress and self.world.is_main) as bar:
+            for rows in mine.to(self.module.device).split(512):
+                parts.append(read(rows))
+                bar.advance(len(rows))
+        return self.world.gather_rows(torch.cat(parts), self.dataset.n_items)
+
+    @torch.no_grad()
+    def _suffix_outputs(self) -> Float[Tensor, "n_items d_llm"]:
+        """At the suffix, of the untrained items."""
+        reader = self.module.reader
+
+        def read(rows: Tensor) -> Tensor:
+            each = [Histories(r.cpu(), torch.arange(1, len(r) + 1)) for r in rows.split(64)]
+            return torch.cat([reader.read_items(histories, plain=True) for histories in each])
+
+        return self._in_shares(read)
+
+    def _text_vectors(self) -> Float[Tensor, "n_items d_text"]:
+        """Of the frozen LLM, for the regression: every item's mean outputs, whitened."""
+        laser = self.module
+        if not isinstance(laser.item_side, MeanItems):
+            return laser.features.vectors(self.dataset.items)
+        depths = max(1, len(laser.config.backbone.mean_layers))
+        dims = min(_TEXT_DIMS, self.outputs.shape[1] // depths)
+        return whiten(self.outputs, *fit_whitening(self.outputs, dims, depths), depths)
+
+    @torch.no_grad()
+    def _embed(self) -> None:
+        self.module.set_items(self.module.embed_items(self.outputs, self._rows()))
+        self._scale_neighbours()
+
+    @torch.no_grad()
+    def _scale_neighbours(self) -> None:
+        """By some users' training sequences; the same in every process."""
+        laser, sequences = self.module, self.dataset.train_sequences
+        if laser.neighbours is None or not len(sequences):
+            return
+        some = sequences.take(np.linspace(0, len(sequences) - 1, min(_SCALE_USERS, len(sequences))).astype(int))
+        size = laser.config.eval.batch_size
+        users = torch.cat([laser.users(some.take(rows)) for rows in torch.arange(len(some)).split(size)])
+        laser.neighbours.scale_to(users @ laser.vectors.T)
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    def begin_epoch(self, number: int) -> LaserExamples:
+        """Examples by train.cuts."""
+        self.module.train()
+        train, sequences = self.module.config.train, self.dataset.train_sequences
+        of, cut = epoch_examples(sequences, train.cuts, (train.seed, 2 if self.fixed else 1, number))
+        return LaserExamples(sequences, of, cut, self._tokens(sequences, of, cut),
+                             self.module.config.mformer.state_dropout)
+
+    def _tokens(self, sequences: Histories, of: Tensor, cut: Tensor) -> Int[np.ndarray, "examples"]:
+        """What the LLM reads of each example, or its items where it reads none."""
+        texts, window = self.module.texts, self.module.config.prompt.max_items
+        each = torch.ones(self.dataset.n_items).long() if texts is None else torch.as_tensor(texts.lengths())
+        total = torch.cat([each.new_zeros(1), each[sequences.items].cumsum(0)])
+        end = sequences.starts[of] + cut
+        overhead = 0 if self.module.reader is None else self.module.reader.overhead
+        return (total[end] - total[end - cut.clamp(max=window)] + overhead).numpy()
+
+    def loss(self, batch: Batch, rows: Int[np.ndarray, "some"]) -> dict[str, Tensor]:
+        """Item contrast (Eq. 8) + balance_weight x load balance (Eq. 9-12), as shares of the whole batch's means."""
+        laser, train = self.module, self.module.config.train
+        histories, hide = batch.histories.take(rows), batch.hide[torch.as_tensor(rows)]
+        users, route = laser.user_side.text(histories, hide)
+        offset = None if laser.seen is None else laser.seen.offset
+        seen = histories.distinct().to(laser.device) if offset is not None or not train.history_negatives else None
+        targets = batch.targets[torch.as_tensor(rows)].to(laser.device, non_blocking=True)
+        contrast = item_contrast(users, self._items_to_learn_from(), targets, laser.temperature, seen, offset)
+        contrast = contrast * (len(rows) / len(batch.targets))
+        if route is None:
+            return {"loss": contrast, "contrast": contrast}
+        shown = int((~hide).sum()) / max(1, int((~batch.hide).sum()))  # the balance is a mean over users that are shown
+        balance = load_balance(route) * shown
+        loss = contrast + train.balance_weight * balance
+        return {"loss": loss, "contrast": contrast, "balance": balance, "experts": route.users_per_expert()}
+
+    def _items_to_learn_from(self) -> Float[Tensor, "n_items d_text"]:
+        """The text part of the epoch's item embeddings (paper), or with train.item_gradient the same with gradient to
+        the head."""
+        laser = self.module
+        if not laser.config.train.item_gradient or self.fixed:
+            return laser.vectors[:, : laser.d_text]
+        if self._white[0] is not self.outputs:
+            self._white = self.outputs, laser.head.whiten(self.outputs)
+        return laser.head.project(self._white[1])
+
+    # -- what the trainer keeps ---------------------------------------------------------------------------------
+
+    def decayed(self) -> Iterable[nn.Parameter]:
+        """Weights of linear maps; decay would pull tokens, norms and biases away from where the LLM can read them."""
+        return (m.weight for m in self.module.modules() if isinstance(m, nn.Linear))
+
+    def scorer(self) -> Laser:
+        """Without dropout."""
+        return self.module.eval()
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, items' embeddings, and outputs where training changes them."""
+        state = {f"laser.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        state["vectors"] = self.module.vectors
+        return state if isinstance(self.module.item_side, MeanItems) else {**state, "outputs": self.outputs}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        laser, prefix = self.module, "laser."
+        laser.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+        laser.n_known = self.dataset.n_items if len(state["vectors"]) else 0
+        laser.set_items(state["vectors"])
+        self.outputs = laser.item_side.means if isinstance(laser.item_side, MeanItems) else state["outputs"]
