@@ -57,7 +57,7 @@ def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig,
     files["report.json"] = json_text(report).encode("utf-8")
     reused = _holds(Path(out), files, overwrite)
     if not reused:
-        with new_folder(out) as folder:
+        with new_folder(out, replace=("meta.json",)) as folder:
             for name, data in files.items():
                 write_bytes(folder / name, data)
     return {**report, "sha256": sha256, "folder": str(out), "reused": reused}

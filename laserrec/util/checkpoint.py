@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from laserrec.util.errors import UserError
+from laserrec.util.io import new_file
 
 _FACTS = "laserrec"
 
 
 def save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
-    """Write to a temporary name, then rename: an interrupted save leaves the previous file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Whole, flushed to the disk and readable as the umask says, or not at all: an interrupted save leaves the previous
+    file. Raises UserError where the disk refuses."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(plain, temporary, metadata={_FACTS: json.dumps(facts or {})})
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        try:
+            save_file(plain, temporary, metadata={_FACTS: json.dumps(facts or {})})
+        except SafetensorError as error:
+            raise UserError(f"{path} can't be written: {error}; make room on the disk or name another place") from None
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -34,7 +36,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (SafetensorError, ValueError) as error:  # ValueError: its facts are no JSON
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, RecursionError) as error:  # the last two: its facts are no JSON
         raise UserError(f"{path} is damaged or not a safetensors file: {error}; make it again") from None
 
 

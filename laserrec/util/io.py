@@ -1,37 +1,61 @@
-"""Write files and folders whole or not at all: to a temporary name beside the target, then rename.
+"""Write files and folders whole or not at all, so that a kill or a power cut at any moment leaves the old or the new.
 
-A killed process can leave `.NAME.PID-XXXX.tmp` behind, never a half-written NAME; such leftovers may be deleted.
+New content is made in `.NAME.XXXX.tmp` beside NAME, flushed to the disk and renamed. A folder that is replaced waits as
+`.NAME.old` between two renames; where a kill leaves it there, `recover` gives it its name back. What dead processes
+left behind is removed by the next writer. All failures of the disk are UserErrors.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import functools
 import io
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
 
 from laserrec.util.errors import UserError
 
+_ADVICE = {errno.ENOSPC: "make room on the disk", errno.EDQUOT: "make room within the disk quota",
+           errno.EACCES: "name another folder or change its permissions", errno.EROFS: "name another folder"}
+_Record = TypeVar("_Record", bound=BaseModel)
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_file(path: Path | str) -> Iterator[Path]:
+    """A name to write a file to. It becomes `path` when the block ends, readable as the umask says; missing parent
+    folders are made. Raises UserError where the disk refuses."""
+    path = Path(os.path.abspath(path))
+    with _clear(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clean_once(path.parent)
+        with _temporary(path) as folder:
+            yield folder / path.name
+            os.chmod(folder / path.name, folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
+            _flush(folder / path.name)
+            os.replace(folder / path.name, path)
+            _flush(path.parent)
+
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write `data` atomically; missing parent folders are made."""
-    path = Path(path)
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # without it a power cut after the rename can leave an empty file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write `data` atomically, as `new_file` does."""
+    with new_file(path) as file:
+        file.write_bytes(data)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -40,13 +64,25 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def read_json(path: Path, advice: str) -> Any:
-    """Raises UserError for a missing file, and for a damaged one with `advice` on what to do."""
+    """Raises UserError for a missing or unreadable file, and for a damaged one with `advice` on what to do."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number or a nesting without end
         raise UserError(f"{path} is damaged: {error}; {advice}") from None
+
+
+def read_record(path: Path, kind: type[_Record], advice: str) -> _Record:
+    """A JSON file of known fields. Raises UserError, with `advice`, also for fields of the wrong type."""
+    try:
+        return kind.model_validate(read_json(path, advice))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged: {name + ': ' if name else ''}{first['msg']}; {advice}") from None
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -73,27 +109,174 @@ def parquet_bytes(frame: pl.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
+# -- folders --------------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def new_folder(path: Path | str) -> Iterator[Path]:
-    """An empty folder to fill. It takes the name `path` when the block ends (what stood there is removed only then)
-    and vanishes when the block fails."""
-    path = Path(path)
-    temporary = _temporary(path)
-    temporary.mkdir()
+def new_folder(path: Path | str, replace: Collection[str] = ()) -> Iterator[Path]:
+    """An empty folder to fill. It takes the name `path` when the block ends and vanishes when the block fails.
+
+    replace: a folder that holds a file of one of these names is replaced, any other that isn't empty is refused: no
+    mistyped path costs a stranger's files. Raises UserError for that, for a file, for a mount point or the current
+    folder (neither can be renamed), and where the disk refuses.
+    """
+    path = Path(os.path.realpath(path))
+    recover(path)
+    _check_place(path, replace)
+    with _clear(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clean(path.parent)
+        with _temporary(path) as outer:
+            folder = outer / path.name
+            folder.mkdir()
+            yield folder
+            if path.is_dir():
+                shutil.copymode(path, folder)
+            for place, _, names in os.walk(folder):
+                for name in names:
+                    _flush(Path(place, name))
+                _flush(Path(place))
+            _swap(folder, path)
+
+
+def recover(path: Path | str) -> None:
+    """To be called before a folder that `new_folder` writes is read: where a writer was killed between its two renames,
+    the folder that it was about to replace gets its name back."""
+    path = Path(os.path.realpath(path))
+    if not os.path.lexists(path):
+        with contextlib.suppress(OSError):  # there is none, or another reader was faster
+            _aside(path).rename(path)
+            _flush(path.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: Path | str, what: str) -> Iterator[None]:
+    """Hold a folder, which need not exist yet, for `what` ("fit"); the lock is `.NAME.lock` beside it and ends with the
+    process. Raises UserError, which names the process, if any holds it already, this one included."""
+    folder = Path(os.path.realpath(folder))
+    file = folder.with_name(f".{folder.name}.lock")
+    with _clear(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file, thread_local=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"{folder} is in use by {file.read_text('utf-8').strip() or 'another process'}; wait for "
+                            "it to end, or name another folder") from None
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write_text(f"{what}, process {os.getpid()} on {socket.gethostname()}, since {since}\n", encoding="utf-8")
     try:
-        yield temporary
-        if path.exists():
-            # Moved aside first: removing takes long, and the new folder should be missing for no longer than a rename.
-            old = _temporary(path)
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        lock.release()
 
 
-def _temporary(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+def _check_place(path: Path, replace: Collection[str]) -> None:
+    with contextlib.suppress(FileNotFoundError):  # the current folder may be gone
+        if path in (Path.cwd(), *Path.cwd().parents):
+            raise UserError(f"{path} is the current folder or holds it, and can't be replaced; name another folder, "
+                            "or start from elsewhere")
+    if os.path.ismount(path):
+        raise UserError(f"{path} is a mount point, which can't be replaced; name a folder in it")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a folder")
+    with _clear(path):
+        if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in replace):
+            raise UserError(f"{path} is not empty and is not replaced; name another folder or delete it")
+
+
+def _swap(folder: Path, path: Path) -> None:
+    """Give `folder` the name `path`. A reader or another writer may step between the two renames: then once more."""
+    old = _aside(path)
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_dir():
+                _discard(old)
+                path.rename(old)
+        try:
+            folder.rename(path)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    _flush(path.parent)
+    with contextlib.suppress(OSError):  # the new one is there; the next writer tries again
+        _discard(old)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _discard(folder: Path) -> None:
+    """Under a temporary name first: a folder called .NAME.old is complete at all times."""
+    if folder.is_dir():
+        with contextlib.suppress(FileNotFoundError), _temporary(folder) as rubbish:  # another process was faster
+            folder.rename(rubbish / folder.name)
+
+
+# -- temporary folders ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for the block. It is locked meanwhile: one that isn't is of a process that died."""
+    while True:
+        folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        folder.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # another process cleaned up before this one was locked
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                if folder.is_dir():
+                    break
+            except BlockingIOError:  # and is at it
+                pass
+            except OSError:  # a file system without locks, where leftovers stay
+                break
+            os.close(handle)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _clean(parent: Path) -> None:
+    """Remove the temporary folders of dead processes."""
+    for folder in parent.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # still locked, no folder, or not ours to remove
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(handle)
+
+
+@functools.cache
+def _clean_once(parent: Path) -> None:
+    """A process that writes a hundred thousand files into a folder lists it once."""
+    _clean(parent)
+
+
+def _flush(path: Path) -> None:
+    """Without it a power cut after the rename can leave an empty file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _clear(path: Path) -> Iterator[None]:
+    """What the operating system refuses, as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        other = error.filename is not None and not str(error.filename).startswith(str(path.parent))
+        if other or error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+            raise  # about something else that happened while this was written
+        raise UserError(f"{path} can't be written: {os.strerror(error.errno)}; "
+                        f"{_ADVICE.get(error.errno, 'name another place')}") from error

@@ -17,11 +17,16 @@ def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int | st
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
 
 
-def check(folder: Path, files: Mapping[str, Mapping[str, int | str]], advice: str) -> None:
-    """Raises UserError, with `advice` on what to do, for the first file that is missing or is not what `describe` saw.
+def check(folder: Path, files: Mapping[str, Mapping[str, int | str]], advice: str, links: bool = True) -> None:
+    """Raises UserError, with `advice` on what to do, for the first file that is missing or is not what `describe` saw,
+    for `files` of another form, for names that lead out of the folder, and (links=False) for symbolic links.
     Files are read in pieces, so memory doesn't grow with them; all sizes are looked at before anything is read."""
+    if not (isinstance(files, Mapping) and all(map(_is_entry, files, files.values()))):
+        raise UserError(f"the list of files of {folder} is damaged; {advice}")
     for name, known in files.items():
         file = folder / name
+        if not links and any(place.is_symlink() for place in (file, *file.parents[: name.count("/")])):
+            raise UserError(f"{file} is a link, which is not followed; {advice}")
         if not file.is_file():
             raise UserError(f"{file} is missing; {advice}")
         size = file.stat().st_size
@@ -34,6 +39,11 @@ def check(folder: Path, files: Mapping[str, Mapping[str, int | str]], advice: st
         if found != known["sha256"]:
             raise UserError(f"{folder / name} has changed: its sha256 is {found[:12]}... instead of "
                             f"{str(known['sha256'])[:12]}...; {advice}")
+
+
+def _is_entry(name: object, known: object) -> bool:
+    return (isinstance(name, str) and not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
+            and isinstance(known, Mapping) and type(known.get("bytes")) is int and isinstance(known.get("sha256"), str))
 
 
 def file_sha256(file: Path) -> str:

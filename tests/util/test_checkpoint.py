@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from kills import kill_at_every_step
+from safetensors.torch import save_file
 
-from laserrec.util import checkpoint
+from laserrec.util import checkpoint, io
 from laserrec.util.errors import UserError
 
 
@@ -84,3 +86,28 @@ def test_an_optimiser_goes_on_as_if_never_stopped():
 def test_part_takes_a_whole_name_before_the_dot():
     tensors = {"laser.a.b": torch.ones(1), "lasers.a": torch.zeros(1), "best.a": torch.zeros(1)}
     assert list(checkpoint.part(tensors, "laser")) == ["a.b"]
+
+
+def test_killed_at_any_step_the_old_or_the_new_file_is_there(tmp_path):
+    file = tmp_path / "x"
+    checkpoint.save(file, {"a": torch.zeros(3)})
+    found = set()
+
+    def work():
+        io._clean_once.cache_clear()
+        checkpoint.save(file, {"a": torch.ones(3)})
+
+    def look(step):
+        found.add(float(checkpoint.load(file)[0]["a"].sum()))
+        checkpoint.save(file, {"a": torch.zeros(3)})
+
+    assert kill_at_every_step(work, look) > 5 and found == {0.0, 3.0}
+    work()
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and file.stat().st_mode & 0o044
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, path, metadata: save_file(tensors, "/dev/full/x"))
+    with pytest.raises(UserError, match=r"x can't be written: .*; make room on the disk or name another place"):
+        checkpoint.save(tmp_path / "x", {"a": torch.ones(3)})
+    assert list(tmp_path.iterdir()) == []

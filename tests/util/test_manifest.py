@@ -42,3 +42,25 @@ def test_sizes_are_looked_at_before_anything_is_read(folder, monkeypatch):
     monkeypatch.setattr(manifest, "file_sha256", lambda file: pytest.fail("was read"))
     with pytest.raises(UserError, match="cut short"):
         manifest.check(folder, files, "")
+
+
+@pytest.mark.parametrize("files", [
+    None, [], 3, {"a": None}, {"a": {}}, {"a": {"bytes": "10", "sha256": "x"}}, {"a": {"bytes": 10, "sha256": 1}},
+    {"a": {"bytes": True, "sha256": "x"}}, {"/etc/passwd": {"bytes": 1, "sha256": "x"}},
+    {"sub/../../x": {"bytes": 1, "sha256": "x"}}, {"a\0": {"bytes": 1, "sha256": "x"}}])
+def test_a_list_of_another_form_is_refused(folder, files):
+    with pytest.raises(UserError, match=r"the list of files of .* is damaged; copy it anew"):
+        manifest.check(folder, files, "copy it anew")
+
+
+def test_links_are_refused_where_asked(folder):
+    files = manifest.describe(folder, ["a", "sub/b"])
+    (folder / "a").rename(folder / "elsewhere")
+    (folder / "a").symlink_to(folder / "elsewhere")
+    manifest.check(folder, files, "")
+    with pytest.raises(UserError, match="/a is a link, which is not followed; copy"):
+        manifest.check(folder, files, "copy it", links=False)
+    (folder / "sub").rename(folder / "there")
+    (folder / "sub").symlink_to(folder / "there")
+    with pytest.raises(UserError, match="/sub/b is a link"):
+        manifest.check(folder, {"sub/b": files["sub/b"]}, "copy it", links=False)
