@@ -36,4 +36,16 @@ _SMALL: dict[str, Any] = {
     "eval": {"batch_size": 64},
 }
 
-PRESETS: dict[str, dict[str, Any]] = {"small": _SMALL, "quickstart": _SMALL, "paper": _PAPER}
+# Closed forms alone: item-to-item regression on sequences and the LLM's text vectors; no ID model, no training by
+# gradient, and no LLM to answer with.
+_INSTANT: dict[str, Any] = {
+    "id_model": {"kind": "none"},
+    "backbone": {"layers": 6, "mean_layers": (6, 20, 30)},
+    "prompt": {"layout": "none", "item_side": "mean"},
+    "mformer": {"prefix": "none"},
+    "head": {"whiten_dims": 512, "seen_offset": True, "seen_offset_start": -3.0},
+    "neighbours": {"count": 200, "share": 0.001},
+    "train": {"stage_one_epochs": 0, "stage_two_epochs": 0},
+}
+
+PRESETS: dict[str, dict[str, Any]] = {"small": _SMALL, "instant": _INSTANT, "paper": _PAPER}

@@ -6,11 +6,14 @@ import numpy as np
 import polars as pl
 import torch
 
-from laserrec.config import BackboneConfig, Config, IdModelConfig
+from laserrec.config import Config, IdModelConfig
 from laserrec.data.dataset import Dataset
-from laserrec.methods.laser.encoder import Catalogue, Encoder
+from laserrec.data.histories import Histories
+from laserrec.llm.text_features import TextFeatures
+from laserrec.methods.laser.build import compose
 from laserrec.methods.laser.model import Laser
-from laserrec.methods.sequence import make_id_model
+from laserrec.methods.sasrec import SASRec
+from laserrec.util.device import CPU
 
 NATIVE = ("llama", "mistral", "qwen2", "qwen3")
 WORDS = ("red", "blue", "saw", "hammer", "drill", "paint", "glue", "nail", "wood", "steel")
@@ -79,56 +82,62 @@ def items(n: int) -> pl.DataFrame:
     """Titles of unequal length, so that batches are padded."""
     titles = [" ".join(WORDS[(j * (p + 3)) % len(WORDS)] for p in range(1 + j % 4)) + f" {j}" for j in range(1, n + 1)]
     brands = pl.Series([f"{WORDS[j % 3]}co" if j % 2 else None for j in range(n)], dtype=pl.String)
-    return pl.DataFrame({"item": pl.Series(range(1, n + 1), dtype=pl.Int32),
+    return pl.DataFrame({"item": pl.Series(range(n), dtype=pl.Int32),
                          "item_id": [f"i{j}" for j in range(1, n + 1)], "title": titles, "brand": brands,
                          "category": ["tools" if j % 3 else None for j in range(n)]})
 
 
 def dataset(sequences: list[list[int]], n: int) -> Dataset:
-    """Leave-one-out over the given dense sequences: user 1's, user 2's ..."""
+    """Leave-one-out over the given sequences of item rows: user 0's, user 1's ..."""
     rows = []
-    for user, sequence in enumerate(sequences, 1):
+    for user, sequence in enumerate(sequences):
         last = len(sequence) - 1
         rows += [(user, item, p, p, {last: "test", last - 1: "validation"}.get(p, "train"))
                  for p, item in enumerate(sequence)]
     schema = {"user": pl.Int32, "item": pl.Int32, "position": pl.Int32, "timestamp": pl.Int64, "split": pl.String}
     count = len(sequences)
-    users = pl.DataFrame({"user": pl.Series(range(1, count + 1), dtype=pl.Int32),
+    users = pl.DataFrame({"user": pl.Series(range(count), dtype=pl.Int32),
                           "user_id": [f"u{j}" for j in range(1, count + 1)]})
     return Dataset(items(n), users, pl.DataFrame(rows, schema=schema, orient="row"), {"sha256": f"planted {n} {count}"})
 
 
 def planted(n: int = 20, users: int = 40, seed: int = 0) -> Dataset:
-    """Users who walk up the catalogue: item i is always followed by i + 1 (after n comes 1)."""
+    """Users who walk up the catalogue: row i is always followed by i + 1 (after the last comes 0)."""
     rng = np.random.default_rng(seed)
-    return dataset([[(start + p) % n + 1 for p in range(length)]
+    return dataset([[int(start + p) % n for p in range(length)]
                     for start, length in zip(rng.integers(0, n, users), rng.integers(5, 9, users), strict=True)], n)
 
 
 def planted_tables(n: int, users: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     """`planted` as a caller's frames: interactions (user_id u1.., item_id i1.., timestamp) and items."""
     data = planted(n, users)
-    rows = [(f"u{r['user']}", f"i{r['item']}", r["position"]) for r in data.interactions.to_dicts()]
+    rows = [(f"u{r['user'] + 1}", f"i{r['item'] + 1}", r["position"]) for r in data.interactions.to_dicts()]
     return pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row"), data.items.drop("item")
 
 
-def id_model(n: int, seed: int = 1):
+def id_model(n: int, seed: int = 1) -> SASRec:
+    """Random and frozen."""
     torch.manual_seed(seed)
-    model = make_id_model(ID_MODEL, n)
+    model = SASRec(ID_MODEL, n)
     with torch.no_grad():  # an untrained SASRec's states are all alike
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     return model.eval().requires_grad_(False)
 
 
-def encoder(backbone, n: int = 12, n_known: int | None = None, seed: int = 2, **sections: dict) -> Encoder:
-    """A Laser with a random ID model over `n` items."""
+def features(backbone, tree: Config | None = None) -> TextFeatures:
+    """Of a loaded LLM."""
+    return TextFeatures(backbone.config, (tree or config(backbone.name)).prompt, CPU, backbone=backbone)
+
+
+def laser(backbone, n: int = 12, n_known: int | None = None, seed: int = 2, **sections: dict) -> Laser:
+    """A fresh Laser with a random ID model over `n` items."""
     model = id_model(n_known or n)
     torch.manual_seed(seed)
-    tree = config(backbone.name, **sections)
-    laser = Laser(tree.model_copy(update={"backbone": BackboneConfig(name=backbone.name)}), backbone, model.d_id)
-    return Encoder(laser, model, Catalogue(laser, items(n), n_known or n))
+    tree = config(backbone.name, **sections).model_copy(update={"backbone": backbone.config})
+    return compose(tree, items(n), n_known or n, features(backbone, tree), model)
 
 
-def histories(*rows: list[int]) -> list[np.ndarray]:
-    return [np.array(row, dtype=np.int32) for row in rows]
+def histories(*rows: list[int]) -> Histories:
+    """Of item rows."""
+    return Histories.of(rows)

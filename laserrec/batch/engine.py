@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from laserrec.recommender.model_folder import model_identity
+from laserrec.recommender.folder import model_identity
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.util.errors import UserError
 from laserrec.util.interrupt import DeferredInterrupt

@@ -30,7 +30,7 @@ from laserrec.batch.engine import (
     summary,
     write_part,
 )
-from laserrec.recommender.model_folder import model_identity
+from laserrec.recommender.folder import model_identity
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.retrieval.index import index_kind
 from laserrec.util.errors import UserError

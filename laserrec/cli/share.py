@@ -46,7 +46,7 @@ def push(model: Path, repo: str, *, private: bool | None = None, revision: str |
         Write {"repo", "commit"} to this file.
     """
     from laserrec.recommender.hub import names_a_local_backbone, push_folder
-    from laserrec.recommender.model_folder import tell_card
+    from laserrec.recommender.folder import tell_card
 
     tell_card(model, licence, data_name)
     if path := names_a_local_backbone(model):
@@ -75,7 +75,7 @@ def card(model: Path, *, licence: _Licence = None, data_name: str | None = None)
     data_name
         Of the data set; kept too.
     """
-    from laserrec.recommender.model_folder import tell_card
+    from laserrec.recommender.folder import tell_card
 
     kept = "" if tell_card(model, licence, data_name) else " (a person's; left as it is)"
     out_console.print(f"{model / 'README.md'}{kept}", highlight=False, soft_wrap=True)

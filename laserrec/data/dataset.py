@@ -58,6 +58,8 @@ class Dataset:
     users: pl.DataFrame
     interactions: pl.DataFrame
     meta: dict
+    folder: Path | None = None
+    """Where it was read from."""
 
     @property
     def n_items(self) -> int:
@@ -85,7 +87,7 @@ class Dataset:
             raise UserError(f"{folder} was written by another version of laserrec (its format is not {FORMAT}); "
                             "prepare the data again")
         tables = [pl.read_parquet(folder / f"{name}.parquet") for name in ("items", "users", "interactions")]
-        return Dataset(*tables, meta=meta)
+        return Dataset(*tables, meta=meta, folder=folder)
 
     @cached_property
     def train_sequences(self) -> Histories:

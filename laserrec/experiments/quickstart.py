@@ -20,7 +20,7 @@ from laserrec.methods.laser.untrained import UntrainedLLM
 from laserrec.methods.linear import EASE, NEAREST, TEXT_EASE, ItemRegression, NearestText
 from laserrec.methods.popularity import Popularity
 from laserrec.presets import ID_MODELS
-from laserrec.recommender.model_folder import tell_card
+from laserrec.recommender.folder import tell_card
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.recommender.results import record_result
 from laserrec.training.pretrain import pretrain_id_model

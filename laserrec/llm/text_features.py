@@ -59,18 +59,44 @@ class TextFeatures:
     def __init__(
         self, config: BackboneConfig, prompt: PromptConfig, device: torch.device, folder: Path | None = None,
         progress: bool = False, backbone: Backbone | None = None, world: World | None = None,
+        trust_remote_code: bool = False,
     ):
         self.config = config if backbone is None else backbone.config
         self.prompt, self.device, self.folder, self.progress = prompt, device, folder, progress
-        self.world, self._loaded = world or World(), backbone
+        self.world, self._loaded, self.trust_remote_code = world or World(), backbone, trust_remote_code
+        self._expected: tuple[str, str] | None = None
         self._kept: dict[str, Tensor] = {}
 
     @property
     def backbone(self) -> Backbone:
-        """The LLM, loaded at the first use. Raises UserError if it can't be."""
+        """The LLM, loaded at the first use. Raises UserError if it can't be, or if its weights are not the expected
+        ones (`expect`)."""
         if self._loaded is None:
-            self._loaded = load_backbone(self.config, self.device)
+            self._loaded = load_backbone(self.config, self.device, trust_remote_code=self.trust_remote_code)
+            self._check()
         return self._loaded
+
+    @property
+    def sha256(self) -> str:
+        """Of the LLM's weight files."""
+        if not self._sha256:
+            self._sha256 = self.backbone.sha256  # loading brings the weights here
+        return self._sha256
+
+    def expect(self, sha256: str | None, model: str) -> None:
+        """From now on only an LLM of this sha256 will do, since `model` was fitted with it; None or "": any. Raises
+        UserError if another one is loaded already."""
+        self._expected = (sha256, model) if sha256 else None
+        if self._loaded is not None:
+            self._check()
+
+    def _check(self) -> None:
+        if self._expected is None or self._loaded.sha256 == self._expected[0]:
+            return
+        found = f"{self._loaded.sha256[:12]}..." if self._loaded.sha256 else "no weight files that could be checked"
+        raise UserError(f"{self._expected[1]} was fitted with an LLM of sha256 {self._expected[0][:12]}..., but "
+                        f"{self._loaded.name} here has {found}; the model means nothing to other weights. Get the "
+                        "weights it was fitted with, or fit again on these")
 
     def means(self, items: pl.DataFrame) -> Float[Tensor, "n_items d_means"]:
         """Per row of `items` (columns title and the prompt's attributes), the mean of the LLM's outputs over the item's
@@ -106,10 +132,8 @@ class TextFeatures:
 
     def _fingerprint(self, lines: list[np.ndarray]) -> str:
         """sha256 over all that the means depend on."""
-        if not self._sha256:
-            self._sha256 = self.backbone.sha256  # loading brings the weights here
         config = self.config
-        settings = {"weights": self._sha256, "depths": list(config.mean_layers) or config.layers,
+        settings = {"weights": self.sha256, "depths": list(config.mean_layers) or config.layers,
                     "precision": str(resolve_precision(config.precision, self.device)),
                     "quantization": str(config.quantization)}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

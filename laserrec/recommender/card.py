@@ -48,7 +48,8 @@ def card_text(note: dict[str, Any], name: str, item_ids: list[str]) -> str:
 
     parts = [_MARK, f"# {name}", _what(note), _table("Data", _data(note)), _metrics(note),
              _table("Settings", _settings(note)), _table("Parameters", _parameters(note)),
-             _table("The frozen LLM", _backbone(note)), _usage(note, name, item_ids), _licence(note), _cite()]
+             *([_table("The frozen LLM", _backbone(note))] if note["backbone"] else []), _usage(note, name, item_ids),
+             _licence(note), *([_cite()] if note["method"] == "laser" else [])]
     card = ModelCard(f"---\n{_metadata(note, name).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
     return str(card)
 
@@ -88,7 +89,7 @@ def _eval_results(note: dict[str, Any]) -> list[Any]:
 
 def _rows(note: dict[str, Any]) -> list[dict[str, Any]]:
     """The kept epoch's validation metrics, then what was recorded of evaluations."""
-    best = note.get("training", {}).get("best", {})
+    best = note.get("training", {}).get("kept", {})
     fit = {key.removeprefix("validation_"): value for key, value in best.items() if key.startswith("validation_")}
     recorded = note.get("results", [])
     if any(row["split"] == "validation" for row in recorded) or not fit:  # a measurement of all users is the better one
@@ -109,7 +110,7 @@ def _card(note: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base_model(note: dict[str, Any]) -> str | None:
-    name = note["backbone"]["name"]
+    name = (note["backbone"] or {}).get("name", "")
     if name == DEFAULT_NAME:
         return ORIGINAL
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
@@ -119,6 +120,10 @@ def _base_model(note: dict[str, Any]) -> str | None:
 
 
 def _what(note: dict[str, Any]) -> str:
+    if note["method"] != "laser":
+        return (f"A sequential recommender: from what a user bought before, in order, it ranks what comes next. Its "
+                f"method is {note['method']}.\n\nThis folder holds the weights and the catalogue (ids and texts of the "
+                "items). It holds nobody's history.")
     distilled = ("\n\nIt is distilled: in the language model's place, which reads new items alone, a small network "
                  "reads the history's item embeddings and the ID model's state." if "student" in note else "")
     return (
@@ -166,6 +171,9 @@ def _metrics(note: dict[str, Any]) -> str:
 
 def _settings(note: dict[str, Any]) -> list[tuple[str, Any]]:
     tree = note["config"]
+    if note["method"] != "laser":
+        used = {"sasrec": "id_model", "bert4rec": "id_model"}.get(note["method"], "neighbours")
+        return [("method", note["method"]), *((f"`{used}.{key}`", value) for key, value in tree[used].items())]
     names = ["prompt.layout", "prompt.template", "prompt.item_side", "prompt.max_items", "prompt.max_item_tokens",
              "mformer.prefix", "mformer.experts", "mformer.queries", "mformer.blocks", "mformer.d_model",
              "head.whiten_dims", "head.projection", "head.id_share", "head.seen_offset", "id_model.kind",
@@ -179,11 +187,13 @@ def _parameters(note: dict[str, Any]) -> list[tuple[str, Any]]:
     training = note.get("training", {})
     if "trained_parameters" not in training:
         return [("trained", "not recorded")]
-    queries = note["config"]["mformer"]["queries"]
-    return [("trained, all (prefix maker, suffix, head)", f"{training['trained_parameters']:,}"),
-            (f"Bi-Tuning's share: a prefix of {queries} tokens and the suffix, as the LLM reads them",
-             f"{training['bi_tuning_parameters']:,}"),
-            ("seconds of training", f"{training['seconds']:,.0f}")]
+    rows = [("trained", f"{training['trained_parameters']:,}")]
+    if "bi_tuning_parameters" in training:
+        queries = note["config"]["mformer"]["queries"]
+        rows = [("trained, all (prefix maker, suffix, head)", f"{training['trained_parameters']:,}"),
+                (f"Bi-Tuning's share: a prefix of {queries} tokens and the suffix, as the LLM reads them",
+                 f"{training['bi_tuning_parameters']:,}")]
+    return [*rows, ("seconds of training", f"{training['seconds']:,.0f}")]
 
 
 def _backbone(note: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -201,7 +211,7 @@ def _backbone(note: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _usage(note: dict[str, Any], name: str, item_ids: list[str]) -> str:
-    place = ', backbone="FOLDER-OF-THE-LLM"' if _base_model(note) is None else ""
+    place = ', backbone="FOLDER-OF-THE-LLM"' if note["backbone"] and _base_model(note) is None else ""
     return "\n".join(["## Use", "", "```python", "from laserrec import LaserRecommender", "",
                       f'model = LaserRecommender.from_pretrained("{name}"{place})',
                       f"history = {item_ids!r}  # item ids, oldest first",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from laserrec.recommender.card import write_card
-from laserrec.recommender.model_folder import KNOWN_FILES, check_files, read_note, shared_files
+from laserrec.recommender.folder import KNOWN_FILES, check_files, read_note, shared_files
 from laserrec.util.errors import UserError
 
 _REPO = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -26,12 +26,9 @@ def is_repo(name: Path | str) -> bool:
     return bool(_REPO.fullmatch(Path(name).as_posix())) and not Path(name).exists()
 
 
-def local_folder(name: Path | str, revision: str | None = None, token: str | None = None,
-                 own_backbone: bool = False) -> Path:
+def local_folder(name: Path | str, revision: str | None = None, token: str | None = None) -> Path:
     """The model folder `name`: itself, or the copy in the cache of what the hub has under ORG/NAME[@REVISION].
 
-    own_backbone: the caller brings the LLM. Otherwise a model of the hub that asks for code shipped with its LLM is
-    refused: loading a stranger's model must not run a stranger's code.
     Raises UserError for an unknown repository or revision, without permission, and without a network.
     """
     if not is_repo(name):
@@ -45,11 +42,6 @@ def local_folder(name: Path | str, revision: str | None = None, token: str | Non
         folder = Path(_api(token).snapshot_download(repo, revision=revision, allow_patterns=list(KNOWN_FILES)))
     if not (folder / "model.json").is_file():
         raise UserError(f"{repo} on the hub is no model of laserrec: it has no model.json")
-    backbone = read_note(folder)["config"].get("backbone", {})
-    if backbone.get("trust_remote_code") and not own_backbone:
-        raise UserError(f"{repo} wants to run Python code that is shipped with the LLM {backbone.get('name')!r}, on "
-                        "this machine. If you trust that, load the LLM yourself with laserrec.llm.backbone."
-                        "load_backbone and give it to from_pretrained(..., backbone=...)")
     return folder
 
 
@@ -79,8 +71,8 @@ def push_folder(folder: Path, repo: str, private: bool | None = None, token: str
 
 def names_a_local_backbone(folder: Path) -> str | None:
     """The LLM's name if it is a path: others will have to bring the LLM, and model.json tells them this path."""
-    name = read_note(folder)["backbone"]["name"]
-    return name if Path(name).is_absolute() or Path(name).exists() else None
+    name = (read_note(folder)["backbone"] or {}).get("name", "")
+    return name if name and (Path(name).is_absolute() or Path(name).exists()) else None
 
 
 def _api(token: str | None) -> Any:

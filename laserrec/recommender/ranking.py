@@ -1,4 +1,4 @@
-"""One request for recommendations in dense items, and its answer. What `recommend` and the server share."""
+"""One request for recommendations in item rows, and its answer. What `recommend` and the server share."""
 
 from __future__ import annotations
 
@@ -14,36 +14,40 @@ from torch import Tensor
 class Ask:
     """The k best next items of one history."""
 
-    history: np.ndarray
-    """Int32[history], dense items, oldest first, not empty."""
+    history: Int[np.ndarray, "history"]
+    """Item rows, oldest first. An empty one is answered with nothing."""
     k: int
     exclude_seen: bool = False
-    candidates: np.ndarray | None = None
-    """Int32[candidates], distinct dense items that alone may be recommended; None: all."""
+    candidates: Int[np.ndarray, "candidates"] | None = None
+    """Distinct item rows that alone may be recommended; None: all."""
+    exclude: Int[np.ndarray, "exclude"] | None = None
+    """Item rows that may not be recommended; None: none."""
 
 
 @dataclass(frozen=True)
 class Ranked:
     """The answer to one `Ask`, best first."""
 
-    items: np.ndarray
-    """Int32[at most k], dense items."""
-    scores: np.ndarray
-    """Float32[at most k]."""
-    expert: int | None
+    items: Int[np.ndarray, "found"]
+    """Item rows, at most k."""
+    scores: Float[np.ndarray, "found"]
+    expert: int | None = None
     """The query expert (from 0) that the router chose; None where the model has no router."""
 
 
+NOTHING = Ranked(np.zeros(0, np.int64), np.zeros(0, np.float32))
+
+
 def best(scores: Float[Tensor, "n_items"], ask: Ask, expert: int | None) -> Ranked:
-    """The best of one row of scores (column j is item j + 1), which is changed in place. Items of score -inf are
-    never among them."""
-    if ask.exclude_seen:
-        scores[torch.as_tensor(ask.history, dtype=torch.long) - 1] = -torch.inf
+    """The best of one row of scores, which is changed in place. Items of score -inf are never among them."""
+    for rows in (ask.history if ask.exclude_seen else None, ask.exclude):
+        if rows is not None:
+            scores[torch.as_tensor(rows, dtype=torch.long, device=scores.device)] = -torch.inf
     if ask.candidates is None:
-        items = torch.arange(1, len(scores) + 1)
+        items = torch.arange(len(scores), device=scores.device)
     else:
-        items = torch.as_tensor(ask.candidates, dtype=torch.long)
-        scores = scores[items - 1]
+        items = torch.as_tensor(ask.candidates, dtype=torch.long, device=scores.device)
+        scores = scores[items]
     return ranked(*top(scores, items, ask.k), expert)
 
 
@@ -61,4 +65,4 @@ def top(scores: Float[Tensor, "n"], items: Int[Tensor, "n"], k: int) -> tuple[In
 
 def ranked(items: Int[Tensor, "m"], scores: Float[Tensor, "m"], expert: int | None) -> Ranked:
     """What `top` found, as an answer."""
-    return Ranked(items.to(torch.int32).numpy(), scores.numpy(), expert)
+    return Ranked(items.cpu().numpy(), scores.float().cpu().numpy(), expert)

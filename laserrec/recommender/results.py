@@ -7,7 +7,7 @@ from typing import Any
 
 from laserrec.data.dataset import Dataset
 from laserrec.evaluation.evaluate import Result
-from laserrec.recommender.model_folder import read_note, update_note
+from laserrec.recommender.folder import read_note, update_note
 
 
 def with_result(results: list[dict[str, Any]], result: Result, dataset: Dataset) -> list[dict[str, Any]]:

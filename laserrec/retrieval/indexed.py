@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from laserrec.methods.neighbours import Pull
+Pull = object
 from laserrec.recommender.ranking import Ask, top
 from laserrec.retrieval.index import Index, load_index
 from laserrec.util.errors import UserError

@@ -15,7 +15,7 @@ from laserrec.data.raw import from_frames
 from laserrec.evaluation.evaluate import evaluate
 from laserrec.llm.fetch import DEFAULT_NAME
 from laserrec.recommender.card import card_text
-from laserrec.recommender.model_folder import update_note
+from laserrec.recommender.folder import update_note
 from laserrec.recommender.results import record_result
 
 N = 12

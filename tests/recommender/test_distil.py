@@ -14,7 +14,7 @@ from laserrec.cli import distil as cli_distil
 from laserrec.config import StudentConfig
 from laserrec.methods.laser.student import Student
 from laserrec.recommender import distil
-from laserrec.recommender.model_folder import shared_files
+from laserrec.recommender.folder import shared_files
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.util.errors import UserError
 

@@ -17,7 +17,7 @@ from laserrec import LaserRecommender
 from laserrec.batch import ray_engine as batch_ray
 from laserrec.cli import main as cli
 from laserrec.recommender import hub
-from laserrec.recommender.model_folder import KNOWN_FILES, model_identity
+from laserrec.recommender.folder import KNOWN_FILES, model_identity
 from laserrec.util.errors import UserError
 
 N = 12

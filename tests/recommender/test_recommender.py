@@ -354,7 +354,7 @@ def as_format_1(model, folder):
 
 
 def test_what_was_recorded_makes_no_other_model(model, tmp_path):
-    from laserrec.recommender.model_folder import model_identity, update_note
+    from laserrec.recommender.folder import model_identity, update_note
 
     model.save_pretrained(tmp_path / "m")
     before = model_identity(tmp_path / "m")

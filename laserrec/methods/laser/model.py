@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from laserrec.config import Config
+from laserrec.config import Config, Prefix
 from laserrec.data.histories import Histories
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.laser.head import AddedOutput, Head
@@ -146,6 +146,13 @@ class Laser(nn.Module):
         shares = (1 - self.id_share) ** 0.5, self.id_share**0.5
         parts = [share * F.normalize(part, dim=-1) for share, part in zip(shares, (text, id_part), strict=True)]
         return F.normalize(torch.cat(parts, dim=-1), dim=-1)
+
+    def sizes(self) -> dict[str, int]:
+        """bi_tuning_parameters: prefix and suffix as the LLM reads them (paper, Table 3), if it reads histories."""
+        if self.reader is None:
+            return {}
+        queries = 0 if self.config.mformer.prefix == Prefix.NONE else self.config.mformer.queries
+        return {"bi_tuning_parameters": (queries + 1) * self.reader.suffix.shape[1]}
 
     # -- new items ----------------------------------------------------------------------------------------------
 

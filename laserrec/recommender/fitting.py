@@ -1,0 +1,235 @@
+"""Fit any method into a model folder, and open such a folder again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from laserrec.config import BackboneConfig, Config, IdModelKind, Precision
+from laserrec.data.dataset import Dataset
+from laserrec.llm.backbone import Backbone
+from laserrec.llm.fetch import DEFAULT_NAME, fetch_default
+from laserrec.llm.precision import resolve_precision
+from laserrec.llm.text_features import TextFeatures
+from laserrec.methods.all import METHODS, Given, Method, find_method
+from laserrec.methods.sequence import SequenceModel
+from laserrec.recommender import folder as folders
+from laserrec.recommender.folder import Saved
+from laserrec.training.trainer import Pace, Trainer
+from laserrec.util.distributed import World, join
+from laserrec.util.errors import UserError
+from laserrec.util.io import locked, recover
+
+_PACE = {"train": ("checkpoint_minutes", "tokens_per_pass"),
+         "backbone": ("compiled", "gradient_checkpointing", "shard")}
+"""Settings that change speed and memory alone."""
+
+
+@dataclass
+class Fitted:
+    """A model with all that it was made of."""
+
+    model: Any
+    method: str
+    config: Config
+    items: pl.DataFrame
+    n_known: int
+    """Items that it was fitted on: the first rows of `items`."""
+    features: TextFeatures
+    facts: dict[str, Any]
+    id_model: tuple[str, Config] | None = None
+    """Method and settings of the ID model below."""
+    backbone: dict[str, Any] | None = None
+    """name, revision and sha256 of the LLM, if the method reads text."""
+    log: list[dict[str, Any]] | None = field(default=None, repr=False)
+
+    def saved(self) -> Saved:
+        """What goes into a folder."""
+        below = None
+        if self.id_model is not None:
+            below = *self.id_model, self.model.ids.model.state_dict()
+        kept = getattr(self.model, "item_tensors", dict)()
+        return Saved(self.method, self.config, self.items, self.n_known, self.model.state_dict(), kept, self.backbone,
+                     below, self.facts, self.log)
+
+
+def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device: torch.device,
+        id_model: Path | str | None = None, features: TextFeatures | None = None, progress: bool = True) -> Fitted:
+    """Fit method `name` into a model folder. A finished folder of the same data and settings is loaded, an unfinished
+    one is resumed with the result of an uninterrupted run; Ctrl-C and SIGTERM leave a checkpoint.
+
+    id_model: of Laser, the folder of a sequence model fitted on the same data, whose settings replace
+    config.id_model; None: one is fitted into FOLDER/id_model first. features: the frozen LLM's, to share them between
+    fits. Under torchrun all processes call this with the same arguments, fit together and get the same model.
+
+    Raises UserError for a folder of other settings or data, one that another process holds, and where the memory is too
+    small.
+    """
+    method, folder, world = find_method(name), Path(folder), join()
+    method.needs(config, dataset.n_items)
+    features = features or _features(config, dataset, device, world, progress)
+    with locked(folder, "fit") if world.is_main else contextlib.nullcontext():
+        recover(folder)
+        finished = world.told(lambda: (folder / "model.json").is_file())
+        config, below = _id_model(name, method, dataset, config, folder, device, id_model, features, progress, finished)
+        fingerprint = _fingerprint(name, method, config, dataset, features, None if below is None else below.model)
+        if world.told(lambda: fingerprint) != fingerprint:
+            raise UserError(f"process {world.rank} of {world.size} has other data, settings or another ID model than "
+                            "process 0; give every machine the same command and copies of the same folders")
+        if finished:
+            return _finished(folder, fingerprint, features, world)
+        given = Given(config, dataset.items, dataset.n_items, features, None if below is None else below.model, world,
+                      progress and world.is_main)
+        fitted = _train(name, method, given, dataset, folder, fingerprint, device)
+        if below is not None:
+            fitted.id_model = below.method, below.config
+        if world.is_main:
+            folders.save(folder, fitted.saved())
+    world.wait()  # where the folder is shared, it is complete for all
+    return fitted
+
+
+def _train(name: str, method: Method, given: Given, dataset: Dataset, folder: Path, fingerprint: str,
+           device: torch.device) -> Fitted:
+    config, world = given.config, given.world
+    seed = config.train.seed if method.kind == "laser" else config.id_model.seed
+    torch.manual_seed(seed)
+    model = method.make(given)
+    pace = Pace(seed, config.eval.k, config.eval.batch_size, config.eval.validates, config.train.validation_users,
+                config.train.checkpoint_minutes, given.progress)
+    trainer = Trainer(method.phases(model, given, dataset), dataset, folder, fingerprint, pace, world, device)
+    log = trainer.run()
+    training = {**trainer.summary(), **getattr(model, "sizes", dict)()}
+    model.eval().requires_grad_(False)
+    facts = {"fingerprint": fingerprint, "data": dataset.meta, "training": training}
+    return Fitted(model, name, config, dataset.items, dataset.n_items, given.features, facts,
+                  backbone=_named(given.features) if method.reads_text(config) else None, log=log)
+
+
+def _named(features: TextFeatures) -> dict[str, Any]:
+    backbone = features.backbone
+    return {"name": backbone.name, "revision": backbone.revision, "sha256": backbone.sha256}
+
+
+def _features(config: Config, dataset: Dataset, device: torch.device, world: World, progress: bool) -> TextFeatures:
+    """The LLM in the same precision everywhere: machines, and even two processes of one, may measure differently."""
+    backbone = config.backbone
+    if world.size > 1:
+        if backbone.name == DEFAULT_NAME:  # one download per machine, not one per process
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                fetch_default()
+            world.wait()
+        precision = Precision(world.told(lambda: resolve_precision(backbone.precision, device).value))
+        backbone = backbone.model_copy(update={"precision": precision})
+    writable = dataset.folder is not None and os.access(dataset.folder, os.W_OK)
+    kept = dataset.folder / "text_features" if writable else None
+    return TextFeatures(backbone, config.prompt, device, kept, progress and world.is_main, world=world)
+
+
+def _id_model(name: str, method: Method, dataset: Dataset, config: Config, folder: Path, device: torch.device,
+              given: Path | str | None, features: TextFeatures, progress: bool, finished: bool
+              ) -> tuple[Config, Fitted | None]:
+    """The sequence model below Laser, and the config with its true settings."""
+    if given is not None and name != "laser":
+        raise UserError(f"method {name} takes no ID model; only laser does")
+    if name != "laser" or (given is None and config.id_model.kind == IdModelKind.NONE):
+        return config, None
+    if given is not None:
+        below = open_folder(given, device, features=features)
+        if not isinstance(below.model, SequenceModel):
+            raise UserError(f"{given} holds a model of method {below.method}; Laser's ID model is a sequence model: "
+                            "sasrec or bert4rec")
+        if below.facts["data"]["sha256"] != dataset.fingerprint:
+            raise UserError(f"{given} was fitted on other data (sha256 {below.facts['data']['sha256'][:12]}, the data "
+                            f"folder has {dataset.fingerprint[:12]}); fit it on this data folder")
+    elif finished and (nested := folders.load(folder)).id_model is not None:
+        own, settings, weights = nested.id_model
+        with folders.fitting(folder):
+            model = METHODS[own].restore(Given(settings, dataset.items, dataset.n_items, features), weights, {})
+        below = Fitted(model, own, settings, dataset.items, dataset.n_items, features, {})
+    elif join().size > 1:
+        raise UserError("several processes fit Laser on an ID model that is there already: fit it first, in one "
+                        "process, and give its folder as the ID model")
+    else:
+        below = fit(config.id_model.kind.value, dataset, config, folder / "id_model", device, features=features,
+                    progress=progress)
+    kind = IdModelKind(below.method)
+    settings = below.config.id_model.model_copy(update={"kind": kind})
+    return config.model_copy(update={"id_model": settings}), below
+
+
+def _fingerprint(name: str, method: Method, config: Config, dataset: Dataset, features: TextFeatures,
+                 below: SequenceModel | None) -> str:
+    """Of all that a fit's result depends on: data, settings, the LLM's weights and the ID model's."""
+    tree = config.model_dump(mode="json")
+    for section, names in _PACE.items():
+        for setting in names:
+            tree[section].pop(setting)
+    wanted = {*method.sections, *(("backbone", "prompt") if method.reads_text(config) else ())}
+    facts = {"method": name, "data": dataset.fingerprint, "k": config.eval.k, "validates": config.eval.validates,
+             "llm": features.sha256 if method.reads_text(config) else None,
+             **{section: tree[section] for section in sorted(wanted)}}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for tensor_name, tensor in sorted(below.state_dict().items()) if below is not None else ():
+        digest.update(tensor_name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _finished(folder: Path, fingerprint: str, features: TextFeatures, world: World) -> Fitted:
+    if not (folder / "model.json").is_file():
+        raise UserError(f"process {world.rank} has no {folder}, which is finished where process 0 is; load it there, "
+                        "in one process")
+    if folders.read_note(folder).get("fingerprint") != fingerprint:
+        raise UserError(f"{folder} holds a model of another method, other settings or other data; name another folder "
+                        "or delete it")
+    return open_folder(folder, features.device, features=features)
+
+
+def open_folder(folder: Path | str, device: torch.device, backbone: Backbone | Path | str | None = None,
+                features: TextFeatures | None = None, trust_remote_code: bool = False) -> Fitted:
+    """Read a model folder. backbone: the LLM, loaded or where to find it, in place of the name in model.json; it is
+    loaded only when something has to be read. features: those to share.
+
+    Raises UserError if the folder is no model or unfinished, if a file has changed, if its parts do not fit together,
+    or if the LLM's weights are not those it was fitted with.
+    """
+    folder = Path(folder)
+    saved = folders.load(folder)
+    if features is None:
+        loaded = backbone if isinstance(backbone, Backbone) else None
+        settings = _backbone_settings(saved.config.backbone, saved.backbone, None if loaded else backbone)
+        features = TextFeatures(settings, saved.config.prompt, device, backbone=loaded,
+                                trust_remote_code=trust_remote_code)
+    features.expect(None if saved.backbone is None else saved.backbone["sha256"], str(folder))
+    method, below, given_id = find_method(saved.method), None, None
+    with folders.fitting(folder):
+        if saved.id_model is not None:
+            own, settings, weights = saved.id_model
+            below = own, settings
+            given_id = find_method(own).restore(Given(settings, saved.items, saved.n_known, features), weights, {})
+        model = method.restore(Given(saved.config, saved.items, saved.n_known, features, given_id), saved.weights,
+                               saved.kept)
+    return Fitted(model, saved.method, saved.config, saved.items, saved.n_known, features, saved.facts, below,
+                  saved.backbone)
+
+
+def _backbone_settings(config: BackboneConfig, named: dict[str, Any] | None, place: Path | str | None
+                       ) -> BackboneConfig:
+    if place is not None:
+        return config.model_copy(update={"name": str(place), "revision": None})
+    # The commit that was trained with: the branch may have gone on.
+    return config.model_copy(update={"revision": (named or {}).get("revision") or config.revision})
+
+
+def weights_of(fitted: Fitted) -> dict[str, Tensor]:
+    """All tensors of a model, for fingerprints."""
+    return {**fitted.model.state_dict(), **getattr(fitted.model, "item_tensors", dict)()}
