@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import polars as pl
@@ -25,6 +25,7 @@ from laserrec.util.io import write_parquet
 from laserrec.util.memory import rows_at_once
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """All that the evaluator asks of a model."""
 

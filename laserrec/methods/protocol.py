@@ -18,6 +18,7 @@ from laserrec.evaluation.evaluate import Scorer
 __all__ = ["AppliedTerm", "Examples", "Growing", "Phase", "ScoreTerm", "Scorer", "Trainable", "TwoTower"]
 
 
+@runtime_checkable
 class AppliedTerm(Protocol):
     """A score term for one batch of histories."""
 
@@ -34,6 +35,7 @@ class AppliedTerm(Protocol):
         ...
 
 
+@runtime_checkable
 class ScoreTerm(Protocol):
     """What a score holds beside the product of two vectors."""
 
@@ -79,6 +81,7 @@ class Growing(Protocol):
         ...
 
 
+@runtime_checkable
 class Examples(Protocol):
     """What one epoch trains on."""
 
@@ -90,6 +93,7 @@ class Examples(Protocol):
         ...
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """All that the trainer asks."""
 
@@ -110,8 +114,8 @@ class Trainable(Protocol):
         ...
 
     def loss(self, batch: Any, rows: Int[np.ndarray, "some"]) -> dict[str, Tensor]:
-        """What these rows of the batch add to the whole batch's loss: "loss", which is differentiated, and any parts
-        of it for the curves. Summed over a partition of the batch they are the batch's."""
+        """What these rows of the batch add to the whole batch's loss: "loss", which is differentiated, and any other
+        numbers for the curves. Summed over a partition of the batch they are the batch's."""
         ...
 
     def end_epoch(self) -> None:

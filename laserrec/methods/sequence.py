@@ -266,7 +266,9 @@ class SequenceTask:
     def loss(self, batch: Targets, rows: np.ndarray) -> dict[str, Tensor]:
         """The rows' share of the mean over all targets of the batch."""
         part = batch if len(rows) == len(batch.inputs) else batch.rows(torch.as_tensor(rows))
-        return {"loss": self.module.loss(part) / len(batch.places)}
+        loss, seen = self.module.loss(part) / len(batch.places), self.module.seen
+        told = {} if seen is None else {"seen_offset": seen.offset.detach() * (len(rows) / len(batch.inputs))}
+        return {"loss": loss, **told}
 
     def end_epoch(self) -> None:
         """Nothing."""

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from laserrec.data.histories import Histories, Pairs
 from laserrec.evaluation.metrics import Metrics, mean_ranks, ranks_without
+from laserrec.util.errors import UserError
 
 
 def naive_rank(scores: list[float], target: int, excluded: set[int] = frozenset()) -> float:
@@ -38,8 +40,8 @@ def test_ranks_equal_the_naive_count(case):
     ranks = mean_ranks(matrix, targets)
     assert ranks.dtype == torch.float64
     assert ranks.item() == naive_rank(scores, target)
-    gone = torch.tensor(excluded, dtype=torch.long)
-    assert ranks_without(ranks, matrix, targets, [gone]).item() == naive_rank(scores, target, set(excluded))
+    gone = Histories.of([excluded]).distinct()
+    assert ranks_without(ranks, matrix, targets, gone).item() == naive_rank(scores, target, set(excluded))
 
 
 def test_all_equal_scores_give_the_middle_rank():
@@ -50,7 +52,7 @@ def test_rows_are_independent_and_input_is_kept():
     scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 2.0]])
     ranks = mean_ranks(scores, torch.tensor([2, 1]))
     assert ranks.tolist() == [3.0, 1.5]
-    hidden = ranks_without(ranks, scores, torch.tensor([2, 1]), [torch.tensor([0, 0]), torch.tensor([1])])
+    hidden = ranks_without(ranks, scores, torch.tensor([2, 1]), Pairs(torch.tensor([0, 1]), torch.tensor([0, 1])))
     assert hidden.tolist() == [2.0, 3.0]
     assert ranks.tolist() == [3.0, 1.5]
 
@@ -78,5 +80,5 @@ def test_a_tie_across_the_cut_counts_by_its_mean_rank():
 
 
 def test_no_ranks_is_an_error():
-    with pytest.raises(ValueError, match="no ranks"):
+    with pytest.raises(UserError, match="no case to evaluate"):
         Metrics.from_ranks(np.zeros(0))

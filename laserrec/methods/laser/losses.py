@@ -33,7 +33,8 @@ def item_contrast(
     columns = columns or columns_at_once(len(users), *items.shape)
     offsets = None
     if seen is not None and seen_offset is None:
-        offsets = torch.where(seen.items != targets[seen.users], -torch.inf, 0.0)
+        others = seen.items != targets[seen.users]
+        offsets = users.new_zeros(len(others)).masked_fill(others, -torch.inf)
     elif seen is not None:
         offsets = (seen_offset / temperature).expand(len(seen.users))
     # Over tau already, as are the offsets: so the gradient below needs to know nothing of it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ Told = tuple[Float[Tensor, "users d_text"], Route | None]
 """Text parts of any length, and how the prefixes were routed."""
 
 
+@runtime_checkable
 class ItemSide(Protocol):
     """What makes items' vectors from their texts."""
 
@@ -32,6 +33,7 @@ class ItemSide(Protocol):
         ...
 
 
+@runtime_checkable
 class UserSide(Protocol):
     """What makes users' vectors from their histories."""
 

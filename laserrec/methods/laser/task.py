@@ -193,13 +193,17 @@ class LaserTask:
         seen = histories.distinct().to(laser.device) if offset is not None or not train.history_negatives else None
         targets = batch.targets[torch.as_tensor(rows)].to(laser.device, non_blocking=True)
         contrast = item_contrast(users, self._items_to_learn_from(), targets, laser.temperature, seen, offset)
-        contrast = contrast * (len(rows) / len(batch.targets))
+        share = len(rows) / len(batch.targets)
+        contrast = contrast * share
+        told = {"contrast": contrast} | ({} if offset is None else {"seen_offset": offset.detach() * share})
+        if laser.log_temperature is not None:
+            told["temperature"] = laser.temperature.detach() * share
         if route is None:
-            return {"loss": contrast, "contrast": contrast}
+            return {"loss": contrast, **told}
         shown = int((~hide).sum()) / max(1, int((~batch.hide).sum()))  # the balance is a mean over users that are shown
         balance = load_balance(route) * shown
         loss = contrast + train.balance_weight * balance
-        return {"loss": loss, "contrast": contrast, "balance": balance, "experts": route.users_per_expert()}
+        return {"loss": loss, **told, "balance": balance, "experts": route.users_per_expert()}
 
     def _items_to_learn_from(self) -> Float[Tensor, "n_items d_text"]:
         """The text part of the epoch's item embeddings (paper), or with train.item_gradient the same with gradient to

@@ -29,20 +29,20 @@ def data(tmp_path):
 
 
 def as_text(data, items):
-    return "".join(data.items["item_id"][int(i) - 1] for i in items)
+    return "".join(data.items["item_id"][int(i)] for i in items)
 
 
 def test_train_sequences(data):
-    assert {data.users["user_id"][u - 1]: as_text(data, s) for u, s in data.train_sequences.items()} == {
-        "ann": "ab", "bob": "ab", "eve": "dcb"}
-    assert all(s.dtype == np.int32 for s in data.train_sequences.values())
+    rows = zip(data.train_users.tolist(), data.train_sequences.lists(), strict=True)
+    assert {data.users["user_id"][u]: as_text(data, s) for u, s in rows} == {"ann": "ab", "bob": "ab", "eve": "dcb"}
+    assert data.trained_items.tolist() == [0, 1, 2, 3]
 
 
 def test_cases_hold_everything_before_the_target(data):
     def flat(split):
         cases = data.cases(split)
-        return [(data.users["user_id"][u - 1], as_text(data, h), as_text(data, [t]))
-                for u, h, t in zip(cases.users.tolist(), cases.histories, cases.targets.tolist(), strict=True)]
+        return [(data.users["user_id"][u], as_text(data, h), as_text(data, [t]))
+                for u, h, t in zip(cases.users.tolist(), cases.histories.lists(), cases.targets.tolist(), strict=True)]
 
     assert flat("validation") == [("ann", "ab", "c"), ("eve", "dcb", "a")]
     assert flat("test") == [("ann", "abc", "d"), ("eve", "dcba", "a")]
@@ -58,14 +58,18 @@ def test_temporal_cases_leave_out_targets_without_a_history(tmp_path):
     config = DataConfig(**{**LOOSE.model_dump(), "split": "temporal", "validation_fraction": 0.1, "test_fraction": 0.2})
     data = make(tmp_path / "out", config, times)
     cases = data.cases("test")
-    assert [as_text(data, h) for h in cases.histories] == ["a"]
+    assert [as_text(data, h) for h in cases.histories.lists()] == ["a"]
     assert as_text(data, cases.targets) == "b"
-    assert [as_text(data, h) for h in data.cases("validation").histories] == ["abc"]
+    assert [as_text(data, h) for h in data.cases("validation").histories.lists()] == ["abc"]
 
 
 def test_a_folder_that_is_none_is_refused(data, tmp_path):
     with pytest.raises(UserError, match=r"not a data folder \(meta\.json, items\.parquet, .*laserrec prepare"):
         Dataset.load(tmp_path)
+    meta = (tmp_path / "out" / "meta.json").read_text()
+    (tmp_path / "out" / "meta.json").write_text(meta.replace('"format": 2', '"format": 1'))
+    with pytest.raises(UserError, match="another version of laserrec .* prepare the data again"):
+        Dataset.load(tmp_path / "out")
     (tmp_path / "out" / "users.parquet").unlink()
     with pytest.raises(UserError, match=r"\(users\.parquet missing\)"):
         Dataset.load(tmp_path / "out")
