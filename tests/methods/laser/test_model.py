@@ -1,184 +1,177 @@
-"""[prefix][text][suffix]: the order, what is pooled, what is trained, and that the frozen LLM stays as it is."""
+"""Laser put together: scores as shares and terms, mean items, new items, and no part that is not needed."""
 
-import dataclasses
-
-import numpy as np
+import polars as pl
 import pytest
 import tiny
 import torch
-from torch import nn
+import torch.nn.functional as F
 
-from laserrec.config import Layout, Pooling, Prefix
-from laserrec.data.prompt import INSTRUCTIONS, Template
-from laserrec.llm.attention import Past, TextCache
-from laserrec.methods.laser.model import Laser
+from laserrec.config import Config, Layout, StudentConfig
+from laserrec.llm.text_features import whitened
+from laserrec.methods.laser.build import compose, restore, shapes
+from laserrec.methods.laser.sides import ReadUsers, StudentUsers, SummedUsers
+from laserrec.methods.laser.task import LaserTask
+from laserrec.methods.neighbours import regress
+from laserrec.util.distributed import World
 
-D_ID = 16
-TEXTS = [np.array([5, 6, 7, 8, 9]), np.array([40, 41]), np.array([99, 98, 97])]
-
-
-class Recorder(nn.Module):
-    """A decoder that keeps what it was given and answers with each token's place."""
-
-    def read_rows(self, rows, last_only):
-        self.rows = [row.detach() for row in rows]
-        outputs = [row + torch.arange(len(row))[:, None] for row in rows]
-        return torch.stack([out[-1] for out in outputs]) if last_only else torch.cat(outputs)
-
-    def behind(self, past, seq):
-        self.past, self.seq = past, seq
-
-    def read(self, embeds, attention, last_only):
-        self.rows = embeds.detach().split(self.seq)
-        return embeds.view(-1, self.seq, 32)[:, -1] + self.seq - 1
+cosine = F.cosine_similarity
+ROWS = tiny.histories([0, 1, 2], [6], [3, 8, 1, 4, 7], [10, 11])
+MEAN = {"prompt": {"layout": "text_first", "item_side": "mean", "max_items": 4, "max_item_tokens": 8},
+        "head": {"whiten_dims": 8, "projection": True, "id_share": 0.3, "seen_offset": True},
+        "neighbours": {"count": 6, "l2": 1.0, "text_weight": 1.0}}
+INSTANT = {"id_model": {"kind": "none"}, "prompt": {"layout": "none", "item_side": "mean"},
+           "mformer": {"prefix": "none"}, "head": {"whiten_dims": 8},
+           "train": {"stage_one_epochs": 0, "stage_two_epochs": 0}}
 
 
-@pytest.fixture
-def recorded(llm):
-    recorder = Recorder()
-    return recorder, dataclasses.replace(llm(), decoder=recorder)
+def started(llm, n: int = 20, **sections):
+    """A Laser as it is before its first epoch, and its data."""
+    laser, data = tiny.laser(llm(), n=n, **sections), tiny.planted(n, 40)
+    task = LaserTask(laser, data, World(), fixed=False)
+    task.start(lambda: None)
+    return laser.eval(), data
 
 
-def make(backbone, seed: int = 4, **sections) -> Laser:
-    torch.manual_seed(seed)
-    return Laser(tiny.config(backbone.name, **sections), backbone, D_ID).eval()
-
-
-def states(*known: int) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(*known, 1)
-    generator = torch.Generator().manual_seed(8)
-    return torch.randn(len(known), width, D_ID, generator=generator), torch.arange(width) < torch.tensor(known)[:, None]
-
-
-@pytest.mark.parametrize("prefix", list(Prefix))
-def test_prefix_then_text_then_suffix(recorded, prefix):
-    recorder, backbone = recorded
-    laser, given = make(backbone, mformer={"prefix": prefix}), states(3, 1, 2)
-    pooled, _ = laser(TEXTS, *given)
-    own, _ = laser.prefix(*given)
-    queries = 0 if prefix == Prefix.NONE else 2
-    assert own.shape == (3, queries, 32)
-    for row, text in enumerate(TEXTS):
-        want = torch.cat([own[row], backbone.embedding[torch.as_tensor(text)], laser.suffix])
-        torch.testing.assert_close(recorder.rows[row], want)
-        torch.testing.assert_close(pooled[row], laser.suffix[0] + len(want) - 1)
-
-
-def empty_past(rows):
-    nothing, none = torch.zeros(3, 0, 16), torch.zeros(rows, dtype=torch.long)
-    return Past(TextCache(nothing, nothing), none.reshape(rows, -1)[:, :0], none)
-
-
-def test_text_first_adds_prefix_and_suffix_behind_the_past(recorded):
-    recorder, backbone = recorded
-    laser, given, past = make(backbone), states(3, 1), empty_past(2)
-    pooled, _ = laser.read_past(past, *given)
-    want = torch.cat([laser.prefix(*given)[0], laser.suffix.expand(2, 1, -1)], dim=1)
-    torch.testing.assert_close(torch.stack(recorder.rows), want)
-    assert recorder.past is past
-    torch.testing.assert_close(pooled, laser.suffix.expand(2, -1) + 2)
-
-
-def test_plain_leaves_out_all_that_is_trained(recorded, llm):
-    recorder, backbone = recorded
-    laser, given = make(backbone), states(3, 1, 2)
-    _, route = laser(TEXTS, *given, plain=True)
-    eos = backbone.embedding[backbone.tokenizer.eos_token_id]
-    for row, text in enumerate(TEXTS):
-        want = torch.cat([backbone.embedding[torch.as_tensor(text)], eos[None]])
-        torch.testing.assert_close(recorder.rows[row], want)
-    assert route is None
-    laser.read_past(empty_past(3), *given, plain=True)
-    torch.testing.assert_close(torch.stack(recorder.rows), eos.expand(3, 1, -1))
-
-
-def test_mean_pooling_leaves_out_suffix_and_padding(recorded):
-    _, backbone = recorded
-    laser = make(backbone, head={"pooling": Pooling.MEAN}, mformer={"prefix": Prefix.NONE})
-    pooled, _ = laser(TEXTS, *states(3, 1, 2))
-    for row, text in enumerate(TEXTS):
-        embeds = backbone.embedding[torch.as_tensor(text)] + torch.arange(len(text))[:, None]
-        torch.testing.assert_close(pooled[row], embeds.mean(0))
-
-
-def test_eos_pooling_and_eos_start(llm):
-    backbone = llm()
-    eos = backbone.embedding[backbone.tokenizer.eos_token_id]
-    frozen, start, random = (make(backbone, head=h) for h in ({"pooling": Pooling.EOS}, {"suffix_from_eos": True}, {}))
-    assert torch.equal(frozen.suffix[0], eos) and not frozen.suffix.requires_grad
-    assert torch.equal(start.suffix[0], eos) and start.suffix.requires_grad
-    assert not torch.equal(random.suffix[0], eos) and random.suffix.requires_grad
+@pytest.mark.parametrize("layout", [Layout.PREFIX_FIRST, Layout.TEXT_FIRST])
+def test_items_are_histories_of_themselves(llm, layout):
+    laser = tiny.laser(llm(), prompt={"layout": layout}).eval()
     with torch.no_grad():
-        start.suffix += 1
-    assert not torch.equal(start.suffix[0], eos)
-    assert torch.equal(llm().embedding[backbone.tokenizer.eos_token_id], frozen.suffix[0])
+        each = laser.reader.read(tiny.histories(*([i] for i in range(12))))[0]
+    torch.testing.assert_close(laser.item_outputs(torch.arange(12)), each, rtol=1e-4, atol=1e-4)
 
 
-def test_zero_init_starts_as_the_instructions_words(llm):
-    laser = make(llm(), mformer={"zero_init": True, "queries": 3})
-    ids = llm().tokenizer(INSTRUCTIONS[Template.PAPER])["input_ids"][:3]
-    prefix, _ = laser.prefix(*states(3, 1, 0))
-    assert torch.equal(prefix, llm().embedding[torch.tensor(ids)].expand(3, -1, -1))
+@torch.no_grad()
+def test_scores_weight_text_and_id_by_their_shares(llm):
+    text, both = (started(llm, n=12, head={"id_share": share})[0] for share in (0.0, 0.3))
+    ids = both.ids
+    want = 0.7 * text.score(ROWS) + 0.3 * torch.stack(
+        [cosine(ids.user(ROWS), item[None]) for item in ids.item(torch.arange(12))], dim=1)
+    torch.testing.assert_close(both.score(ROWS), want, rtol=1e-4, atol=1e-4)
+    assert both.d_out == text.d_out + 16 == both.vectors.shape[1]
 
 
-@pytest.mark.parametrize("pooling", list(Pooling))
-@pytest.mark.parametrize("prefix", list(Prefix))
-def test_what_is_trained(llm, prefix, pooling):
-    laser = make(llm(), mformer={"prefix": prefix}, head={"pooling": pooling, "projection": True}).train()
-    out, route = laser(TEXTS, *states(3, 1, 2))
-    laser.head(out).square().sum().backward()
-    assert (route is None) == (prefix != Prefix.MFORMER)
-    reached = {name for name, p in laser.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    expected = {"head.projection.weight"} | ({"suffix"} if pooling == Pooling.SUFFIX else set())
-    if prefix == Prefix.LEARNED:
-        expected |= {"learned_prefix"}
-    parts = {"mformer.experts", "mformer.projection.weight", "mformer.blocks.0.cross_attention.key_value.weight"}
-    if prefix in (Prefix.MFORMER, Prefix.ONE_EXPERT):
-        assert parts <= reached
-        reached = {name for name in reached if not name.startswith("mformer.")}
-    assert reached == expected
+@torch.no_grad()
+def test_an_item_or_user_the_id_model_does_not_know_is_compared_by_text(llm):
+    laser = tiny.laser(llm(), n=12, n_known=9, head={"id_share": 0.4}).eval()
+    a, b, none, known = torch.randn(6, 32), torch.randn(6, 32), torch.zeros(6, 16), torch.randn(6, 16)
+    torch.testing.assert_close(cosine(laser._joined(a, none), laser._joined(b, none)), cosine(a, b))
+    # One side it knows beside one it doesn't: the text alone, and never more than the text's share allows.
+    torch.testing.assert_close(cosine(laser._joined(a, known), laser._joined(b, none)), 0.6**0.5 * cosine(a, b))
+    assert not laser.ids.user(tiny.histories([9, 11])).any() and not laser.ids.item(torch.tensor([9])).any()
+    torch.testing.assert_close(laser.ids.user(tiny.histories([0, 10, 1]))[0],
+                               laser.ids.model.next_item_state(torch.tensor([[0, 1]]))[0])
+    assert torch.equal(laser.ids.item(torch.tensor([2]))[0], laser.ids.model.item_embeddings()[2])
 
 
-@pytest.mark.parametrize(("family", "engine"), [("llama", "native"), ("llama", "transformers"), ("gpt2", "auto")])
-def test_training_leaves_the_llm_alone_and_out_of_the_state(llm, family, engine):
-    backbone = llm(family, engine=engine)
-    before = backbone.tensor_hash()
-    laser = make(backbone).train()
-    optimizer = torch.optim.Adam(laser.parameters(), lr=0.1)
-    start = {name: p.detach().clone() for name, p in laser.named_parameters()}
-    for _ in range(2):
-        optimizer.zero_grad()
-        laser(TEXTS, *states(3, 1, 2))[0].square().sum().backward()
-        optimizer.step()
-    assert not torch.equal(laser.suffix, start["suffix"])
-    assert backbone.tensor_hash() == before
-    held = {t.data_ptr() for t in [*backbone.decoder.parameters(), *backbone.decoder.buffers(), backbone.embedding]}
-    assert not held & {t.data_ptr() for t in laser.state_dict().values()}
-    assert {name.split(".")[0] for name in laser.state_dict()} == {"mformer", "suffix"}
+@torch.no_grad()
+def test_an_untrained_user_is_the_weighted_sum_of_her_items(llm):
+    laser, _ = started(llm, **MEAN)
+    kept = whitened(laser.item_side.means, 1)[:, :8]
+    unit = F.normalize(kept, dim=-1)
+    want = F.normalize(unit[4] + 0.8 * unit[6] + 0.64 * unit[2], dim=-1) @ unit.T
+    user = F.normalize(laser.users(tiny.histories([2, 6, 4]))[:, :8], dim=-1)
+    torch.testing.assert_close((user @ F.normalize(laser.vectors[:, :8], dim=-1).T)[0], want, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("family", "engine"), [("llama", "native"), ("llama", "transformers"), ("gpt2", "auto")])
-@pytest.mark.parametrize("pooling", list(Pooling))
-def test_an_output_does_not_depend_on_its_batch(llm, family, engine, pooling):
-    laser = make(llm(family, engine=engine), head={"pooling": pooling})
-    known, mask = states(3, 1, 2)
-    batch, _ = laser(TEXTS, known, mask)
-    for row, n in enumerate((3, 1, 2)):
-        alone, _ = laser([TEXTS[row]], known[row : row + 1, :n], mask[row : row + 1, :n])
-        torch.testing.assert_close(alone[0], batch[row], rtol=1e-4, atol=1e-5)
+@torch.no_grad()
+def test_scores_are_cosines_then_neighbours_then_the_seen_offset(llm):
+    laser, data = started(llm, **MEAN)
+    histories = data.cases("test").histories.take(range(5))
+    cosines, scores = laser.users(histories) @ laser.vectors.T, laser.score(histories)
+    weights = regress(data.train_sequences, 20, laser.config.neighbours, whitened(laser.item_side.means, 1))
+    top = weights.topk(6, dim=1)
+    kept = torch.zeros_like(weights).scatter(1, top.indices, top.values.clamp(min=0))
+    tau, scale = laser.config.neighbours.temperature, laser.neighbours.log_scale.exp()
+    for row, history in enumerate(histories.lists()):
+        boost, seen = torch.zeros(20), set()
+        for age, item in enumerate(reversed(history)):
+            if item not in seen:
+                boost += 0.8**age * kept[item]
+                seen.add(item)
+        want = tau * torch.log((cosines[row] / tau).exp() + scale * boost)
+        own = torch.tensor(sorted(seen))
+        want[own] = cosines[row, own] + laser.seen.offset
+        torch.testing.assert_close(scores[row], want, atol=1e-4, rtol=1e-4)
 
 
-def test_the_suffix_reads_prefix_and_text(llm):
-    laser = make(llm())
-    known, mask = states(3, 3, 3)
-    base, _ = laser([TEXTS[0]] * 3, known[:1].expand(3, -1, -1), mask)
-    assert torch.allclose(base[0], base[1], atol=1e-5)
-    other_states, _ = laser([TEXTS[0]] * 3, known, mask)
-    assert not torch.allclose(other_states[1], base[1], atol=1e-3)
-    other_text, _ = laser(TEXTS, known[:1].expand(3, -1, -1), mask)
-    assert not torch.allclose(other_text[1], base[1], atol=1e-3)
+@pytest.mark.parametrize("sections", [{}, {"prompt": {"layout": "text_first"}}, MEAN, {**INSTANT, "neighbours": {
+    "count": 4}}])
+@torch.no_grad()
+def test_added_items_leave_the_others_alone_and_can_be_dropped_again(llm, sections):
+    laser, _ = started(llm, **sections)
+    scores = laser.score(ROWS)
+    new = tiny.items(23).tail(3)
+    vectors = laser.add_items(new)
+    assert len(laser.vectors) == 23 and vectors.shape == (3, laser.d_out)
+    torch.testing.assert_close(laser.score(ROWS)[:, :20], scores, atol=1e-5, rtol=1e-4)
+    assert torch.isfinite(laser.score(tiny.histories([21, 3], [22]))).all()
+    laser.drop_items(20)
+    torch.testing.assert_close(laser.score(ROWS), scores)
+    again = laser.add_items(new, vectors)  # nothing is encoded this time
+    assert again is vectors or torch.equal(again, vectors)
 
 
-def test_text_first_keeps_no_text_outputs_to_average():
-    with pytest.raises(ValueError, match=r"mean needs prompt\.layout prefix_first"):
-        tiny.config("x", head={"pooling": Pooling.MEAN}, prompt={"layout": Layout.TEXT_FIRST})
+@torch.no_grad()
+def test_a_failed_addition_leaves_nothing_behind(llm, monkeypatch):
+    laser, _ = started(llm, **MEAN)
+    before = laser.score(ROWS)
+    monkeypatch.setattr(laser, "embed_items", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        laser.add_items(tiny.items(22).tail(2))
+    assert len(laser.vectors) == len(laser.item_side.means) == len(laser.texts) == 20
+    torch.testing.assert_close(laser.score(ROWS), before)
+
+
+@torch.no_grad()
+def test_a_new_twin_of_an_item_is_scored_like_it(llm):
+    laser, _ = started(llm, **MEAN)
+    twin = tiny.items(20).filter(pl.col("item") == 6).with_columns(item_id=pl.lit("twin"))
+    laser.add_items(twin)
+    scores, plain = laser.score(tiny.histories([5]))[0], (laser.users(tiny.histories([5])) @ laser.vectors.T)[0]
+    assert scores[20] > plain[20] + 1e-4, "its parents' neighbours boost it"
+    assert abs(scores[20] - scores[6]) < 0.2 * (scores.max() - scores.min())
+    seen_twin = laser.score(tiny.histories([6]))[0]
+    assert seen_twin[20] > laser.users(tiny.histories([6]))[0] @ laser.vectors[20] + 1e-4
+
+
+def test_compositions_hold_what_they_need_and_no_more(llm):
+    paper, small, instant = (tiny.laser(llm(), **s) for s in ({}, MEAN, INSTANT))
+    assert isinstance(paper.user_side, ReadUsers) and paper.item_side.trained and not paper.terms
+    assert isinstance(small.user_side, SummedUsers) and small.added is not None and len(small.terms) == 2
+    assert instant.reader is None and instant.texts is None and not list(instant.parameters())
+    tree = small.config.model_copy(update={"student": StudentConfig(hidden=4)})
+    means = small.item_side.means
+    distilled = compose(tree, tiny.items(12), 12, tiny.features(llm(), tree), tiny.id_model(12), means)
+    assert isinstance(distilled.user_side, StudentUsers) and distilled.reader is None
+
+
+def test_what_is_restored_scores_alike_and_no_llm_is_loaded_for_what_reads_no_history(llm, monkeypatch):
+    laser, _ = started(llm, **INSTANT)
+    features = tiny.features(llm(), laser.config)
+    features._loaded = None
+    monkeypatch.setattr("laserrec.llm.text_features.load_backbone", lambda *a, **k: pytest.fail("the LLM was loaded"))
+    again = restore(laser.config, tiny.items(20), 20, features, None, laser.state_dict(), laser.item_tensors())
+    torch.testing.assert_close(again.score(ROWS), laser.score(ROWS))
+
+
+def test_weights_that_do_not_fit_are_refused(llm):
+    laser, _ = started(llm, **MEAN)
+    kept, weights = laser.item_tensors(), laser.state_dict()
+    features = tiny.features(llm(), laser.config)
+    for wrong in ({**kept, "vectors": kept["vectors"][:5]}, {**kept, "means": kept["means"][:5]}):
+        with pytest.raises(RuntimeError):
+            restore(laser.config, tiny.items(20), 20, features, tiny.id_model(20), weights, wrong)
+    claimed = shapes(laser.config, 20)
+    assert {name: tuple(weights[name].shape) for name in claimed} == claimed and len(claimed) == 3
+
+
+def test_settings_that_make_no_sense(llm_folder):
+    tree = tiny.config(llm_folder()).model_dump()
+    for prompt, message in (({"item_side": "mean"}, r"head\.projection"), ({"layout": "none"}, "item_side mean")):
+        with pytest.raises(ValueError, match=message):
+            Config.model_validate({**tree, "prompt": {**tree["prompt"], **prompt}})
+    for settings, message in (({"mean_layers": (3, 1)}, r"must ascend .* given \[3, 1\]"),
+                              ({"mean_layers": (0, 1)}, r"from 1 or more; given \[0, 1\]"),
+                              ({"mean_layers": (1,), "shard": True}, "empty-mean-layers")):
+        with pytest.raises(ValueError, match=message):
+            Config.model_validate({"backbone": settings})

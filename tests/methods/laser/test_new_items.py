@@ -1,17 +1,17 @@
-"""New items borrow the ID part of their neighbours by text; everything else of them stays."""
+"""New items inherit the ID part of the items nearest by text; everything else of them stays."""
 
 import torch
 import torch.nn.functional as F
 
 from laserrec.methods.laser import new_items
-from laserrec.methods.laser.new_items import lend_id_part
+from laserrec.methods.laser.new_items import inherit_id_part
 
 
 def test_against_a_loop(monkeypatch):
     torch.manual_seed(0)
     known, new = torch.randn(40, 12), torch.randn(7, 12)
     known[:, 8:] = F.normalize(known[:, 8:], dim=-1) * 0.7
-    out = lend_id_part(new, known, 4)
+    out = inherit_id_part(new, known, 4)
     assert torch.equal(out[:, :8], new[:, :8])
     for row, item in zip(out, new, strict=True):
         cosines = torch.stack([F.cosine_similarity(item[:8], k[:8], dim=0) for k in known])
@@ -20,11 +20,11 @@ def test_against_a_loop(monkeypatch):
         mean = sum(w * known[j, 8:] for w, j in zip(weights, best, strict=True))
         assert torch.allclose(row[8:], mean / mean.norm() * 0.7, atol=1e-5)
     monkeypatch.setattr(new_items, "rows_at_once", lambda *_: 3)
-    assert torch.allclose(lend_id_part(new, known, 4), out, atol=1e-6)
+    assert torch.allclose(inherit_id_part(new, known, 4), out, atol=1e-6)
 
 
 def test_a_twin_by_text_is_a_twin_by_id():
     known = F.normalize(torch.randn(3, 6), dim=-1)
     known[0, :4], known[1, :4], known[2, :4] = torch.eye(4)[0], torch.eye(4)[1], -torch.eye(4)[0]
-    out = lend_id_part(torch.tensor([[1.0, 0, 0, 0, 0, 0]]), known, 2)
+    out = inherit_id_part(torch.tensor([[1.0, 0, 0, 0, 0, 0]]), known, 2)
     assert F.cosine_similarity(out[0, 4:], known[0, 4:], dim=0) > 0.999
