@@ -10,10 +10,12 @@ from laserrec.config import Config, IdModelConfig
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories
 from laserrec.llm.text_features import TextFeatures
-from laserrec.methods.laser.build import compose
+from laserrec.methods.laser.build import compose, phases
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.sasrec import SASRec
+from laserrec.training.trainer import Pace, Trainer
 from laserrec.util.device import CPU
+from laserrec.util.distributed import World
 
 NATIVE = ("llama", "mistral", "qwen2", "qwen3")
 WORDS = ("red", "blue", "saw", "hammer", "drill", "paint", "glue", "nail", "wood", "steel")
@@ -141,3 +143,30 @@ def laser(backbone, n: int = 12, n_known: int | None = None, seed: int = 2, **se
 def histories(*rows: list[int]) -> Histories:
     """Of item rows."""
     return Histories.of(rows)
+
+
+QUICK = {"template": "no_instruction", "max_items": 2, "max_item_tokens": 4}
+
+
+def trainer(backbone, folder: Path, data: Dataset | None = None, below=None, world: World | None = None,
+            fingerprint: str = "planted", **sections: dict) -> Trainer:
+    """Both stages of a fresh Laser over short texts, as `fitting.fit` trains it."""
+    data, world = data or planted(20, users=20), world or World()
+    tree = config(backbone.name, **{**sections, "prompt": QUICK | sections.get("prompt", {})})
+    tree = tree.model_copy(update={"backbone": backbone.config})
+    torch.manual_seed(tree.train.seed)
+    made = compose(tree, data.items, data.n_items, features(backbone, tree), below or id_model(data.n_items),
+                   world=world)
+    pace = Pace(tree.train.seed, eval_batch_size=tree.eval.batch_size, validation_users=tree.train.validation_users,
+                checkpoint_minutes=tree.train.checkpoint_minutes, progress=False)
+    return Trainer(phases(made, data, world), data, folder, fingerprint, pace, world)
+
+
+def result(fit: Trainer) -> dict[str, torch.Tensor]:
+    """What a training left: the kept epoch."""
+    return dict(fit.best)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []

@@ -98,10 +98,12 @@ def save(folder: Path, saved: Saved) -> None:
 
 
 def _take_over(old: Path, new: Path) -> None:
-    for name in (*_CURVES, _LOG, "served", "README.md", "LICENSE"):
+    below = [f"{_ID}/{name}" for name in (*_CURVES, _LOG)]
+    for name in (*_CURVES, _LOG, *below, "served", "README.md", "LICENSE"):
         if (old / name).is_dir():
             shutil.copytree(old / name, new / name, symlinks=True)
         elif (old / name).is_file():
+            (new / name).parent.mkdir(exist_ok=True)
             shutil.copy2(old / name, new / name)
 
 

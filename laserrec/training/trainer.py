@@ -222,7 +222,7 @@ class Trainer:
         cases, wanted = self.dataset.cases("validation"), self.pace.validation_users
         if len(cases) == 0 and self.pace.validates:
             raise UserError("no user has an interaction to validate on (leave-one-out needs three of one user); give "
-                            "more data, or train without choosing an epoch: setting eval.validate = false")
+                            "more data, or train without choosing an epoch: setting eval.validates = false")
         if wanted is None or wanted >= len(cases):
             return cases
         rng = np.random.default_rng(0)  # the same users for every seed, so that seeds can be compared

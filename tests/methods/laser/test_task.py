@@ -1,0 +1,146 @@
+"""What Laser's two stages train on, and that they learn."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from laserrec.config import Cuts, IdModelConfig
+from laserrec.data.dataset import Dataset
+from laserrec.evaluation.evaluate import evaluate
+from laserrec.methods.closed_form import Popularity
+from laserrec.methods.laser import task as module
+from laserrec.methods.laser.readers import Reader
+from laserrec.methods.laser.task import LaserExamples, LaserTask, epoch_examples
+from laserrec.methods.protocol import Phase
+from laserrec.methods.sasrec import SASRec
+from laserrec.methods.sequence import SequenceTask
+from laserrec.training.trainer import Pace, Trainer
+from laserrec.training.watch import read_training
+
+N = 20
+
+
+def examples(rows, cuts: Cuts, seed: tuple[int, ...]) -> list[tuple[list[int], int]]:
+    sequences = tiny.histories(*rows)
+    of, cut = epoch_examples(sequences, cuts, seed)
+    batch = LaserExamples(sequences, of, cut, np.ones(len(of), dtype=np.int64), 0.0).batch(np.arange(len(of)))
+    return list(zip(batch.histories.lists(), batch.targets.tolist(), strict=True))
+
+
+def test_all_cuts_are_every_position_with_a_history():
+    assert examples([[5, 6, 7], [9], [2, 3]], Cuts.ALL, (0,)) == [([5], 6), ([5, 6], 7), ([2], 3)]
+
+
+def test_random_cuts_are_one_a_user_and_new_each_epoch():
+    rows = [list(range(1, 9)) for _ in range(20)] + [[3]]
+    first, again, later = (examples(rows, Cuts.RANDOM, seed) for seed in ((0, 1), (0, 1), (0, 2)))
+    assert len(first) == 20 and first == again != later
+    assert {t for _, t in first} <= set(range(2, 9)) and len({t for _, t in first}) > 3
+    assert all(history == list(range(1, target)) for history, target in first)
+
+
+def test_lengths_are_what_the_llm_reads(llm):
+    laser, data = tiny.laser(llm(), n=N, prompt={"max_items": 3}), tiny.planted(N, 20)
+    given = LaserTask(laser, data, tiny.World(), fixed=False).begin_epoch(1)
+    batch = given.batch(np.arange(len(given.lengths)))
+    texts = laser.texts.texts(batch.histories, as_item=False)
+    assert given.lengths.tolist() == [len(text) + 2 + 1 for text in texts]  # prefix of two, suffix
+
+
+def held_out_apart() -> Dataset:
+    """Rows 10-14 are validation's alone, 15-19 test's alone."""
+    rng = np.random.default_rng(0)
+    return tiny.dataset([[*rng.integers(0, 10, 4).tolist(), 10 + u % 5, 15 + u % 5] for u in range(30)], N)
+
+
+@pytest.mark.parametrize("layout", ["prefix_first", "text_first"])
+def test_no_held_out_item_is_in_a_training_step(llm, tmp_path, monkeypatch, layout):
+    targets, histories = [], []
+    contrast, read = module.item_contrast, Reader.read
+
+    def spy_contrast(users, items, wanted, *rest):
+        assert items.shape[0] == N  # every item is a negative
+        targets.extend(wanted.tolist())
+        return contrast(users, items, wanted, *rest)
+
+    def spy_read(self, rows, hide=None):
+        if self.training:
+            histories.extend(rows.items.tolist())
+        return read(self, rows, hide)
+
+    monkeypatch.setattr(module, "item_contrast", spy_contrast)
+    monkeypatch.setattr(Reader, "read", spy_read)
+    tiny.trainer(llm(), tmp_path, held_out_apart(), prompt={"layout": layout}).run()
+    assert len(targets) == 3 * 90  # three epochs, every position but each user's first
+    assert max(targets) < 10 and max(histories) < 10 and histories
+
+
+def test_the_test_split_is_never_asked_for(llm, tmp_path, monkeypatch):
+    asked, cases = [], Dataset.cases
+    monkeypatch.setattr(Dataset, "cases", lambda self, split: asked.append(split) or cases(self, split))
+    tiny.trainer(llm(), tmp_path).run()
+    assert set(asked) == {"validation"}
+
+
+def test_other_test_items_give_the_same_model(llm, tmp_path):
+    a = held_out_apart()
+    rows = a.interactions.to_dicts()
+    b = tiny.dataset([[*[r["item"] for r in rows if r["user"] == u][:-1], 19 - u % 5] for u in range(30)], N)
+    assert a.cases("test").targets.tolist() != b.cases("test").targets.tolist()
+    fits = [tiny.trainer(llm(), tmp_path / name, data) for name, data in (("a", a), ("b", b))]
+    for fit in fits:
+        fit.run()
+    tiny.assert_same(*map(tiny.result, fits))
+
+
+def test_stage_one_encodes_items_anew_and_stage_two_does_not(llm, tmp_path, monkeypatch):
+    calls, read = [], LaserTask._read_items
+    monkeypatch.setattr(LaserTask, "_read_items", lambda self: calls.append(self.fixed) or read(self))
+    tiny.trainer(llm(), tmp_path / "a").run()
+    assert calls == [False] * 3
+    calls.clear()
+    tiny.trainer(llm(), tmp_path / "b", prompt={"item_side": "plain"}).run()
+    assert calls == [False]
+
+
+def test_item_embeddings_are_made_without_dropout(llm, tmp_path):
+    fit = tiny.trainer(llm(), tmp_path, head={"projection": True, "dropout": 0.5},
+                       train={"stage_one_epochs": 1, "stage_two_epochs": 0})
+    fit.run()
+    laser, rows = fit.phase.task.module.eval(), torch.arange(N)
+    torch.testing.assert_close(fit.best["vectors"], laser.embed_items(laser.item_outputs(rows), rows),
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_a_learnt_temperature_is_trained_watched_and_saved(llm, tmp_path):
+    fit = tiny.trainer(llm(), tmp_path, train={"learn_temperature": True, "temperature": 0.2, "weight_decay": 0.5})
+    fit.run()
+    tau = float(fit.best["laser.log_temperature"].exp())
+    assert 0 < tau != pytest.approx(0.2, rel=1e-3)
+    assert all(0 < line["temperature"] < 1 for line in read_training(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory):
+    """A planted catalogue of ten items, evenly popular, and a SASRec that knows a part of it."""
+    data = tiny.planted(10, users=60)
+    torch.manual_seed(0)
+    model = SASRec(IdModelConfig(**{**tiny.ID_MODEL.model_dump(), "lr": 1e-2}), 10)
+    phase = Phase("sasrec", SequenceTask(model, data), 8, 16, 1e-2)
+    Trainer([phase], data, tmp_path_factory.mktemp("walk"), "walk", Pace(progress=False)).run()
+    return data, model
+
+
+@pytest.mark.parametrize(("prefix", "layout"), [("mformer", "text_first"), ("learned", "prefix_first")])
+def test_who_follows_whom_is_learnt(llm, walk, tmp_path, prefix, layout):
+    data, below = walk
+    fit = tiny.trainer(llm(), tmp_path, data, below, mformer={"prefix": prefix, "routing": "gate_scaled"},
+                       head={"whiten_dims": 9, "projection": True},
+                       prompt={"layout": layout, "item_side": "plain", "max_item_tokens": 16, "max_items": 1},
+                       train={"stage_one_epochs": 6, "stage_two_epochs": 1, "item_gradient": True, "lr": 2e-2})
+    before = llm().tensor_hash()
+    fit.run()
+    assert llm().tensor_hash() == before
+    popular = evaluate("popularity", Popularity(10).fit(data), data, "test", k=1).plain
+    assert evaluate("laser", fit.phase.task.scorer(), data, "test", k=1).plain.recall > popular.recall + 0.4
