@@ -9,6 +9,8 @@ from typing import Any
 from laserrec.util.errors import UserError
 from laserrec.util.io import read_json
 
+_FACTS = ("users", "seeds", "seconds")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,6 +34,16 @@ class Results:
     metrics: tuple[str, ...]
     rows: tuple[Row, ...]
 
+    @property
+    def facts(self) -> list[str]:
+        """Those that all rows have."""
+        return [name for name in _FACTS if all(name in row.facts for row in self.rows)]
+
+    @property
+    def best(self) -> dict[str, float]:
+        """Metric -> the highest value."""
+        return {m: max(row.metrics[m] for row in self.rows) for m in self.metrics}
+
 
 def read_results(file: Path) -> Results:
     """Raises UserError for a file of another kind."""
@@ -42,19 +54,15 @@ def read_results(file: Path) -> Results:
         raise UserError(advice)
     metrics = tuple(k for k in entries[0] if k.startswith(("recall@", "ndcg@")) and k.partition("@")[2].isdigit())
     metrics += ("mrr",)
-    if len(metrics) < 3 or not all(_is_row(e, metrics) for e in entries):
+    if len(metrics) < 3 or not all("model" in e and all(isinstance(e.get(m), int | float) for m in metrics)
+                                   for e in entries):
         raise UserError(advice)
-    rows = tuple(_row(e, metrics) for e in entries)
-    return Results(file.name, str(entries[0].get("split", "test")), metrics, rows)
-
-
-def _is_row(entry: dict[str, Any], metrics: tuple[str, ...]) -> bool:
-    return "model" in entry and all(isinstance(entry.get(m), int | float) for m in metrics)
+    return Results(file.name, str(entries[0].get("split", "test")), metrics, tuple(_row(e, metrics) for e in entries))
 
 
 def _row(entry: dict[str, Any], metrics: tuple[str, ...]) -> Row:
     hidden = entry.get("exclude_seen") or {}
-    facts = {name: entry[name] for name in ("users", "seconds", "seeds") if isinstance(entry.get(name), int | float)}
+    facts = {name: entry[name] for name in _FACTS if isinstance(entry.get(name), int | float)}
     deviation = {m: entry[f"{m}_sd"] for m in metrics if entry.get("seeds", 1) > 1 and f"{m}_sd" in entry}
     return Row(str(entry["model"]), {m: float(entry[m]) for m in metrics}, deviation,
                {m: float(hidden[m]) for m in metrics if m in hidden}, facts)

@@ -118,9 +118,9 @@ def test_experts_are_the_routers_choices(report, run_folder):
 
 def test_lift_by_hand():
     """Twelve users, two experts: six buy paint, all buy nails; one of the second expert's buys paint too."""
-    paint, nail, saw = 1, 2, 3
-    histories = [np.array(h) for h in [[paint, nail, paint]] * 6 + [[nail, saw]] * 5 + [[nail, paint, saw, saw]]]
-    scores = torch.tensor([[0.9 - i / 100, 0.1 + i / 100] for i in range(6)] + [[0.2, 0.8]] * 6)
+    paint, nail, saw = 0, 1, 2
+    histories = [[paint, nail, paint]] * 6 + [[nail, saw]] * 5 + [[nail, paint, saw, saw]]
+    scores = np.array([[0.9 - i / 100, 0.1 + i / 100] for i in range(6)] + [[0.2, 0.8]] * 6)
     found = profile(scores, [f"u{i}" for i in range(12)], histories, ["red paint", "nails", "saw"],
                     ["paint", "nails", "saws"], [None, "acme", None])
     first, second = found.experts
@@ -137,9 +137,12 @@ def test_lift_by_hand():
 
 
 def test_curves_are_those_of_the_folders(report, run_folder):
-    assert [(e["stage"], e["epoch"]) for e in report.fit.epochs] == [(1, 0), (1, 1), (1, 2), (2, 1)]
-    assert report.fit.kept.keys() == {"stage", "epoch"} and report.fit.steps[-1]["step"] > 3
-    assert report.pretraining.kept["epoch"] in (1, 2, 3) and len(report.pretraining.epochs) == 3
+    fit, pretraining = report.trainings
+    assert [(e["phase"], e["epoch"]) for e in fit.epochs] == [
+        ("stage 1", 0), ("stage 1", 1), ("stage 1", 2), ("stage 2", 1)]
+    assert fit.kept.keys() == {"phase", "epoch"} and fit.steps[-1]["step"] > 3
+    assert sum(fit.is_kept(e) for e in fit.epochs) == 1
+    assert pretraining.kept["epoch"] in (1, 2, 3) and len(pretraining.epochs) == 3
 
 
 def test_a_model_without_router_and_items_added_later(run_folder, llm, llm_folder, tmp_path):
@@ -158,8 +161,18 @@ def test_a_model_without_router_and_items_added_later(run_folder, llm, llm_folde
     assert report.experts is None and all(e.expert is None for e in report.examples)
     suggested = [(s, e) for e in report.examples for s in e.top]
     assert any(s.seen for s, _ in suggested) and all(s.title in e.history for s, e in suggested if s.seen)
-    assert report.items.n_items == dataset.n_items and "A new drill" in report.items.titles
-    assert report.fit.steps == [] and report.fit.epochs == [] and report.results is None
+    assert report.items.n_items == report.n_items == dataset.n_items and "A new drill" in report.items.titles
+    gone = dataset.items["title"][0]
+    assert gone not in {s.title for s, _ in suggested}
+    assert all((e.next is None) == (t == gone) for e, t in zip(report.examples, _targets(report, dataset), strict=True))
+    assert report.trainings == () and report.results is None
+
+
+def _targets(report, dataset):
+    """The titles of the examples' true next items."""
+    last = dataset.interactions.filter(pl.col("split") == "test").join(dataset.users, "user").join(dataset.items, "item")
+    title = dict(last.select("user_id", "title").iter_rows())
+    return [title[e.user_id] for e in report.examples]
 
 
 # -- the map ----------------------------------------------------------------------------------------------------------
@@ -168,7 +181,7 @@ def test_a_model_without_router_and_items_added_later(run_folder, llm, llm_folde
 def clusters(n=60):
     torch.manual_seed(0)
     centres = torch.eye(3).repeat_interleave(8, dim=1)
-    return torch.cat([centres[i % 3] + 0.05 * torch.randn(24) for i in range(n)]).view(n, 24)
+    return torch.cat([centres[i % 3] + 0.05 * torch.randn(24) for i in range(n)]).view(n, 24).numpy()
 
 
 @pytest.mark.parametrize("method", ["tsne", "pca"])
@@ -186,10 +199,10 @@ def test_neighbours_stay_neighbours(method):
 def test_pca_is_the_direction_of_most_variance():
     rng = np.random.default_rng(0)
     points = rng.normal(size=(200, 1)) * np.array([[0.6, 0.8, 0.0]]) * 5 + rng.normal(size=(200, 3)) * 0.1
-    flat = item_map.pca(points)
+    flat = item_map._pca(points)
     assert abs(np.corrcoef(flat[:, 0], points @ [0.6, 0.8, 0.0])[0, 1]) > 0.999
     assert flat.shape == (200, 2) and flat[:, 0].var() > 100 * flat[:, 1].var()
-    assert item_map.pca(points[:1]).shape == (1, 2)
+    assert item_map._pca(points[:1]).shape == (1, 2)
 
 
 def test_groups_and_a_large_catalogue(monkeypatch):
@@ -202,16 +215,20 @@ def test_groups_and_a_large_catalogue(monkeypatch):
     assert found.groups[0] == "kind9"  # three in twelve
 
 
-def test_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(UserError, match=r"laserrec\[report\]"):
-        item_map.draw(clusters(), ["t"] * 60, [None] * 60, [None] * 60, "tsne")
-    monkeypatch.setattr(item_map, "_has_tsne", lambda: False)
-    assert item_map.draw(clusters(), ["t"] * 60, [None] * 60, [None] * 60).method == "pca"
-    assert item_map.draw(clusters(6), ["t"] * 6, [None] * 6, [None] * 6).counts() == {"unknown": 6}
+def test_small_catalogues():
+    few = clusters(6), ["t"] * 6, [None] * 6, [None] * 6
+    assert item_map.draw(*few).method == "pca" and item_map.draw(*few).counts() == {"unknown": 6}
     with pytest.raises(UserError, match="too few"):
-        monkeypatch.undo()
-        item_map.draw(clusters(6), ["t"] * 6, [None] * 6, [None] * 6, "tsne")
+        item_map.draw(*few, "tsne")
+
+
+@pytest.mark.parametrize(("module", "library"), [("jinja2", "jinja2"), ("matplotlib", "matplotlib"),
+                                                 ("sklearn", "scikit-learn")])
+def test_a_missing_library_is_told_before_any_work(run_folder, monkeypatch, module, library):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(LaserRecommender, "from_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=rf"needs {library}: pip install 'laserrec\[report\]'"):
+        collect(find(run_folder))
 
 
 def test_departments_of_categories():
