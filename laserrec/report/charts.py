@@ -131,9 +131,9 @@ def _finish_axes(axes: Axes, marks: Sequence[Mark], x_ticks: Sequence[Mark] | No
     if from_zero:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     low, high = axes.get_xlim()
-    for place, mark in enumerate(marks):  # each name a line lower than the one before, so that they don't overlap
+    for place, mark in enumerate(sorted(marks, key=lambda m: m.x)):  # each name a line lower, so that none overlap
         axes.axvline(mark.x, color=_INK, linewidth=1, linestyle=(0, (3, 3)), alpha=0.7)
-        right = mark.x > low + 0.6 * (high - low)
+        right = mark.x > low + 0.8 * (high - low)
         axes.annotate(mark.label, (mark.x, 1), (-4 if right else 4, -3 - 14 * (place % 4)), va="top",
                       xycoords=("data", "axes fraction"), textcoords="offset pixels", ha="right" if right else "left",
                       bbox={"facecolor": _CARD, "edgecolor": "none", "alpha": 0.75, "pad": 1})
@@ -148,7 +148,7 @@ def _in_words(series: Series) -> str:
 
 
 def _clipped(values: np.ndarray) -> np.ndarray:
-    """Cut at what the outermost half percent of the points would take, so that a stray point does not shrink the map."""
+    """Without the outermost half percent of the range, so that a stray point does not shrink the map."""
     return np.clip(values, *np.quantile(values, [0.0025, 0.9975]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,7 @@ def collect(places: Places, map_method: str | None = None) -> Report:
     dataset, note = Dataset.load(places.data), read_json(places.model / "model.json", "fit again")
     model = LaserRecommender.from_pretrained(places.model)
     if model.items["item_id"].to_list()[: dataset.n_items] != dataset.items["item_id"].to_list():
-        raise UserError(f"{places.model} has another catalogue than {places.data}; name its own data folder: --data")
+        raise UserError(f"{places.model} has another catalogue than {places.data}; name its own data folder")
     texts, cases = _texts(model.items), dataset.cases("test")
     last = {user: row for row, user in enumerate(cases.users.tolist())}  # a temporal split has several cases a user
     if not last:
@@ -141,12 +142,18 @@ def _texts(items: pl.DataFrame) -> _Texts:
 
 def _trainings(places: Places, note: dict[str, Any]) -> tuple[Training, ...]:
     """Those that left a log: the model's own, and that of the ID model it was built on."""
-    found = [read(note.get("method", "laser"), places.model, note.get("training", {}).get("best", {}))]
+    found = [read(note.get("method", "laser"), places.model, _best(places.model))]
     if places.id_model is not None:
-        file = places.id_model / "metrics.json"
-        best = {"epoch": read_json(file, "pretrain again")["best_epoch"]} if file.is_file() else {}
-        found.append(read("ID model", places.id_model, best))
+        found.append(read("ID model", places.id_model, _best(places.id_model)))
     return tuple(t for t in found if t.epochs or t.steps)
+
+
+def _best(folder: Path) -> dict[str, Any]:
+    """What is known of the kept epoch; empty if nothing is."""
+    model, metrics = folder / "model.json", folder / "metrics.json"
+    if model.is_file():
+        return read_json(model, "fit again").get("training", {}).get("best", {})
+    return {"epoch": read_json(metrics, "pretrain again").get("best_epoch")} if metrics.is_file() else {}
 
 
 def _experts(model: LaserRecommender, cases: Cases, users: dict[int, str], texts: _Texts) -> Experts | None:

@@ -50,7 +50,7 @@ class Training:
 
 
 def read(name: str, folder: Path, best: dict[str, Any]) -> Training:
-    """best: the kept epoch's log line, empty if unknown. Raises UserError for a damaged log.jsonl; a missing one is empty."""
+    """best: the kept epoch's log line, empty if unknown. A missing log is empty; raises UserError for a damaged one."""
     file = folder / "log.jsonl"
     try:
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []

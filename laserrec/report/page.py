@@ -21,14 +21,14 @@ def render(report: Report) -> str:
     pages = Environment(loader=PackageLoader("laserrec.report"), autoescape=True, undefined=StrictUndefined,
                         trim_blocks=True, lstrip_blocks=True)
     pages.filters |= {"number": number, "metric": metric, "plain": plain, "duration": duration}
-    sections = {"summary": "Summary", "results": "Results", "parts": "What each part gives on this data",
-                "training": "Training", "experts": "Experts", "map": "Map of the items",
-                "examples": "Recommendations", "losses": "What was dropped from the data",
-                "settings": "Settings and data"}
-    absent = {"parts": not report.model.get("parts"), "training": not report.trainings,
-              "experts": report.experts is None, "map": report.items is None, "losses": not (report.data.get("steps") or report.counts)}
+    sections = [("summary", "Summary", True), ("results", "Results", True),
+                ("parts", "What each part gives on this data", report.model.get("parts")),
+                ("training", "Training", report.trainings), ("experts", "Experts", report.experts),
+                ("map", "Map of the items", report.items), ("examples", "Recommendations", report.examples),
+                ("losses", "Dropped data", report.data.get("steps") or report.counts),
+                ("settings", "Settings and data", True)]
     return pages.get_template("page.html").render(
-        r=report, version=__version__, sections={k: v for k, v in sections.items() if not absent.get(k)},
+        r=report, version=__version__, sections={name: title for name, title, content in sections if content},
         trainings=[(t, charts(t), metric_names(t)) for t in report.trainings],
         map_chart=None if report.items is None else _map_chart(report.items), map_methods=MAP_METHODS)
 
@@ -36,8 +36,8 @@ def render(report: Report) -> str:
 def _map_chart(items: ItemMap) -> Chart:
     method = MAP_METHODS[items.method]
     groups = ", ".join(f"{name} {count}" for name, count in items.counts().items())
-    return scatter(f"{method} of the item embeddings", f"Map of {len(items.titles)} items by {method}; groups: {groups}",
-                   items.x, items.y, items.group, items.titles)
+    spoken = f"Map of {len(items.titles)} items by {method}; groups: {groups}"
+    return scatter(f"{method} of the item embeddings", spoken, items.x, items.y, items.group, items.titles)
 
 
 def plain(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ class Places:
     model: Path
     data: Path
     id_model: Path | None
-    """The folder the ID model was trained in; None where it is not beside the model."""
+    """The folder with the log of the ID model's training; None for a model without one, or where it is not found."""
     results: Path | None
 
 
@@ -34,9 +35,9 @@ def find(run: Path, data: Path | None = None, results: Path | None = None) -> Pl
         data = next((f / "data" for f in around if _sha256(f / "data") == trained_on is not None), None)
     elif trained_on is not None and _sha256(data) != trained_on:
         raise UserError(f"{data} is not the data folder that {model} was trained on"
-                        f" (sha256 {trained_on[:12]}); name that one: --data")
+                        f" (sha256 {trained_on[:12]}); name that one")
     if data is None:
-        raise UserError(f"no data folder of {model} lies beside it; name it: --data DATA")
+        raise UserError(f"the data that {model} was trained on do not lie beside it; name its data folder")
     if results is None:
         results = next((f for f in (model.parent / "results.json", model.parent.parent / "quality.json")
                         if f.is_file()), None)
@@ -66,13 +67,10 @@ def _sha256(data: Path) -> str | None:
 
 
 def _id_model(model: Path) -> Path | None:
-    """The sibling that holds the very weights that the model carries."""
-    own = model / "id_model" / "model.safetensors"
-    for folder in sorted(model.parent.iterdir()):
-        if (folder / "config.json").is_file() and (folder / own.name).is_file() and _same(folder / own.name, own):
-            return folder
-    return None
-
-
-def _same(a: Path, b: Path) -> bool:
-    return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
+    """The ID model within the model folder if its log is there, else the sibling with the same weights."""
+    nested = model / "id_model"
+    if (nested / "log.jsonl").is_file():
+        return nested
+    weights = next((w for w in ("weights.safetensors", "model.safetensors") if (nested / w).is_file()), "")
+    return next((folder for folder in sorted(model.parent.iterdir()) if weights and (folder / weights).is_file()
+                 and filecmp.cmp(folder / weights, nested / weights, shallow=False)), None)

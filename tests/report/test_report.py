@@ -45,10 +45,24 @@ def test_reproduce_layout(run_folder, tmp_path):
     assert (places.data, places.id_model, places.results) == (tmp_path / "data", None, tmp_path / "quality.json")
 
 
+def test_an_id_model_within_the_model_and_a_model_without_one(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    model = tmp_path / "run" / "model"
+    nested, sibling = model / "id_model", tmp_path / "run" / "sasrec"
+    (nested / "model.safetensors").rename(nested / "weights.safetensors")
+    assert find(model).id_model is None
+    (sibling / "model.safetensors").rename(sibling / "weights.safetensors")
+    assert find(model).id_model == sibling
+    shutil.copy(sibling / "log.jsonl", nested)
+    assert find(model).id_model == nested
+    shutil.rmtree(nested)
+    assert find(model).id_model is None
+
+
 def test_what_is_not_beside_the_model_is_named(run_folder, tmp_path):
     model = tmp_path / "far" / "away" / "model"
     shutil.copytree(run_folder / "model", model)
-    with pytest.raises(UserError, match="--data DATA"):
+    with pytest.raises(UserError, match="name its data folder"):
         find(model)
     other = tmp_path / "other"
     shutil.copytree(run_folder / "data", other)
@@ -58,7 +72,7 @@ def test_what_is_not_beside_the_model_is_named(run_folder, tmp_path):
     with pytest.raises(UserError, match="not the data folder that"):
         find(model, data=other)
     shutil.copytree(other, model.parent / "data")  # another's data beside the model are not taken
-    with pytest.raises(UserError, match="--data DATA"):
+    with pytest.raises(UserError, match="name its data folder"):
         find(model)
     with pytest.raises(UserError, match="no such file"):
         find(model, data=run_folder / "data", results=tmp_path / "none.json")
@@ -170,8 +184,8 @@ def test_a_model_without_router_and_items_added_later(run_folder, llm, llm_folde
 
 def _targets(report, dataset):
     """The titles of the examples' true next items."""
-    last = dataset.interactions.filter(pl.col("split") == "test").join(dataset.users, "user").join(dataset.items, "item")
-    title = dict(last.select("user_id", "title").iter_rows())
+    last = dataset.interactions.filter(pl.col("split") == "test").join(dataset.users, "user")
+    title = dict(last.join(dataset.items, "item").select("user_id", "title").iter_rows())
     return [title[e.user_id] for e in report.examples]
 
 
@@ -247,18 +261,20 @@ def test_departments_of_categories():
 
 def test_results_of_evaluate_and_of_reproduce(run_folder, tmp_path):
     own = read_results(run_folder / "results.json")
-    assert own.metrics == ("recall@10", "ndcg@10", "mrr") and [r.model for r in own.rows] == ["Laser", "<i>SASRec"]
-    assert own.rows[0].facts["users"] == 24 and own.rows[0].hidden.keys() == set(own.metrics)
+    assert own.metrics == ("recall@10", "ndcg@10", "mrr") and [r["model"] for r in own.rows] == ["Laser", "<i>SASRec"]
+    assert own.columns("users", "seeds") == ["users"] and own.rows[0]["exclude_seen"].keys() >= set(own.metrics)
+    assert own.best["mrr"] == max(r["mrr"] for r in own.rows)
     entry = {"model": "A", "seeds": 3, "recall@5": 0.2, "recall@5_sd": 0.01, "ndcg@5": 0.1, "ndcg@5_sd": 0.02,
              "mrr": 0.1, "mrr_sd": 0.0, "ndcg@5_difference": 0.01, "low": 0.0, "high": 0.02}
     (tmp_path / "quality.json").write_text(json.dumps({"rows": [], "summary": [entry, {**entry, "seeds": 1}]}))
     many = read_results(tmp_path / "quality.json")
     assert many.metrics == ("recall@5", "ndcg@5", "mrr") and many.split == "test"
-    assert many.rows[0].deviation == {"recall@5": 0.01, "ndcg@5": 0.02, "mrr": 0.0} and many.rows[1].deviation == {}
+    assert many.columns("seeds", "users", "exclude_seen") == ["seeds"]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "[1]", '[{"model": "x", "mrr": 1}]', '{"summary": "x"}',
-                                  '[{"model": "x", "recall@10": "a", "ndcg@10": 0.1, "mrr": 1}]', "not json"])
+                                  '[{"model": "x", "recall@10": "a", "ndcg@10": 0.1, "mrr": 1}]', "not json",
+                                  '[{"model": "x", "recall@1": 0, "ndcg@1": 0, "mrr": 1, "exclude_seen": {"mrr": 1}}]'])
 def test_other_files_are_no_results(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(UserError, match=r"r\.json is (no table of results|damaged)"):
