@@ -13,7 +13,7 @@ report_app = App(name="report")
 
 @report_app.default
 def report(run: Path, *, out: Path | None = None, data: Path | None = None, results: Path | None = None,
-           map: Literal["tsne", "pca"] | None = None,
+           map: Literal["tsne", "pca"] | None = None, device: str = "auto",
            json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
     """Write one HTML page about a run: curves, results, what the experts do, a map of the items, recommendations.
 
@@ -37,6 +37,8 @@ def report(run: Path, *, out: Path | None = None, data: Path | None = None, resu
         What evaluate --json or reproduce quality wrote.
     map
         tsne keeps neighbours together, pca shows the directions of most variance; else tsne unless items are too few.
+    device
+        Where the model computes: auto, cpu, cuda, cuda:N or mps.
     json_file
         Write the experts' and examples' numbers to this file.
     """
@@ -45,7 +47,7 @@ def report(run: Path, *, out: Path | None = None, data: Path | None = None, resu
     from laserrec.report.places import find
     from laserrec.util.io import write_json, write_text
 
-    found = collect(find(run, data, results), map)
+    found = collect(find(run, data, results), map, device)
     out = out or run / "report.html"
     text = render(found)
     write_text(out, text)

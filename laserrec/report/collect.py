@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,8 @@ import torch
 from jaxtyping import Float
 
 from laserrec.data.dataset import Cases, Dataset
+from laserrec.methods.all import find_method
+from laserrec.methods.protocol import TwoTower
 from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.report.categories import short_names
@@ -109,13 +110,13 @@ def check_libraries() -> None:
         raise UserError(f"a report needs {', '.join(missing)}: pip install 'laserrec[report]'")
 
 
-def collect(places: Places, map_method: str | None = None) -> Report:
-    """Loads the model. Raises UserError without the extra `report`, for damaged folders, and for items that are not
+def collect(places: Places, map_method: str | None = None, device: str = "auto") -> Report:
+    """Loads the model; device: auto, cpu, cuda, cuda:N or mps. Raises UserError without the extra `report`, for damaged folders, and for items that are not
     the data folder's."""
     check_libraries()
     results = None if places.results is None else read_results(places.results)
     dataset, note = Dataset.load(places.data), read_json(places.model / "model.json", "fit again")
-    model = LaserRecommender.from_pretrained(places.model)
+    model = LaserRecommender.from_pretrained(places.model, device=device)
     if model.items["item_id"].to_list()[: dataset.n_items] != dataset.items["item_id"].to_list():
         raise UserError(f"{places.model} has another catalogue than {places.data}; name its own data folder")
     texts, cases = _texts(model.items), dataset.cases("test")
@@ -127,7 +128,7 @@ def collect(places: Places, map_method: str | None = None) -> Report:
     name, report = places.model.resolve(), places.data / "report.json"
     facts = read_json(report, "prepare again") if report.is_file() else {}
     return Report(
-        name=f"{name.parent.name}/{name.name}", model=note,
+        name=f"{name.parent.name}/{name.name}", model=_with_own_settings(note),
         data={**facts, **dataset.meta}, trainings=_trainings(places, note), results=results,
         experts=_experts(model, cases, users, texts), items=_map(model, texts, map_method),
         examples=_examples(model, cases, users, texts), n_items=model.items.height - len(model.removed))
@@ -141,35 +142,37 @@ def _texts(items: pl.DataFrame) -> _Texts:
 
 
 def _trainings(places: Places, note: dict[str, Any]) -> tuple[Training, ...]:
-    """Those that left a log: the model's own, and that of the ID model it was built on."""
-    found = [read(note.get("method", "laser"), places.model, _best(places.model))]
+    """Those of at least an epoch that left a log: the model's own, and that of the ID model it was built on."""
+    found = [read(note["method"], places.model, note.get("training", {}).get("kept", {}))]
     if places.id_model is not None:
-        found.append(read("ID model", places.id_model, _best(places.id_model)))
-    return tuple(t for t in found if t.epochs or t.steps)
+        below = read_json(places.id_model / "model.json", "fit again")
+        found.append(read(f"ID model ({below['method']})", places.id_model, below.get("training", {}).get("kept", {})))
+    return tuple(t for t in found if t.steps or any(e.get("epoch") for e in t.epochs))
 
 
-def _best(folder: Path) -> dict[str, Any]:
-    """What is known of the kept epoch; empty if nothing is."""
-    model, metrics = folder / "model.json", folder / "metrics.json"
-    if model.is_file():
-        return read_json(model, "fit again").get("training", {}).get("best", {})
-    return {"epoch": read_json(metrics, "pretrain again").get("best_epoch")} if metrics.is_file() else {}
+def _with_own_settings(note: dict[str, Any]) -> dict[str, Any]:
+    """Without the sections of the settings that this method does not read."""
+    read_by_all = ("data", "eval", *(("backbone", "prompt") if note.get("backbone") else ()))
+    wanted = {*read_by_all, *find_method(note["method"]).sections} - ({"student"} - note.keys())
+    return {**note, "config": {name: tree for name, tree in note["config"].items() if name in wanted}}
 
 
 def _experts(model: LaserRecommender, cases: Cases, users: dict[int, str], texts: _Texts) -> Experts | None:
     scores = _router_scores(model, cases, list(users))
     if scores is None:
         return None
-    histories = [[texts.place[item] for item in cases.histories[row].tolist()] for row in users]
+    lists = cases.histories.lists()
+    histories = [[texts.place[item] for item in lists[row]] for row in users]
     return profile(scores, list(users.values()), histories, texts.titles, short_names(texts.categories), texts.brands)
 
 
 def _router_scores(model: LaserRecommender, cases: Cases, rows: Sequence[int]
                    ) -> Float[np.ndarray, "users experts"] | None:
     """The router's scores r_j (Eq. 7); None for a model without a router. The LLM is not asked."""
-    encoder, parts = getattr(model, "encoder", None), []
+    reader, parts = getattr(model.model, "reader", None), []
     for at in range(0, len(rows), _USERS_AT_ONCE):
-        route = encoder and encoder.route([cases.histories[row] for row in rows[at : at + _USERS_AT_ONCE]])
+        histories = cases.histories.take(rows[at : at + _USERS_AT_ONCE])
+        route = None if reader is None else reader.route(histories.to(model.model.device))
         if route is None:
             return None
         parts.append(route.scores)
@@ -178,7 +181,7 @@ def _router_scores(model: LaserRecommender, cases: Cases, rows: Sequence[int]
 
 def _map(model: LaserRecommender, texts: _Texts, method: str | None) -> ItemMap | None:
     """None for a model without item embeddings."""
-    if getattr(model, "embeddings", None) is None:
+    if not isinstance(model.model, TwoTower):
         return None
     removed = {texts.place[row] for row in model.removed}
     present = [place for place in range(len(texts.titles)) if place not in removed]
@@ -190,7 +193,7 @@ def _examples(model: LaserRecommender, cases: Cases, users: dict[int, str], text
     """Drawn at random, the same ones every time; nothing is filtered, as in the evaluation."""
     rng = np.random.default_rng(_EXAMPLE_SEED)
     rows = [list(users)[at] for at in np.sort(rng.choice(len(users), min(_EXAMPLES, len(users)), replace=False))]
-    answers = model.rank([Ask(cases.histories[row], k=model.items.height) for row in rows])
+    answers = model.rank([Ask(cases.histories[row].numpy(), k=model.items.height) for row in rows])
     targets = cases.targets.tolist()
     return tuple(_example(users[row], cases.histories[row].tolist(), targets[row], answer, texts)
                  for row, answer in zip(rows, answers, strict=True))

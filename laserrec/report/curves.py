@@ -28,7 +28,7 @@ _TITLES = {
 """Title and unit of the numbers that are known; others are shown under their own name, after these."""
 _STATES = ("lr", "seen_offset", "temperature")
 """As they are at a line's last step; all other numbers are means over its steps."""
-_PLACE = ("step", "steps", "stage", "phase", "epoch", "examples", "seconds")
+_PLACE = ("step", "steps", "phase", "epoch", "examples", "seconds")
 _RANKED = ("recall@", "ndcg@", "mrr", "hit@", "precision@")
 
 
@@ -49,20 +49,20 @@ class Training:
         return bool(self.kept) and all(entry.get(k) == v for k, v in self.kept.items())
 
 
-def read(name: str, folder: Path, best: dict[str, Any]) -> Training:
-    """best: the kept epoch's log line, empty if unknown. A missing log is empty; raises UserError for a damaged one."""
+def read(name: str, folder: Path, kept: dict[str, Any]) -> Training:
+    """kept: the kept epoch's log line, empty if unknown. A missing log is empty; raises UserError for a damaged one."""
     file = folder / "log.jsonl"
     try:
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         epochs = [_with_phase(json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error}; fit again or delete it") from None
-    kept = {k: v for k, v in _with_phase(best).items() if k in ("phase", "epoch") and v != ""}
-    return Training(name, epochs, [_with_phase(e) for e in read_training(folder)], kept)
+    place = {k: v for k, v in _with_phase(kept).items() if k in ("phase", "epoch") and v != ""}
+    return Training(name, epochs, [_with_phase(e) for e in read_training(folder)], place)
 
 
 def _with_phase(entry: dict[str, Any]) -> dict[str, Any]:
-    return {**entry, "phase": str(entry.get("phase", f"stage {entry['stage']}" if "stage" in entry else ""))}
+    return {**entry, "phase": str(entry.get("phase", ""))}
 
 
 def thinned(steps: Sequence[dict[str, Any]], most: int = _MOST_POINTS) -> list[dict[str, Any]]:
@@ -121,6 +121,8 @@ def metric_names(training: Training) -> list[str]:
 def validation_charts(training: Training) -> list[Chart]:
     """Ranking metrics after each epoch in one chart, the kept epoch marked; any other number in a chart of its own."""
     epochs, names = training.epochs, metric_names(training)
+    if len(epochs) < 2:
+        return []
     places = list(range(len(epochs)))
     every = -(-len(epochs) // 8)
     ticks = [Mark(i, str(epochs[i].get("epoch", i))) for i in places[::every or 1]]

@@ -50,7 +50,7 @@ def _model_folder(run: Path) -> Path:
     for folder in (run, run / "model"):
         if (folder / "model.json").is_file():
             return folder
-        if (folder / "checkpoint.safetensors").is_file() and not (folder / "config.json").is_file():
+        if (folder / "checkpoint.safetensors").is_file():
             raise UserError(f"{folder} is an unfinished training; run the same command again to finish it. Until then: "
                             f"tensorboard --logdir {folder}")
     if not run.is_dir():
@@ -71,6 +71,7 @@ def _id_model(model: Path) -> Path | None:
     nested = model / "id_model"
     if (nested / "log.jsonl").is_file():
         return nested
-    weights = next((w for w in ("weights.safetensors", "model.safetensors") if (nested / w).is_file()), "")
-    return next((folder for folder in sorted(model.parent.iterdir()) if weights and (folder / weights).is_file()
-                 and filecmp.cmp(folder / weights, nested / weights, shallow=False)), None)
+    own = nested / "weights.safetensors"
+    siblings = [folder for folder in sorted(model.parent.iterdir()) if (folder / "model.json").is_file()]
+    return next((f for f in siblings if own.is_file() and (f / own.name).is_file()
+                 and filecmp.cmp(f / own.name, own, shallow=False)), None)

@@ -47,15 +47,13 @@ def test_reproduce_layout(run_folder, tmp_path):
 
 def test_an_id_model_within_the_model_and_a_model_without_one(run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "run")
-    model = tmp_path / "run" / "model"
-    nested, sibling = model / "id_model", tmp_path / "run" / "sasrec"
-    (nested / "model.safetensors").rename(nested / "weights.safetensors")
-    assert find(model).id_model is None
-    (sibling / "model.safetensors").rename(sibling / "weights.safetensors")
-    assert find(model).id_model == sibling
-    shutil.copy(sibling / "log.jsonl", nested)
-    assert find(model).id_model == nested
-    shutil.rmtree(nested)
+    model, sibling = tmp_path / "run" / "model", tmp_path / "run" / "sasrec"
+    assert find(model).id_model == sibling and find(sibling).id_model is None
+    shutil.copy(sibling / "log.jsonl", model / "id_model")
+    assert find(model).id_model == model / "id_model"
+    (model / "id_model" / "log.jsonl").unlink()
+    with (sibling / "weights.safetensors").open("ab") as file:
+        file.write(b" ")
     assert find(model).id_model is None
 
 
@@ -81,7 +79,7 @@ def test_what_is_not_beside_the_model_is_named(run_folder, tmp_path):
 def test_folders_that_are_no_runs(run_folder, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         find(tmp_path / "nowhere")
-    for folder in (tmp_path, run_folder / "data", run_folder / "sasrec"):
+    for folder in (tmp_path, run_folder / "data"):
         with pytest.raises(UserError, match="is no run"):
             find(folder)
     (tmp_path / "model").mkdir()
@@ -96,7 +94,7 @@ def test_folders_that_are_no_runs(run_folder, tmp_path):
 
 def test_examples_are_what_the_model_recommends_and_the_evaluator_ranks(report, run_folder):
     model, dataset = LaserRecommender.from_pretrained(run_folder / "model"), Dataset.load(run_folder / "data")
-    cases, ranks = dataset.cases("test"), evaluate("x", LaserRecommender.score.__get__(model), dataset, "test").ranks
+    cases, ranks = dataset.cases("test"), evaluate("x", model, dataset, "test").ranks
     names = dict(dataset.users.iter_rows())
     row_of = {names[u]: row for row, u in enumerate(cases.users.tolist())}
     titles = dataset.items["title"].to_list()
@@ -105,27 +103,39 @@ def test_examples_are_what_the_model_recommends_and_the_evaluator_ranks(report, 
     for example in report.examples:
         row = row_of[example.user_id]
         history = cases.histories[row].tolist()
-        assert list(example.history) == [titles[i - 1] for i in history[-8:]]
+        assert list(example.history) == [titles[i] for i in history[-8:]]
         assert example.earlier == max(0, len(history) - 8)
-        assert example.next.rank == ranks.plain[row] and example.next.title == titles[cases.targets[row] - 1]
-        frame = model.recommend([[ids[i - 1] for i in history]], k=5)
+        assert example.next.rank == ranks.plain[row] and example.next.title == titles[cases.targets[row]]
+        frame = model.recommend([[ids[i] for i in history]], k=5)
         assert [s.title for s in example.top] == [titles[ids.index(i)] for i in frame["item_id"]]
         assert [s.score for s in example.top] == pytest.approx(frame["score"].to_list(), abs=1e-5)
-        assert [s.seen for s in example.top] == [ids.index(i) + 1 in history for i in frame["item_id"]]
+        assert [s.seen for s in example.top] == [ids.index(i) in history for i in frame["item_id"]]
         hits = [s.rank for s in example.top if s.is_next]
         assert hits == ([example.next.rank] if example.next.rank <= 5 else [])
+
+
+def test_equal_scores_share_their_mean_rank(run_folder, fit):
+    """Popularity scores many items alike."""
+    dataset = Dataset.load(run_folder / "data")
+    model = fit(run_folder / "data", run_folder / "popularity", "popularity")
+    report, ranks = collect(find(run_folder / "popularity")), evaluate("x", model, dataset, "test").ranks.plain
+    names = dict(dataset.users.iter_rows())
+    row_of = {names[u]: row for row, u in enumerate(dataset.cases("test").users.tolist())}
+    assert any(rank != int(rank) for rank in ranks)
+    assert [e.next.rank for e in report.examples] == [ranks[row_of[e.user_id]] for e in report.examples]
 
 
 def test_experts_are_the_routers_choices(report, run_folder):
     model, dataset = LaserRecommender.from_pretrained(run_folder / "model"), Dataset.load(run_folder / "data")
     cases = dataset.cases("test")
-    chosen = model.encoder.read(cases.histories)[1].expert
+    chosen = model.model.read(cases.histories)[1].expert
     assert [e.users for e in report.experts.experts] == torch.bincount(chosen, minlength=3).tolist()
     names = dict(dataset.users.iter_rows())
     by_user = {names[u]: int(e) + 1 for u, e in zip(cases.users.tolist(), chosen, strict=True)}
     for expert in report.experts.experts:
         assert all(by_user[user.user_id] == expert.number for user in expert.examples)
-        own = [len(h) for h, e in zip(cases.histories, chosen.tolist(), strict=True) if e + 1 == expert.number]
+        own = [n for n, e in zip(cases.histories.lengths.tolist(), chosen.tolist(), strict=True)
+               if e + 1 == expert.number]
         assert expert.mean_history == pytest.approx(np.mean(own) if own else 0)
     assert all(e.expert == by_user[e.user_id] for e in report.examples)
 
@@ -159,18 +169,13 @@ def test_curves_are_those_of_the_folders(report, run_folder):
     assert pretraining.kept["epoch"] in (1, 2, 3) and len(pretraining.epochs) == 3
 
 
-def test_a_model_without_router_and_items_added_later(run_folder, llm, llm_folder, tmp_path):
-    import tiny
-
-    from laserrec.methods.id_store import load_id_model
-
+def test_a_model_without_router_and_items_added_later(run_folder, fit, tmp_path):
     dataset = Dataset.load(run_folder / "data")
-    config = tiny.config(llm_folder(), mformer={"prefix": "none"}, train={"stage_one_epochs": 1, "stage_two_epochs": 0})
-    model = LaserRecommender.fit_dataset(dataset, load_id_model(run_folder / "sasrec", dataset).model, config,
-                                         tmp_path / "plain", False, llm())
+    model = fit(run_folder / "data", tmp_path / "plain", id_model=run_folder / "sasrec", mformer={"prefix": "none"},
+                head={"seen_offset": True, "seen_offset_start": 3.0}, train={"stage_one_epochs": 1, "stage_two_epochs": 0})
     model.add_items(pl.DataFrame({"item_id": ["new"], "title": ["A new drill"]}))
     model.remove_items([dataset.items["item_id"][0]])
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved" / "model")
     report = collect(find(tmp_path / "saved", data=run_folder / "data"), "pca")
     assert report.experts is None and all(e.expert is None for e in report.examples)
     suggested = [(s, e) for e in report.examples for s in e.top]

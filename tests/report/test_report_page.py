@@ -4,13 +4,11 @@ import dataclasses
 import os
 import re
 import shutil
-import types
 from html.parser import HTMLParser
 
 import pytest
 from evil import EVIL, EVIL_BRAND, EVIL_CATEGORY
 
-from laserrec import LaserRecommender
 from laserrec.report.charts import Mark, Series, line_chart, number
 from laserrec.report.collect import collect
 from laserrec.report.curves import Training, charts, thinned, validation_charts
@@ -200,15 +198,18 @@ def test_a_method_without_llm_router_training_and_embeddings(report):
     assert bare.numbers()["experts"] is None and bare.numbers()["map"] is None
 
 
-def test_a_model_that_only_ranks(run_folder, monkeypatch):
-    """All that the report needs of a model: items, removed, rank."""
-    model = LaserRecommender.from_pretrained(run_folder / "model")
-    ranking = types.SimpleNamespace(items=model.items, removed=model.removed, rank=lambda asks: [
-        dataclasses.replace(answer, expert=None) for answer in model.rank(asks)])
-    monkeypatch.setattr(LaserRecommender, "from_pretrained", lambda *_: ranking)
-    found = collect(find(run_folder))
-    assert found.experts is None and found.items is None and len(found.examples) == 5
-    assert "Map of the items" not in render(found)
+@pytest.mark.parametrize(("method", "absent", "sections"), [
+    ("sasrec", {"experts"}, {"data", "eval", "id_model"}),
+    ("ease", {"experts", "map", "training"}, {"data", "eval", "neighbours"}),
+    ("popularity", {"experts", "map", "training"}, {"data", "eval", "neighbours"}),
+])
+def test_every_method_has_a_report(run_folder, fit, method, absent, sections):
+    fit(run_folder / "data", run_folder / method, method)
+    found = collect(find(run_folder / method))
+    page = Page(render(found))
+    ids = {a["id"] for _, a in page.tags if "id" in a}
+    assert page.faults == [] and {s for s in SECTIONS if s not in ids} == absent
+    assert set(found.model["config"]) == sections and len(found.examples) == 5
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
