@@ -111,8 +111,8 @@ def check_libraries() -> None:
 
 
 def collect(places: Places, map_method: str | None = None, device: str = "auto") -> Report:
-    """Loads the model; device: auto, cpu, cuda, cuda:N or mps. Raises UserError without the extra `report`, for damaged folders, and for items that are not
-    the data folder's."""
+    """Loads the model; device: auto, cpu, cuda, cuda:N or mps. Raises UserError without the extra `report`, for damaged
+    folders, and for items that are not the data folder's."""
     check_libraries()
     results = None if places.results is None else read_results(places.results)
     dataset, note = Dataset.load(places.data), read_json(places.model / "model.json", "fit again")

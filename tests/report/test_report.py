@@ -172,7 +172,8 @@ def test_curves_are_those_of_the_folders(report, run_folder):
 def test_a_model_without_router_and_items_added_later(run_folder, fit, tmp_path):
     dataset = Dataset.load(run_folder / "data")
     model = fit(run_folder / "data", tmp_path / "plain", id_model=run_folder / "sasrec", mformer={"prefix": "none"},
-                head={"seen_offset": True, "seen_offset_start": 3.0}, train={"stage_one_epochs": 1, "stage_two_epochs": 0})
+                head={"seen_offset": True, "seen_offset_start": 3.0},
+                train={"stage_one_epochs": 1, "stage_two_epochs": 0})
     model.add_items(pl.DataFrame({"item_id": ["new"], "title": ["A new drill"]}))
     model.remove_items([dataset.items["item_id"][0]])
     model.save_pretrained(tmp_path / "saved" / "model")
