@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from laserrec.data.dataset import Cases, Dataset
 from laserrec.methods.all import find_method
+from laserrec.methods.laser.model import Laser
 from laserrec.methods.protocol import TwoTower
 from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender
@@ -168,11 +169,12 @@ def _experts(model: LaserRecommender, cases: Cases, users: dict[int, str], texts
 
 def _router_scores(model: LaserRecommender, cases: Cases, rows: Sequence[int]
                    ) -> Float[np.ndarray, "users experts"] | None:
-    """The router's scores r_j (Eq. 7); None for a model without a router. The LLM is not asked."""
-    reader, parts = getattr(model.model, "reader", None), []
+    """The router's scores r_j (Eq. 7); None for a model that routes no users. The LLM is not asked."""
+    laser, parts = model.model, []
+    if not isinstance(laser, Laser) or laser.reader is None or laser.student is not None:
+        return None
     for at in range(0, len(rows), _USERS_AT_ONCE):
-        histories = cases.histories.take(rows[at : at + _USERS_AT_ONCE])
-        route = None if reader is None else reader.route(histories.to(model.model.device))
+        route = laser.reader.route(cases.histories.take(rows[at : at + _USERS_AT_ONCE]).to(laser.device))
         if route is None:
             return None
         parts.append(route.scores)

@@ -17,13 +17,13 @@ N = 14
 
 @pytest.fixture(scope="session")
 def fit(llm_folder):
-    """(data folder, model folder, method, id_model, settings) -> the fitted model."""
+    """(data folder, model folder, method, folder of the ID model, settings) -> the fitted model."""
 
-    def fit(data, folder, method="laser", id_model=None, **sections):
+    def fit(data, folder, method="laser", below=None, **sections):
         sections = {"head": {"seen_offset": True, "id_share": 0.3}, "prompt": {
             "layout": "text_first", "item_side": "plain", "max_items": 4, "max_item_tokens": 8}} | sections
         return LaserRecommender.fit_dataset(Dataset.load(data), tiny.config(llm_folder(), **sections), folder, method,
-                                            id_model, device="cpu", progress=False)
+                                            below, device="cpu", progress=False)
 
     return fit
 
@@ -43,7 +43,7 @@ def run_folder(fit, llm_folder, tmp_path_factory):
         category=pl.when(pl.col("item") % 3 == 2).then(pl.lit(EVIL_CATEGORY)).otherwise("category"))
     write_parquet(run / "data" / "items.parquet", items)
     id_model = fit(run / "data", run / "sasrec", "sasrec")
-    model = fit(run / "data", run / "model", id_model=run / "sasrec")
+    model = fit(run / "data", run / "model", below=run / "sasrec")
     rows = [evaluate(name, scored, Dataset.load(run / "data"), "test").row()
             for name, scored in (("Laser", model), ("<i>SASRec", id_model))]
     write_json(run / "results.json", rows)

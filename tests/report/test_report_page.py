@@ -9,6 +9,10 @@ from html.parser import HTMLParser
 import pytest
 from evil import EVIL, EVIL_BRAND, EVIL_CATEGORY
 
+from laserrec import LaserRecommender
+from laserrec.config import StudentConfig
+from laserrec.data.dataset import Dataset
+from laserrec.recommender.distil import distil
 from laserrec.report.charts import Mark, Series, line_chart, number
 from laserrec.report.collect import collect
 from laserrec.report.curves import Training, charts, thinned, validation_charts
@@ -210,6 +214,25 @@ def test_every_method_has_a_report(run_folder, fit, method, absent, sections):
     ids = {a["id"] for _, a in page.tags if "id" in a}
     assert page.faults == [] and {s for s in SECTIONS if s not in ids} == absent
     assert set(found.model["config"]) == sections and len(found.examples) == 5
+
+
+def test_the_closed_form_of_laser_and_a_distilled_model(run_folder, fit):
+    closed = {"id_model": {"kind": "none"}, "prompt": {"layout": "none", "item_side": "mean"},
+              "mformer": {"prefix": "none"}, "head": {"whiten_dims": 8, "seen_offset": True},
+              "neighbours": {"count": 6, "share": 0.1}, "train": {"stage_one_epochs": 0, "stage_two_epochs": 0}}
+    fit(run_folder / "data", run_folder / "instant", **closed)
+    instant = collect(find(run_folder / "instant"))
+    assert instant.trainings == () and instant.experts is None and instant.items.n_items == 14
+    assert "student" not in instant.model["config"] and "neighbours" in instant.model["config"]
+    teacher = LaserRecommender.from_pretrained(run_folder / "model", device="cpu")
+    distil(teacher, Dataset.load(run_folder / "data"), run_folder / "small",
+           StudentConfig(hidden=16, epochs=2, batch_size=16), progress=False)
+    small = collect(find(run_folder / "small"))
+    assert [t.name for t in small.trainings] == ["laser", "ID model (sasrec)"] and small.trainings[0].steps
+    assert "student" in small.model["config"] and small.experts is None
+    for found in (instant, small):
+        page = Page(render(found))
+        assert page.faults == [] and "experts" not in [a.get("id") for _, a in page.tags]
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
