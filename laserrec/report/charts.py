@@ -8,8 +8,7 @@ import re
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -40,8 +39,7 @@ _STYLE = {
 }
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One line; a y of NaN is a gap."""
 
     name: str
@@ -49,16 +47,14 @@ class Series:
     y: Sequence[float]
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """A named place on the x axis."""
 
     x: float
     label: str
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """A figure of the page: its caption, and the drawing as an <svg> element."""
 
     title: str

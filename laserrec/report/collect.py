@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import polars as pl
 import torch
 from jaxtyping import Float
 
@@ -94,11 +93,9 @@ class Report:
                 "examples": [asdict(example) for example in self.examples]}
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """The catalogue's columns, and where an item row stands in them."""
+class _Texts(NamedTuple):
+    """Of the catalogue, by item row."""
 
-    place: dict[int, int]
     titles: list[str]
     categories: list[str | None]
     brands: list[str | None]
@@ -120,7 +117,9 @@ def collect(places: Places, map_method: str | None = None, device: str = "auto")
     model = LaserRecommender.from_pretrained(places.model, device=device)
     if model.items["item_id"].to_list()[: dataset.n_items] != dataset.items["item_id"].to_list():
         raise UserError(f"{places.model} has another catalogue than {places.data}; name its own data folder")
-    texts, cases = _texts(model.items), dataset.cases("test")
+    texts = _Texts([title or "untitled" for title in model.items["title"].to_list()],
+                   *([text or None for text in model.items[name].to_list()] for name in ("category", "brand")))
+    cases = dataset.cases("test")
     last = {user: row for row, user in enumerate(cases.users.tolist())}  # a temporal split has several cases a user
     if not last:
         raise UserError("the data folder's test split is empty; there are no users to report on")
@@ -133,13 +132,6 @@ def collect(places: Places, map_method: str | None = None, device: str = "auto")
         data={**facts, **dataset.meta}, trainings=_trainings(places, note), results=results,
         experts=_experts(model, cases, users, texts), items=_map(model, texts, map_method),
         examples=_examples(model, cases, users, texts), n_items=model.items.height - len(model.removed))
-
-
-def _texts(items: pl.DataFrame) -> _Texts:
-    place = {row: at for at, row in enumerate(items["item"].to_list())}
-    titles, categories, brands = ([text or None for text in items[column].to_list()]
-                                  for column in ("title", "category", "brand"))
-    return _Texts(place, [t or "untitled" for t in titles], categories, brands)
 
 
 def _trainings(places: Places, note: dict[str, Any]) -> tuple[Training, ...]:
@@ -163,8 +155,8 @@ def _experts(model: LaserRecommender, cases: Cases, users: dict[int, str], texts
     if scores is None:
         return None
     lists = cases.histories.lists()
-    histories = [[texts.place[item] for item in lists[row]] for row in users]
-    return profile(scores, list(users.values()), histories, texts.titles, short_names(texts.categories), texts.brands)
+    return profile(scores, list(users.values()), [lists[row] for row in users], texts.titles,
+                   short_names(texts.categories), texts.brands)
 
 
 def _router_scores(model: LaserRecommender, cases: Cases, rows: Sequence[int]
@@ -185,9 +177,8 @@ def _map(model: LaserRecommender, texts: _Texts, method: str | None) -> ItemMap 
     """None for a model without item embeddings."""
     if not isinstance(model.model, TwoTower):
         return None
-    removed = {texts.place[row] for row in model.removed}
-    present = [place for place in range(len(texts.titles)) if place not in removed]
-    columns = ([of[place] for place in present] for of in (texts.titles, texts.categories, texts.brands))
+    present = [row for row in range(len(texts.titles)) if row not in model.removed]
+    columns = ([of[row] for row in present] for of in texts)
     return draw(model.embeddings[present].float().cpu().numpy(), *columns, method=method)
 
 
@@ -206,7 +197,7 @@ def _example(user_id: str, history: list[int], target: int, answer: Ranked, text
     items, scores = answer.items.tolist(), answer.scores.tolist()
 
     def suggestion(at: int, rank: float) -> Suggestion:
-        title = texts.titles[texts.place[items[at]]]
+        title = texts.titles[items[at]]
         return Suggestion(rank, title, scores[at], items[at] in history, items[at] == target)
 
     top = tuple(suggestion(at, at + 1) for at in range(min(_TOP, len(items))))
@@ -215,6 +206,6 @@ def _example(user_id: str, history: list[int], target: int, answer: Ranked, text
         at = items.index(target)
         ties = [i for i, score in enumerate(scores) if score == scores[at]]
         true_next = suggestion(at, 1 + (ties[0] + ties[-1]) / 2)  # the mean rank of equal scores, as the evaluator's
-    shown = tuple(texts.titles[texts.place[item]] for item in history[-_SHOWN_HISTORY:])
+    shown = tuple(texts.titles[item] for item in history[-_SHOWN_HISTORY:])
     return Example(user_id, shown, len(history) - len(shown), top, true_next,
                    None if answer.expert is None else answer.expert + 1)

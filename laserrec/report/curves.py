@@ -16,8 +16,8 @@ from laserrec.util.errors import UserError
 _MOST_POINTS = 300
 """Longer curves are averaged to about so many points."""
 _TITLES = {
+    "loss": ("Training loss", "what is minimised, per example"),
     "contrast": ("Contrast loss", "cross-entropy, nats"),
-    "loss": ("Training loss", "cross-entropy, nats"),
     "balance": ("Load-balancing loss", "K Σ f P; 1 is even"),
     "lr": ("Learning rate", "rate"),
     "grad_norm": ("Gradient norm", "before clipping"),
@@ -26,8 +26,6 @@ _TITLES = {
     "rate": ("Speed", "examples per second"),
 }
 """Title and unit of the numbers that are known; others are shown under their own name, after these."""
-_STATES = ("lr", "seen_offset", "temperature")
-"""As they are at a line's last step; all other numbers are means over its steps."""
 _PLACE = ("step", "steps", "phase", "epoch", "examples", "seconds")
 _RANKED = ("recall@", "ndcg@", "mrr", "hit@", "precision@")
 
@@ -74,7 +72,7 @@ def thinned(steps: Sequence[dict[str, Any]], most: int = _MOST_POINTS) -> list[d
 
 def _merged(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
     entry, count = dict(group[-1]), sum(e.get("steps", 1) for e in group)
-    for name in set(_numbers(entry)) - set(_STATES):
+    for name in _numbers(entry):
         values = [e.get(name) for e in group]
         entry[name] = None if None in values else sum(
             v * e.get("steps", 1) for v, e in zip(values, group, strict=True)) / count

@@ -151,7 +151,7 @@ def test_long_trainings_are_thinned_without_losing_a_step():
     few = thinned(steps, 4)
     assert [e["step"] for e in few] == [30, 60, 70, 100, 103] and sum(e["steps"] for e in few) == 103
     assert [e["contrast"] for e in few] == [2.0, 5.0, 7.0, 9.0, 11.0]
-    assert few[0]["experts"] == [3, 6] and few[0]["rate"] == 4.0 and few[0]["lr"] == 3.0
+    assert few[0]["experts"] == [3, 6] and few[0]["rate"] == 4.0 and few[0]["lr"] == 2.0
     assert [e["step"] for e in thinned(steps)] == [e["step"] for e in steps] and thinned([]) == []
     assert thinned([step(1, 1, 1, 1.0), step(2, 3, 1, 5.0)], 1)[0]["contrast"] == 4.0  # weighed by steps
 
