@@ -79,8 +79,7 @@ class Report:
     @property
     def counts(self) -> dict[str, int]:
         """What the reader of the data counted (rows it could not use and the like), where there is any."""
-        found = {k: v for k, v in self.data.items() if type(v) is int and k not in _NO_LOSSES}
-        return {k: v for k, v in (found | dict(self.data.get("losses") or {})).items() if v}
+        return {k: v for k, v in self.data.items() if type(v) is int and v and k not in _NO_LOSSES}
 
     def numbers(self) -> dict[str, Any]:
         """For JSON; without the single steps and the map's points."""

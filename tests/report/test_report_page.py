@@ -190,14 +190,16 @@ def test_a_method_without_llm_router_training_and_embeddings(report):
     note = {"method": "ease", "config": {"l2": 300.0, "nested": {"a": [1, 2]}},
             "parts": [{"part": "text <vectors>", "gain": 0.0123456789}, {"part": "seen offset", "gain": -0.1, "n": 3}]}
     bare = dataclasses.replace(report, model=note, trainings=(), results=None, experts=None, items=None,
-                               data={"table1": {"users": 3}, "losses": {"rows without an id": 4, "none": 0}},
+                               data={"table1": {"users": 3}, "skipped_lines": 4, "none": 0,
+                                     "unmatched": {"items": 7, "why": "<b>other</b> ids"}},
                                examples=tuple(dataclasses.replace(e, expert=None) for e in report.examples))
     page = Page(render(bare))
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert page.faults == [] and [i for i in ids if i in [*SECTIONS, "parts"]] == [
         "summary", "results", "parts", "examples", "losses", "settings"]
-    assert {"ease", "text <vectors>", "0.0123457", "-0.1", "l2", "300", "1, 2", "rows without an id"} <= {
+    assert {"ease", "text <vectors>", "0.0123457", "-0.1", "l2", "300", "1, 2", "skipped lines"} <= {
         t.strip() for t in page.texts}
+    assert "7 item ids of the interactions are not among the items: <b>other</b> ids" in page.texts
     assert "none" not in page.texts and not any("expert" in t for t in page.texts)
     assert bare.numbers()["experts"] is None and bare.numbers()["map"] is None
 
