@@ -1,4 +1,4 @@
-"""`laserrec report`. Thin, as cli.py."""
+"""`laserrec report`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ report_app = App(name="report")
 
 @report_app.default
 def report(run: Path, *, out: Path | None = None, data: Path | None = None, results: Path | None = None,
-           map: Literal["tsne", "pca"] | None = None,
+           map: Literal["tsne", "pca"] | None = None, device: str = "auto",
            json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
     """Write one HTML page about a run: curves, results, what the experts do, a map of the items, recommendations.
 
-    The page fetches nothing and can be mailed. The run's data, results and ID model are looked for beside it, as
-    quickstart lays them out.
+    Works for every method; what a method does not have is left out. The page loads nothing else and can be mailed.
+    The run's data, results and ID model are looked for beside it, as quickstart lays them out. Needs the extra
+    `report`: pip install 'laserrec[report]'.
 
     Examples:
       laserrec report runs/quickstart
@@ -35,20 +36,21 @@ def report(run: Path, *, out: Path | None = None, data: Path | None = None, resu
     results
         What evaluate --json or reproduce quality wrote.
     map
-        tsne (extra `report`) keeps neighbours together, pca needs nothing; else tsne where it is installed.
+        tsne keeps neighbours together, pca shows the directions of most variance; else tsne unless items are too few.
+    device
+        Where the model computes: auto, cpu, cuda, cuda:N or mps.
     json_file
         Write the experts' and examples' numbers to this file.
     """
     from laserrec.report.collect import collect
-    from laserrec.report.numbers import as_numbers
     from laserrec.report.page import render
     from laserrec.report.places import find
     from laserrec.util.io import write_json, write_text
 
-    found = collect(find(run, data, results), map)
+    found = collect(find(run, data, results), map, device)
     out = out or run / "report.html"
     text = render(found)
     write_text(out, text)
     if json_file is not None:
-        write_json(json_file, as_numbers(found))
+        write_json(json_file, found.numbers())
     Console().print(f"report {out}: {len(text.encode()) / 2**20:.1f} MiB", soft_wrap=True, highlight=False)

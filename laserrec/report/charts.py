@@ -1,28 +1,45 @@
-"""Charts as inline SVG: coloured by the page's style sheet (light and dark), named for screen readers, drawn small so
-that their letters stay readable on a phone."""
+"""Charts as inline SVG by matplotlib: letters stay text, colours are the page's CSS variables (light and dark)."""
 
 from __future__ import annotations
 
+import io
 import math
+import re
+import warnings
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from laserrec.report.markup import Markup, join, tag
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_WIDTH, _HEIGHT = 420, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 22, 40
-_ROOM = 0.05
-"""Share of the height left free over and under a line."""
+_WIDTH, _HEIGHT = 420, 230
+"""CSS pixels of a line chart: small, so that its letters stay readable where a phone shrinks it."""
+_MAP = 640
+_LEGEND_COLUMNS = 4
 _DOTTED = 60
-"""A line of at most so many points shows them as dots, each with its numbers on hover."""
-MOST_POINTS = 300
-"""Longer curves are averaged to about so many points."""
+"""A line of at most so many points shows them as dots, each with its number on hover."""
+_SVG = "http://www.w3.org/2000/svg"
+_VARIABLES = {f"#0000{place:02x}": f"var(--c{place})" for place in range(1, 10)} | {
+    "#00000a": "var(--text)", "#00000b": "var(--soft)", "#00000c": "var(--grid)", "#00000d": "var(--card)"}
+"""Stand-ins that matplotlib draws with -> the style sheet's colours."""
+_INK, _SOFT, _GRID, _CARD = list(_VARIABLES)[9:]
+_COLOURS = list(_VARIABLES)[:9]
+_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+_STYLE = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 12, "text.color": _INK, "axes.labelcolor": _SOFT,
+    "axes.edgecolor": _SOFT, "axes.facecolor": "none", "figure.facecolor": "none", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.spines.left": False, "axes.grid": True, "axes.grid.axis": "y",
+    "grid.color": _GRID, "xtick.color": _SOFT, "ytick.color": _SOFT, "ytick.left": False, "axes.axisbelow": True,
+    "axes.titlesize": 12, "axes.titlecolor": _SOFT, "axes.titlelocation": "left", "legend.frameon": False,
+    "lines.linewidth": 1.8, "lines.markersize": 4, "lines.markeredgewidth": 0, "axes.xmargin": 0.01,
+}
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One line; a y of NaN is a gap."""
 
     name: str
@@ -30,16 +47,22 @@ class Series:
     y: Sequence[float]
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """A named place on the x axis."""
 
     x: float
     label: str
 
 
-def number(value: float) -> str:
-    """At most four significant digits, thousands set off."""
+class Chart(NamedTuple):
+    """A figure of the page: its caption, and the drawing as an <svg> element."""
+
+    title: str
+    svg: str
+
+
+def number(value: float, _: Any = None) -> str:
+    """At most four significant digits, thousands set off. The second argument is matplotlib's tick place."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
     if abs(value) >= 1000:
@@ -47,157 +70,114 @@ def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) >= 1e-4 else f"{value:.1e}"
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from low to high, steps of 1, 2 or 5 times a power of ten."""
-    if not high > low:
-        return [low]
-    power = 10.0 ** math.floor(math.log10((high - low) / about))
-    step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs((high - low) / s - about))
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
 def line_chart(title: str, series: Sequence[Series], x_label: str, y_label: str, marks: Sequence[Mark] = (),
-               x_ticks: Sequence[Mark] | None = None, from_zero: bool = False) -> Markup:
-    """A figure with its legend. x_ticks: names of places instead of round numbers."""
-    xs, (low, high) = _bounds([v for s in series for v in s.x]), _bounds([v for s in series for v in s.y], from_zero)
-    room = _ROOM * (high - low)
-    frame = _Frame(xs, (low if from_zero and low == 0 else low - room, high + room))
-    x_marks = x_ticks if x_ticks is not None else [Mark(t, number(t)) for t in ticks(*xs)]
-    parts = [frame.grid(x_marks, x_label, y_label)]
-    parts += [frame.mark(mark, at) for at, mark in enumerate(marks)]
-    parts += [_line(frame, s, i) for i, s in enumerate(series, 1)]
-    said = f"{title}: {x_label} against {y_label}. " + " ".join(_in_words(s) for s in series)
-    said += "".join(f" {m.label} at {number(m.x) if x_ticks is None else _named(x_ticks, m.x)}." for m in marks)
-    return _figure(title, said, _HEIGHT, parts, [s.name for s in series] if len(series) > 1 else [])
+               x_ticks: Sequence[Mark] | None = None, from_zero: bool = False, salt: str = "") -> Chart:
+    """Lines with a legend where there are several. x_ticks: labels at given places instead of round numbers. salt:
+    tells charts of one page apart that have the same title, so that no two elements share an id."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = [s.name for s in series if s.name]
+    height = _HEIGHT + 18 * math.ceil(len(names) / _LEGEND_COLUMNS)
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": f"{salt} {title}"}):
+        figure = Figure(figsize=(_WIDTH / 72, height / 72), layout="constrained")
+        axes = figure.add_subplot(title=y_label, xlabel=x_label)
+        for place, line in enumerate(series):
+            axes.plot(line.x, line.y, gid=f"s{place}", label=line.name, color=_COLOURS[place % 8],
+                      linestyle=_DASHES[place % 4], marker="o" if len(line.x) <= _DOTTED else "")
+        _finish_axes(axes, marks, x_ticks, from_zero)
+        if names:
+            figure.legend(loc="outside upper left", ncols=_LEGEND_COLUMNS, handlelength=2, borderaxespad=0)
+        spoken = f"{title}: {x_label} against {y_label}. " + " ".join(_in_words(s) for s in series)
+        at = {t.x: t.label for t in x_ticks or ()}
+        spoken += "".join(f" {m.label} at {at.get(m.x, number(m.x))}." for m in marks)
+        points = {f"s{place}": [f"{s.name} {number(y)}".strip() for y in s.y if math.isfinite(y)]
+                  for place, s in enumerate(series) if len(s.x) <= _DOTTED}
+        return Chart(title, _inline(figure, spoken, points))
 
 
-def bar_chart(title: str, names: Sequence[str], values: Sequence[float], labels: Sequence[str], unit: str,
-              even: float | None = None) -> Markup:
-    """Horizontal bars from zero; `even` draws a line at that value."""
-    row, top, full = 30, 8, _WIDTH - 8
-    height = top + row * len(names) + 4
-    most = max([*values, even or 0.0]) or 1.0
-    bars, words = [], []
-    for i, (name, value, label) in enumerate(zip(names, values, labels, strict=True)):
-        y = top + i * row
-        short = name if len(name) <= 46 else name[:45] + "…"
-        bars.append(tag("rect", x=4, y=y + 15, width=f"{full * value / most:.1f}", height=10, rx=2, class_="f1"))
-        words += [tag("text", short, x=4, y=y + 9, class_="tick halo"),
-                  tag("text", label, x=4 + full, y=y + 9, class_="tick strong end halo")]
-    if even is not None:
-        x = 4 + full * even / most
-        bars.append(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=2, y2=height - 2, class_="mark"))
-    said = f"{title}, {unit}: " + ", ".join(f"{n} {v}" for n, v in zip(names, labels, strict=True))
-    return _figure(title, said, height, bars + words, [])
+def scatter(title: str, spoken: str, x: np.ndarray, y: np.ndarray, group: np.ndarray, titles: Sequence[str]) -> Chart:
+    """Points in the plane without axes. Group 0, 1, ... is colour, shape and CSS class (g0, g1, ...); titles show on
+    hover. Has no legend. spoken: for screen readers."""
+    import matplotlib
+    from matplotlib.figure import Figure
 
-
-def scatter(title: str, said: str, x: np.ndarray, y: np.ndarray, group: np.ndarray, titles: Sequence[str]) -> Markup:
-    """Points in the plane without axes; group 0, 1, ... is colour and form; titles show on hover. No legend."""
-    size, edge = 640, 10
-    px, py = (_spread(v, size, edge) for v in (x, y))
-    shapes = [tag("circle", id="m0", r=3.1), tag("rect", id="m1", x=-2.7, y=-2.7, width=5.4, height=5.4),
-              tag("path", id="m2", d="M0-3.8 3.5 2.6-3.5 2.6z"), tag("path", id="m3", d="M0-3.9 3.9 0 0 3.9-3.9 0z")]
-    order = np.argsort(-group, kind="stable")  # the most frequent groups on top
-    points = [tag("use", tag("title", titles[i]), href=f"#m{group[i] % 4}", x=f"{px[i]:.1f}", y=f"{py[i]:.1f}",
-                  class_=f"g{group[i]}") for i in order.tolist()]
-    drawing = tag("svg", tag("defs", shapes), points, viewBox=f"0 0 {size} {size}", role="img", aria_label=said,
-                  class_="map")
-    return tag("figure", tag("figcaption", title), drawing)
-
-
-def key(place: int) -> Markup:
-    """A sample of the `place`-th group's point, for a legend."""
-    return tag("svg", tag("use", href=f"#m{place % 4}", x=6, y=6, class_=f"g{place}"), viewBox="0 0 12 12",
-               class_="key", aria_hidden="true")
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
+        figure = Figure(figsize=(_MAP / 72, _MAP / 72))
+        axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+        axes.set_axis_off()
+        for place in sorted(set(group.tolist()), reverse=True):  # the most frequent groups on top
+            own = group == place
+            axes.plot(_clipped(x)[own], _clipped(y)[own], "os^D"[place % 4], gid=f"g{place}", markersize=6,
+                      color=_COLOURS[min(place, 8)])
+        points = {f"g{place}": [titles[i] for i in np.flatnonzero(group == place)] for place in set(group.tolist())}
+        return Chart(title, _inline(figure, spoken, points))
 
 
 # -- inside ---------------------------------------------------------------------------------------------------------
 
 
-class _Frame:
-    """Axes and the way from numbers to places."""
-
-    def __init__(self, xs: tuple[float, float], ys: tuple[float, float]):
-        self.xs, self.ys = xs, ys
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        share_x = (x - self.xs[0]) / (self.xs[1] - self.xs[0])
-        share_y = (y - self.ys[0]) / (self.ys[1] - self.ys[0])
-        return (_LEFT + share_x * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - share_y * (_HEIGHT - _TOP - _BOTTOM))
-
-    def grid(self, x_marks: Sequence[Mark], x_label: str, y_label: str) -> Markup:
-        bottom, parts = _HEIGHT - _BOTTOM, []
-        for value in ticks(*self.ys):
-            y = self.at(self.xs[0], value)[1]
-            parts += [tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"),
-                      tag("text", number(value), x=_LEFT - 6, y=f"{y + 4:.1f}", class_="tick end")]
-        for mark in x_marks:
-            x = self.at(mark.x, self.ys[0])[0]
-            parts += [tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=bottom, y2=bottom + 4, class_="axis"),
-                      tag("text", mark.label, x=f"{x:.1f}", y=bottom + 17, class_="tick middle")]
-        parts += [tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=bottom, y2=bottom, class_="axis"),
-                  tag("text", x_label, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 5, class_="tick middle"),
-                  tag("text", y_label, x=2, y=11, class_="tick")]
-        return join(parts)
-
-    def mark(self, mark: Mark, place: int) -> Markup:
-        """Its name stands over the lines, or among them where the y axis' own name is; a second mark's stands lower, so
-        that near ones don't cover each other."""
-        x = self.at(mark.x, self.ys[0])[0]
-        over, right = x > _WIDTH * 0.5 and place == 0, x > _WIDTH * 0.6
-        left, top = x + (-5 if right else 5), 15 if over else _TOP + 12 + 14 * place
-        return join(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=6 if over else _TOP, y2=_HEIGHT - _BOTTOM,
-                        class_="mark"),
-                    tag("text", mark.label, x=f"{left:.1f}", y=top,
-                        class_="tick strong halo" + (" end" if right else "")))
-
-
-def _bounds(values: Sequence[float], from_zero: bool = False) -> tuple[float, float]:
-    real = [v for v in values if math.isfinite(v)]
-    low, high = (min(real), max(real)) if real else (0.0, 1.0)
+def _finish_axes(axes: Axes, marks: Sequence[Mark], x_ticks: Sequence[Mark] | None, from_zero: bool) -> None:
+    axes.yaxis.set_major_formatter(number)
+    axes.xaxis.set_major_formatter(number)
+    axes.locator_params(axis="y", nbins=5)
+    axes.locator_params(axis="x", nbins=6)
+    if x_ticks is not None:
+        axes.set_xticks([t.x for t in x_ticks], [t.label for t in x_ticks])
     if from_zero:
-        low, high = min(0.0, low), max(0.0, high)
-    if high == low:
-        low, high = low - (abs(low) * 0.05 or 0.5), high + (abs(high) * 0.05 or 0.5)
-    return low, high
-
-
-def _line(frame: _Frame, series: Series, place: int) -> Markup:
-    points, pieces, drawing = [], [], False
-    for x, y in zip(series.x, series.y, strict=True):
-        if math.isfinite(y):
-            left, top = frame.at(x, y)
-            pieces.append(f"{'L' if drawing else 'M'}{left:.1f} {top:.1f}")
-            points.append((f"{left:.1f}", f"{top:.1f}", f"{series.name} {number(y)}".strip()))
-        drawing = math.isfinite(y)
-    dots = [tag("circle", tag("title", said), cx=left, cy=top, r=2.6, class_=f"f{place}") for left, top, said in points]
-    return join(tag("path", d="".join(pieces) or "M0 0", class_=f"line s{place}"),
-                dots if len(dots) <= _DOTTED else None)
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    low, high = axes.get_xlim()
+    for place, mark in enumerate(sorted(marks, key=lambda m: m.x)):  # each name a line lower, so that none overlap
+        axes.axvline(mark.x, color=_INK, linewidth=1, linestyle=(0, (3, 3)), alpha=0.7)
+        right = mark.x > low + 0.8 * (high - low)
+        axes.annotate(mark.label, (mark.x, 1), (-4 if right else 4, -3 - 14 * (place % 4)), va="top",
+                      xycoords=("data", "axes fraction"), textcoords="offset pixels", ha="right" if right else "left",
+                      bbox={"facecolor": _CARD, "edgecolor": "none", "alpha": 0.75, "pad": 1})
 
 
 def _in_words(series: Series) -> str:
-    real = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
-    if not real:
+    values = [y for y in series.y if math.isfinite(y)]
+    if not values:
         return f"{series.name}: no numbers."
-    values = [y for _, y in real]
     return (f"{series.name or 'The line'} goes from {number(values[0])} to {number(values[-1])}, lowest "
             f"{number(min(values))}, highest {number(max(values))}.")
 
 
-def _named(x_ticks: Sequence[Mark], x: float) -> str:
-    return next((t.label for t in x_ticks if t.x == x), number(x))
+def _clipped(values: np.ndarray) -> np.ndarray:
+    """Without the outermost half percent of the range, so that a stray point does not shrink the map."""
+    return np.clip(values, *np.quantile(values, [0.0025, 0.9975]))
 
 
-def _figure(title: str, said: str, height: int, parts: Sequence[Markup], names: Sequence[str]) -> Markup:
-    legend = tag("ul", [tag("li", tag("svg", tag("path", d="M0 6h24", class_=f"line s{i}"), viewBox="0 0 24 12",
-                                      class_="swatch", aria_hidden="true"), name)
-                        for i, name in enumerate(names, 1)], class_="legend") if names else None
-    drawing = tag("svg", parts, viewBox=f"0 0 {_WIDTH} {height}", role="img", aria_label=said)
-    return tag("figure", tag("figcaption", title), legend, drawing)
+def _inline(figure: Figure, spoken: str, points: dict[str, list[str]]) -> str:
+    """The figure as an <svg> for an HTML page. points: group -> a hover text for each of its markers."""
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that matplotlib's own font lacks: the reader's browser has them
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    ET.register_namespace("", _SVG)
+    root = ET.fromstring(buffer.getvalue().replace("xlink:href", "href"))
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": spoken}
+    root.remove(root[0])  # <defs> with a style for every element of the page
+    used = {name for e in root.iter() for value in e.attrib.values() for name in re.findall(r"#([mp]\w+)", value)}
+    for element in list(root.iter()):
+        element.tail = None
+        if element.tag != f"{{{_SVG}}}text":
+            element.text = None
+        if "rotate(-0" in element.get("transform", ""):
+            del element.attrib["transform"]
+        if "style" in element.attrib:
+            element.attrib["style"] = re.sub(r" font-family: [^;]*;", "", element.attrib["style"])
+        name = element.get("id")
+        if name in points:
+            element.set("class", name)
+            _add_titles(element, points[name])
+        if name not in used:
+            element.attrib.pop("id", None)
+    return re.sub("#0000[0-9a-f]{2}", lambda found: _VARIABLES[found[0]], ET.tostring(root, encoding="unicode"))
 
 
-def _spread(values: np.ndarray, size: int, edge: int) -> np.ndarray:
-    """Into the drawing, cut at what the outermost half percent of the points would take."""
-    low, high = np.quantile(values, [0.0025, 0.9975])
-    return edge + (size - 2 * edge) * np.clip((values - low) / max(float(high - low), 1e-12), 0, 1)
+def _add_titles(group: ET.Element, titles: Sequence[str]) -> None:
+    """Hover texts of a group's markers; what all of them look like is written once."""
+    for marker, title in zip(group.iter(f"{{{_SVG}}}use"), titles, strict=True):
+        group.set("style", marker.attrib.pop("style"))
+        ET.SubElement(marker, f"{{{_SVG}}}title").text = title

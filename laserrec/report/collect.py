@@ -1,52 +1,46 @@
-"""Everything the report shows, as plain data: read from a run's folders, computed once, no markup."""
+"""Everything the report shows, as plain data, computed once. Only this file touches the model and the histories."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
-from laserrec.config import Config
 from laserrec.data.dataset import Cases, Dataset
-from laserrec.evaluation.metrics import mean_ranks
+from laserrec.methods.all import find_method
+from laserrec.methods.laser.model import Laser
+from laserrec.methods.protocol import TwoTower
+from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.report.categories import short_names
-from laserrec.report.experts import Experts, profile, router_scores
+from laserrec.report.curves import Training, read
+from laserrec.report.experts import Experts, profile
 from laserrec.report.item_map import ItemMap, draw
 from laserrec.report.places import Places
 from laserrec.report.results import Results, read_results
-from laserrec.training.watch import read_training
 from laserrec.util.errors import UserError
 from laserrec.util.io import read_json
 
 _EXAMPLES, _TOP, _SHOWN_HISTORY = 5, 5, 8
 _EXAMPLE_SEED = 0
-
-
-@dataclass(frozen=True)
-class Curves:
-    """One training: log.jsonl (a line an epoch), training.jsonl (a line every few steps), the epoch that was kept."""
-
-    epochs: list[dict[str, Any]]
-    steps: list[dict[str, Any]]
-    kept: dict[str, Any]
-    """{stage, epoch} or {epoch}."""
+_USERS_AT_ONCE = 512
+_NO_LOSSES = ("format", "users_whose_last_item_is_a_repeat")
+_LIBRARIES = {"jinja2": "jinja2", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """rank: from 1."""
+    """rank: from 1. seen: stands in the history."""
 
     rank: float
     title: str
     score: float
     seen: bool
-    """Stands in the history."""
     is_next: bool
 
 
@@ -60,109 +54,157 @@ class Example:
     earlier: int
     """How many stand before them."""
     top: tuple[Suggestion, ...]
-    next: Suggestion
+    next: Suggestion | None
+    """The true next item; None if it was removed from the catalogue."""
     expert: int | None
     """From 1."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """One run."""
+    """One run. What does not apply to its method is None or empty."""
 
     name: str
-    config: Config
     model: dict[str, Any]
-    """model.json without its config."""
+    """model.json: method, config, backbone, training, ..., each only if the method has it."""
     data: dict[str, Any]
-    """The data folder's report.json, or its meta.json where that is missing."""
-    fit: Curves
-    pretraining: Curves | None
+    """The data folder's report.json, if it is there, and meta.json."""
+    trainings: tuple[Training, ...]
     results: Results | None
     experts: Experts | None
-    items: ItemMap
+    items: ItemMap | None
     examples: tuple[Example, ...]
+    n_items: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the reader of the data counted (rows it could not use and the like), where there is any."""
+        return {k: v for k, v in self.data.items() if type(v) is int and v and k not in _NO_LOSSES}
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON; without the single steps and the map's points."""
+        points = self.items and {"method": self.items.method, "items": len(self.items.titles),
+                                 "groups": self.items.counts()}
+        return {"name": self.name, "training": self.model.get("training"), "backbone": self.model.get("backbone"),
+                "parts": self.model.get("parts"), "data": self.data.get("table1"),
+                "epochs": {t.name: t.epochs for t in self.trainings}, "results": self.results and asdict(self.results),
+                "experts": self.experts and asdict(self.experts), "map": points,
+                "examples": [asdict(example) for example in self.examples]}
 
 
-def collect(places: Places, map_method: str | None = None) -> Report:
-    """Loads the model with its LLM. Raises UserError for damaged folders, or items that are not the data's."""
+class _Texts(NamedTuple):
+    """Of the catalogue, by item row."""
+
+    titles: list[str]
+    categories: list[str | None]
+    brands: list[str | None]
+
+
+def check_libraries() -> None:
+    """Raises UserError where the extra `report` is not installed."""
+    missing = [name for module, name in _LIBRARIES.items() if find_spec(module) is None]
+    if missing:
+        raise UserError(f"a report needs {', '.join(missing)}: pip install 'laserrec[report]'")
+
+
+def collect(places: Places, map_method: str | None = None, device: str = "auto") -> Report:
+    """Loads the model; device: auto, cpu, cuda, cuda:N or mps. Raises UserError without the extra `report`, for damaged
+    folders, and for items that are not the data folder's."""
+    check_libraries()
     results = None if places.results is None else read_results(places.results)
-    dataset = Dataset.load(places.data)
-    model = LaserRecommender.from_pretrained(places.model)
+    dataset, note = Dataset.load(places.data), read_json(places.model / "model.json", "fit again")
+    model = LaserRecommender.from_pretrained(places.model, device=device)
     if model.items["item_id"].to_list()[: dataset.n_items] != dataset.items["item_id"].to_list():
-        raise UserError(f"{places.model} has another catalogue than {places.data}; name its own data folder: --data")
-    note = read_json(places.model / "model.json", "fit again")
-    cases = _last_cases(dataset)
-    texts = model.items.select("title", "brand", "category").fill_null("").to_dict(as_series=False)
-    titles = [t or "untitled" for t in texts["title"]]
-    categories, brands = ([t or None for t in texts[c]] for c in ("category", "brand"))
-    names = dict(zip(dataset.users["user"].to_list(), dataset.users["user_id"].to_list(), strict=True))
-    user_ids = [str(names[u]) for u in cases.users.tolist()]
-
-    scores = router_scores(model.encoder, cases.histories)
-    experts = None if scores is None else profile(scores, user_ids, cases.histories, titles, short_names(categories),
-                                                  brands)
-    chosen = None if scores is None else scores.argmax(dim=1)
-    present = [j for j in range(len(titles)) if j + 1 not in model.removed]
-    items = draw(model.embeddings[present], *([of[j] for j in present] for of in (titles, categories, brands)),
-                 method=map_method)
-    name = places.model.resolve()
-    return Report(
-        name=name.parent.name + "/" + name.name, config=model.encoder.laser.config,
-        model={k: v for k, v in note.items() if k != "config"}, data=_data_facts(places.data, dataset),
-        fit=Curves(_read_lines(places.model / "log.jsonl"), read_training(places.model),
-                   {k: note["training"]["best"][k] for k in ("stage", "epoch")}),
-        pretraining=None if places.id_model is None else _pretraining(places.id_model), results=results,
-        experts=experts, items=items, examples=_examples(model, cases, user_ids, titles, chosen))
-
-
-def _last_cases(dataset: Dataset) -> Cases:
-    """One test case a user: the last one, where a temporal split has several."""
+        raise UserError(f"{places.model} has another catalogue than {places.data}; name its own data folder")
+    texts = _Texts([title or "untitled" for title in model.items["title"].to_list()],
+                   *([text or None for text in model.items[name].to_list()] for name in ("category", "brand")))
     cases = dataset.cases("test")
-    last = {user: row for row, user in enumerate(cases.users.tolist())}
+    last = {user: row for row, user in enumerate(cases.users.tolist())}  # a temporal split has several cases a user
     if not last:
         raise UserError("the data folder's test split is empty; there are no users to report on")
-    return cases.take(np.array(sorted(last.values())))
+    names = dict(dataset.users.select("user", "user_id").iter_rows())
+    users = {row: str(names[user]) for user, row in sorted(last.items())}
+    name, report = places.model.resolve(), places.data / "report.json"
+    facts = read_json(report, "prepare again") if report.is_file() else {}
+    return Report(
+        name=f"{name.parent.name}/{name.name}", model=_with_own_settings(note),
+        data={**facts, **dataset.meta}, trainings=_trainings(places, note), results=results,
+        experts=_experts(model, cases, users, texts), items=_map(model, texts, map_method),
+        examples=_examples(model, cases, users, texts), n_items=model.items.height - len(model.removed))
 
 
-def _examples(model: LaserRecommender, cases: Cases, user_ids: Sequence[str], titles: Sequence[str],
-              experts: torch.Tensor | None) -> tuple[Example, ...]:
+def _trainings(places: Places, note: dict[str, Any]) -> tuple[Training, ...]:
+    """Those of at least an epoch that left a log: the model's own, and that of the ID model it was built on."""
+    found = [read(note["method"], places.model, note.get("training", {}).get("kept", {}))]
+    if places.id_model is not None:
+        below = read_json(places.id_model / "model.json", "fit again")
+        found.append(read(f"ID model ({below['method']})", places.id_model, below.get("training", {}).get("kept", {})))
+    return tuple(t for t in found if t.steps or any(e.get("epoch") for e in t.epochs))
+
+
+def _with_own_settings(note: dict[str, Any]) -> dict[str, Any]:
+    """Without the sections of the settings that this method does not read."""
+    read_by_all = ("data", "eval", *(("backbone", "prompt") if note.get("backbone") else ()))
+    wanted = {*read_by_all, *find_method(note["method"]).sections} - ({"student"} - note.keys())
+    return {**note, "config": {name: tree for name, tree in note["config"].items() if name in wanted}}
+
+
+def _experts(model: LaserRecommender, cases: Cases, users: dict[int, str], texts: _Texts) -> Experts | None:
+    scores = _router_scores(model, cases, list(users))
+    if scores is None:
+        return None
+    lists = cases.histories.lists()
+    return profile(scores, list(users.values()), [lists[row] for row in users], texts.titles,
+                   short_names(texts.categories), texts.brands)
+
+
+def _router_scores(model: LaserRecommender, cases: Cases, rows: Sequence[int]
+                   ) -> Float[np.ndarray, "users experts"] | None:
+    """The router's scores r_j (Eq. 7); None for a model that routes no users. The LLM is not asked."""
+    laser, parts = model.model, []
+    if not isinstance(laser, Laser) or laser.reader is None or laser.student is not None:
+        return None
+    for at in range(0, len(rows), _USERS_AT_ONCE):
+        route = laser.reader.route(cases.histories.take(rows[at : at + _USERS_AT_ONCE]).to(laser.device))
+        if route is None:
+            return None
+        parts.append(route.scores)
+    return torch.cat(parts).float().cpu().numpy()
+
+
+def _map(model: LaserRecommender, texts: _Texts, method: str | None) -> ItemMap | None:
+    """None for a model without item embeddings."""
+    if not isinstance(model.model, TwoTower):
+        return None
+    present = [row for row in range(len(texts.titles)) if row not in model.removed]
+    columns = ([of[row] for row in present] for of in texts)
+    return draw(model.embeddings[present].float().cpu().numpy(), *columns, method=method)
+
+
+def _examples(model: LaserRecommender, cases: Cases, users: dict[int, str], texts: _Texts) -> tuple[Example, ...]:
     """Drawn at random, the same ones every time; nothing is filtered, as in the evaluation."""
     rng = np.random.default_rng(_EXAMPLE_SEED)
-    rows = np.sort(rng.choice(len(cases), min(_EXAMPLES, len(cases)), replace=False))
-    drawn = cases.take(rows)
-    scores = model.score(drawn.histories)
-    ranks = mean_ranks(scores, torch.as_tensor(drawn.targets.astype(np.int64)) - 1)
-    best = scores.topk(min(_TOP, scores.shape[1]), dim=1).indices + 1
-
-    def suggestion(row: int, rank: float, item: int) -> Suggestion:
-        return Suggestion(rank, titles[item - 1], float(scores[row, item - 1]), item in drawn.histories[row].tolist(),
-                          item == int(drawn.targets[row]))
-
-    examples = []
-    for row, history in enumerate(drawn.histories):
-        shown = tuple(titles[i - 1] for i in history[-_SHOWN_HISTORY:].tolist())
-        top = tuple(suggestion(row, rank, item) for rank, item in enumerate(best[row].tolist(), 1))
-        examples.append(Example(user_ids[rows[row]], shown, len(history) - len(shown), top,
-                                suggestion(row, float(ranks[row]), int(drawn.targets[row])),
-                                None if experts is None else int(experts[rows[row]]) + 1))
-    return tuple(examples)
+    rows = [list(users)[at] for at in np.sort(rng.choice(len(users), min(_EXAMPLES, len(users)), replace=False))]
+    answers = model.rank([Ask(cases.histories[row].numpy(), k=model.items.height) for row in rows])
+    targets = cases.targets.tolist()
+    return tuple(_example(users[row], cases.histories[row].tolist(), targets[row], answer, texts)
+                 for row, answer in zip(rows, answers, strict=True))
 
 
-def _pretraining(folder: Path) -> Curves:
-    metrics = read_json(folder / "metrics.json", "pretrain again")
-    return Curves(_read_lines(folder / "log.jsonl"), read_training(folder), {"epoch": metrics["best_epoch"]})
+def _example(user_id: str, history: list[int], target: int, answer: Ranked, texts: _Texts) -> Example:
+    """answer: the whole catalogue, ranked."""
+    items, scores = answer.items.tolist(), answer.scores.tolist()
 
+    def suggestion(at: int, rank: float) -> Suggestion:
+        title = texts.titles[items[at]]
+        return Suggestion(rank, title, scores[at], items[at] in history, items[at] == target)
 
-def _data_facts(folder: Path, dataset: Dataset) -> dict[str, Any]:
-    report = folder / "report.json"
-    facts = read_json(report, "prepare again") if report.is_file() else {}
-    return {**facts, **dataset.meta}
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}; fit again or delete it") from None
+    top = tuple(suggestion(at, at + 1) for at in range(min(_TOP, len(items))))
+    true_next = None
+    if target in items:
+        at = items.index(target)
+        ties = [i for i, score in enumerate(scores) if score == scores[at]]
+        true_next = suggestion(at, 1 + (ties[0] + ties[-1]) / 2)  # the mean rank of equal scores, as the evaluator's
+    shown = tuple(texts.titles[item] for item in history[-_SHOWN_HISTORY:])
+    return Example(user_id, shown, len(history) - len(shown), top, true_next,
+                   None if answer.expert is None else answer.expert + 1)

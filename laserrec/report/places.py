@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ class Places:
     model: Path
     data: Path
     id_model: Path | None
-    """The folder the ID model was trained in; None where it is not beside the model."""
+    """The folder with the log of the ID model's training; None for a model without one, or where it is not found."""
     results: Path | None
 
 
@@ -34,9 +35,9 @@ def find(run: Path, data: Path | None = None, results: Path | None = None) -> Pl
         data = next((f / "data" for f in around if _sha256(f / "data") == trained_on is not None), None)
     elif trained_on is not None and _sha256(data) != trained_on:
         raise UserError(f"{data} is not the data folder that {model} was trained on"
-                        f" (sha256 {trained_on[:12]}); name that one: --data")
+                        f" (sha256 {trained_on[:12]}); name that one")
     if data is None:
-        raise UserError(f"no data folder of {model} lies beside it; name it: --data DATA")
+        raise UserError(f"the data that {model} was trained on do not lie beside it; name its data folder")
     if results is None:
         results = next((f for f in (model.parent / "results.json", model.parent.parent / "quality.json")
                         if f.is_file()), None)
@@ -49,7 +50,7 @@ def _model_folder(run: Path) -> Path:
     for folder in (run, run / "model"):
         if (folder / "model.json").is_file():
             return folder
-        if (folder / "checkpoint.safetensors").is_file() and not (folder / "config.json").is_file():
+        if (folder / "checkpoint.safetensors").is_file():
             raise UserError(f"{folder} is an unfinished training; run the same command again to finish it. Until then: "
                             f"tensorboard --logdir {folder}")
     if not run.is_dir():
@@ -66,13 +67,11 @@ def _sha256(data: Path) -> str | None:
 
 
 def _id_model(model: Path) -> Path | None:
-    """The sibling that holds the very weights that the model carries."""
-    own = model / "id_model" / "model.safetensors"
-    for folder in sorted(model.parent.iterdir()):
-        if (folder / "config.json").is_file() and (folder / own.name).is_file() and _same(folder / own.name, own):
-            return folder
-    return None
-
-
-def _same(a: Path, b: Path) -> bool:
-    return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
+    """The ID model within the model folder if its log is there, else the sibling with the same weights."""
+    nested = model / "id_model"
+    if (nested / "log.jsonl").is_file():
+        return nested
+    own = nested / "weights.safetensors"
+    siblings = [folder for folder in sorted(model.parent.iterdir()) if (folder / "model.json").is_file()]
+    return next((f for f in siblings if own.is_file() and (f / own.name).is_file()
+                 and filecmp.cmp(f / own.name, own, shallow=False)), None)

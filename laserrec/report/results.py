@@ -11,50 +11,34 @@ from laserrec.util.io import read_json
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model. `deviation`: metric -> standard deviation over seeds; empty for one seed."""
-
-    model: str
-    metrics: dict[str, float]
-    deviation: dict[str, float]
-    hidden: dict[str, float]
-    """The same metrics with the history's items not ranked; empty where the file has none."""
-    facts: dict[str, float]
-    """users, seconds or seeds, where the file has them."""
-
-
-@dataclass(frozen=True)
 class Results:
-    """Rows in the file's order; `metrics` are their columns."""
+    """Rows as the file has them: model, the metrics, and where they are known METRIC_sd (standard deviation over
+    seeds), exclude_seen (the metrics with the history's items not ranked), users, seeds, seconds."""
 
     file: str
     split: str
     metrics: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[dict[str, Any], ...]
+
+    def columns(self, *names: str) -> list[str]:
+        """Those of the names that all rows have."""
+        return [name for name in names if all(row.get(name) is not None for row in self.rows)]
+
+    @property
+    def best(self) -> dict[str, float]:
+        """Metric -> the highest value."""
+        return {m: max(row[m] for row in self.rows) for m in self.metrics}
 
 
 def read_results(file: Path) -> Results:
     """Raises UserError for a file of another kind."""
     content = read_json(file, "evaluate again")
-    entries = content.get("summary") if isinstance(content, dict) else content
+    rows = content.get("summary") if isinstance(content, dict) else content
     advice = f"{file} is no table of results; laserrec evaluate --json makes one"
-    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "model" in row for row in rows):
         raise UserError(advice)
-    metrics = tuple(k for k in entries[0] if k.startswith(("recall@", "ndcg@")) and k.partition("@")[2].isdigit())
-    metrics += ("mrr",)
-    if len(metrics) < 3 or not all(_is_row(e, metrics) for e in entries):
+    metrics = [k for k in rows[0] if k.startswith(("recall@", "ndcg@")) and k.partition("@")[2].isdigit()] + ["mrr"]
+    tables = [*rows, *(row["exclude_seen"] for row in rows if row.get("exclude_seen"))]
+    if len(metrics) < 3 or not all(isinstance(table.get(m), int | float) for table in tables for m in metrics):
         raise UserError(advice)
-    rows = tuple(_row(e, metrics) for e in entries)
-    return Results(file.name, str(entries[0].get("split", "test")), metrics, rows)
-
-
-def _is_row(entry: dict[str, Any], metrics: tuple[str, ...]) -> bool:
-    return "model" in entry and all(isinstance(entry.get(m), int | float) for m in metrics)
-
-
-def _row(entry: dict[str, Any], metrics: tuple[str, ...]) -> Row:
-    hidden = entry.get("exclude_seen") or {}
-    facts = {name: entry[name] for name in ("users", "seconds", "seeds") if isinstance(entry.get(name), int | float)}
-    deviation = {m: entry[f"{m}_sd"] for m in metrics if entry.get("seeds", 1) > 1 and f"{m}_sd" in entry}
-    return Row(str(entry["model"]), {m: float(entry[m]) for m in metrics}, deviation,
-               {m: float(hidden[m]) for m in metrics if m in hidden}, facts)
+    return Results(file.name, str(rows[0].get("split", "test")), tuple(metrics), tuple(rows))

@@ -45,10 +45,22 @@ def test_reproduce_layout(run_folder, tmp_path):
     assert (places.data, places.id_model, places.results) == (tmp_path / "data", None, tmp_path / "quality.json")
 
 
+def test_an_id_model_within_the_model_and_a_model_without_one(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    model, sibling = tmp_path / "run" / "model", tmp_path / "run" / "sasrec"
+    assert find(model).id_model == sibling and find(sibling).id_model is None
+    shutil.copy(sibling / "log.jsonl", model / "id_model")
+    assert find(model).id_model == model / "id_model"
+    (model / "id_model" / "log.jsonl").unlink()
+    with (sibling / "weights.safetensors").open("ab") as file:
+        file.write(b" ")
+    assert find(model).id_model is None
+
+
 def test_what_is_not_beside_the_model_is_named(run_folder, tmp_path):
     model = tmp_path / "far" / "away" / "model"
     shutil.copytree(run_folder / "model", model)
-    with pytest.raises(UserError, match="--data DATA"):
+    with pytest.raises(UserError, match="name its data folder"):
         find(model)
     other = tmp_path / "other"
     shutil.copytree(run_folder / "data", other)
@@ -58,7 +70,7 @@ def test_what_is_not_beside_the_model_is_named(run_folder, tmp_path):
     with pytest.raises(UserError, match="not the data folder that"):
         find(model, data=other)
     shutil.copytree(other, model.parent / "data")  # another's data beside the model are not taken
-    with pytest.raises(UserError, match="--data DATA"):
+    with pytest.raises(UserError, match="name its data folder"):
         find(model)
     with pytest.raises(UserError, match="no such file"):
         find(model, data=run_folder / "data", results=tmp_path / "none.json")
@@ -67,7 +79,7 @@ def test_what_is_not_beside_the_model_is_named(run_folder, tmp_path):
 def test_folders_that_are_no_runs(run_folder, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         find(tmp_path / "nowhere")
-    for folder in (tmp_path, run_folder / "data", run_folder / "sasrec"):
+    for folder in (tmp_path, run_folder / "data"):
         with pytest.raises(UserError, match="is no run"):
             find(folder)
     (tmp_path / "model").mkdir()
@@ -82,7 +94,7 @@ def test_folders_that_are_no_runs(run_folder, tmp_path):
 
 def test_examples_are_what_the_model_recommends_and_the_evaluator_ranks(report, run_folder):
     model, dataset = LaserRecommender.from_pretrained(run_folder / "model"), Dataset.load(run_folder / "data")
-    cases, ranks = dataset.cases("test"), evaluate("x", LaserRecommender.score.__get__(model), dataset, "test").ranks
+    cases, ranks = dataset.cases("test"), evaluate("x", model, dataset, "test").ranks
     names = dict(dataset.users.iter_rows())
     row_of = {names[u]: row for row, u in enumerate(cases.users.tolist())}
     titles = dataset.items["title"].to_list()
@@ -91,36 +103,48 @@ def test_examples_are_what_the_model_recommends_and_the_evaluator_ranks(report, 
     for example in report.examples:
         row = row_of[example.user_id]
         history = cases.histories[row].tolist()
-        assert list(example.history) == [titles[i - 1] for i in history[-8:]]
+        assert list(example.history) == [titles[i] for i in history[-8:]]
         assert example.earlier == max(0, len(history) - 8)
-        assert example.next.rank == ranks.plain[row] and example.next.title == titles[cases.targets[row] - 1]
-        frame = model.recommend([[ids[i - 1] for i in history]], k=5)
+        assert example.next.rank == ranks.plain[row] and example.next.title == titles[cases.targets[row]]
+        frame = model.recommend([[ids[i] for i in history]], k=5)
         assert [s.title for s in example.top] == [titles[ids.index(i)] for i in frame["item_id"]]
         assert [s.score for s in example.top] == pytest.approx(frame["score"].to_list(), abs=1e-5)
-        assert [s.seen for s in example.top] == [ids.index(i) + 1 in history for i in frame["item_id"]]
+        assert [s.seen for s in example.top] == [ids.index(i) in history for i in frame["item_id"]]
         hits = [s.rank for s in example.top if s.is_next]
         assert hits == ([example.next.rank] if example.next.rank <= 5 else [])
+
+
+def test_equal_scores_share_their_mean_rank(run_folder, fit):
+    """Popularity scores many items alike."""
+    dataset = Dataset.load(run_folder / "data")
+    model = fit(run_folder / "data", run_folder / "popularity", "popularity")
+    report, ranks = collect(find(run_folder / "popularity")), evaluate("x", model, dataset, "test").ranks.plain
+    names = dict(dataset.users.iter_rows())
+    row_of = {names[u]: row for row, u in enumerate(dataset.cases("test").users.tolist())}
+    assert any(rank != int(rank) for rank in ranks)
+    assert [e.next.rank for e in report.examples] == [ranks[row_of[e.user_id]] for e in report.examples]
 
 
 def test_experts_are_the_routers_choices(report, run_folder):
     model, dataset = LaserRecommender.from_pretrained(run_folder / "model"), Dataset.load(run_folder / "data")
     cases = dataset.cases("test")
-    chosen = model.encoder.read(cases.histories)[1].expert
+    chosen = model.model.read(cases.histories)[1].expert
     assert [e.users for e in report.experts.experts] == torch.bincount(chosen, minlength=3).tolist()
     names = dict(dataset.users.iter_rows())
     by_user = {names[u]: int(e) + 1 for u, e in zip(cases.users.tolist(), chosen, strict=True)}
     for expert in report.experts.experts:
         assert all(by_user[user.user_id] == expert.number for user in expert.examples)
-        own = [len(h) for h, e in zip(cases.histories, chosen.tolist(), strict=True) if e + 1 == expert.number]
+        own = [n for n, e in zip(cases.histories.lengths.tolist(), chosen.tolist(), strict=True)
+               if e + 1 == expert.number]
         assert expert.mean_history == pytest.approx(np.mean(own) if own else 0)
     assert all(e.expert == by_user[e.user_id] for e in report.examples)
 
 
 def test_lift_by_hand():
     """Twelve users, two experts: six buy paint, all buy nails; one of the second expert's buys paint too."""
-    paint, nail, saw = 1, 2, 3
-    histories = [np.array(h) for h in [[paint, nail, paint]] * 6 + [[nail, saw]] * 5 + [[nail, paint, saw, saw]]]
-    scores = torch.tensor([[0.9 - i / 100, 0.1 + i / 100] for i in range(6)] + [[0.2, 0.8]] * 6)
+    paint, nail, saw = 0, 1, 2
+    histories = [[paint, nail, paint]] * 6 + [[nail, saw]] * 5 + [[nail, paint, saw, saw]]
+    scores = np.array([[0.9 - i / 100, 0.1 + i / 100] for i in range(6)] + [[0.2, 0.8]] * 6)
     found = profile(scores, [f"u{i}" for i in range(12)], histories, ["red paint", "nails", "saw"],
                     ["paint", "nails", "saws"], [None, "acme", None])
     first, second = found.experts
@@ -137,29 +161,38 @@ def test_lift_by_hand():
 
 
 def test_curves_are_those_of_the_folders(report, run_folder):
-    assert [(e["stage"], e["epoch"]) for e in report.fit.epochs] == [(1, 0), (1, 1), (1, 2), (2, 1)]
-    assert report.fit.kept.keys() == {"stage", "epoch"} and report.fit.steps[-1]["step"] > 3
-    assert report.pretraining.kept["epoch"] in (1, 2, 3) and len(report.pretraining.epochs) == 3
+    fit, pretraining = report.trainings
+    assert [(e["phase"], e["epoch"]) for e in fit.epochs] == [
+        ("stage 1", 0), ("stage 1", 1), ("stage 1", 2), ("stage 2", 1)]
+    assert fit.kept.keys() == {"phase", "epoch"} and fit.steps[-1]["step"] > 3
+    assert sum(fit.is_kept(e) for e in fit.epochs) == 1
+    assert pretraining.kept["epoch"] in (1, 2, 3) and len(pretraining.epochs) == 3
 
 
-def test_a_model_without_router_and_items_added_later(run_folder, llm, llm_folder, tmp_path):
-    import tiny
-
-    from laserrec.methods.id_store import load_id_model
-
+def test_a_model_without_router_and_items_added_later(run_folder, fit, tmp_path):
     dataset = Dataset.load(run_folder / "data")
-    config = tiny.config(llm_folder(), mformer={"prefix": "none"}, train={"stage_one_epochs": 1, "stage_two_epochs": 0})
-    model = LaserRecommender.fit_dataset(dataset, load_id_model(run_folder / "sasrec", dataset).model, config,
-                                         tmp_path / "plain", False, llm())
+    model = fit(run_folder / "data", tmp_path / "plain", below=run_folder / "sasrec", mformer={"prefix": "none"},
+                head={"seen_offset": True, "seen_offset_start": 3.0},
+                train={"stage_one_epochs": 1, "stage_two_epochs": 0})
     model.add_items(pl.DataFrame({"item_id": ["new"], "title": ["A new drill"]}))
     model.remove_items([dataset.items["item_id"][0]])
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved" / "model")
     report = collect(find(tmp_path / "saved", data=run_folder / "data"), "pca")
     assert report.experts is None and all(e.expert is None for e in report.examples)
     suggested = [(s, e) for e in report.examples for s in e.top]
     assert any(s.seen for s, _ in suggested) and all(s.title in e.history for s, e in suggested if s.seen)
-    assert report.items.n_items == dataset.n_items and "A new drill" in report.items.titles
-    assert report.fit.steps == [] and report.fit.epochs == [] and report.results is None
+    assert report.items.n_items == report.n_items == dataset.n_items and "A new drill" in report.items.titles
+    gone = dataset.items["title"][0]
+    assert gone not in {s.title for s, _ in suggested}
+    assert all((e.next is None) == (t == gone) for e, t in zip(report.examples, _targets(report, dataset), strict=True))
+    assert [(t.name, len(t.epochs), t.steps) for t in report.trainings] == [("laser", 2, [])] and report.results is None
+
+
+def _targets(report, dataset):
+    """The titles of the examples' true next items."""
+    last = dataset.interactions.filter(pl.col("split") == "test").join(dataset.users, "user")
+    title = dict(last.join(dataset.items, "item").select("user_id", "title").iter_rows())
+    return [title[e.user_id] for e in report.examples]
 
 
 # -- the map ----------------------------------------------------------------------------------------------------------
@@ -168,7 +201,7 @@ def test_a_model_without_router_and_items_added_later(run_folder, llm, llm_folde
 def clusters(n=60):
     torch.manual_seed(0)
     centres = torch.eye(3).repeat_interleave(8, dim=1)
-    return torch.cat([centres[i % 3] + 0.05 * torch.randn(24) for i in range(n)]).view(n, 24)
+    return torch.cat([centres[i % 3] + 0.05 * torch.randn(24) for i in range(n)]).view(n, 24).numpy()
 
 
 @pytest.mark.parametrize("method", ["tsne", "pca"])
@@ -186,10 +219,10 @@ def test_neighbours_stay_neighbours(method):
 def test_pca_is_the_direction_of_most_variance():
     rng = np.random.default_rng(0)
     points = rng.normal(size=(200, 1)) * np.array([[0.6, 0.8, 0.0]]) * 5 + rng.normal(size=(200, 3)) * 0.1
-    flat = item_map.pca(points)
+    flat = item_map._pca(points)
     assert abs(np.corrcoef(flat[:, 0], points @ [0.6, 0.8, 0.0])[0, 1]) > 0.999
     assert flat.shape == (200, 2) and flat[:, 0].var() > 100 * flat[:, 1].var()
-    assert item_map.pca(points[:1]).shape == (1, 2)
+    assert item_map._pca(points[:1]).shape == (1, 2)
 
 
 def test_groups_and_a_large_catalogue(monkeypatch):
@@ -202,16 +235,20 @@ def test_groups_and_a_large_catalogue(monkeypatch):
     assert found.groups[0] == "kind9"  # three in twelve
 
 
-def test_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(UserError, match=r"laserrec\[report\]"):
-        item_map.draw(clusters(), ["t"] * 60, [None] * 60, [None] * 60, "tsne")
-    monkeypatch.setattr(item_map, "_has_tsne", lambda: False)
-    assert item_map.draw(clusters(), ["t"] * 60, [None] * 60, [None] * 60).method == "pca"
-    assert item_map.draw(clusters(6), ["t"] * 6, [None] * 6, [None] * 6).counts() == {"unknown": 6}
+def test_small_catalogues():
+    few = clusters(6), ["t"] * 6, [None] * 6, [None] * 6
+    assert item_map.draw(*few).method == "pca" and item_map.draw(*few).counts() == {"unknown": 6}
     with pytest.raises(UserError, match="too few"):
-        monkeypatch.undo()
-        item_map.draw(clusters(6), ["t"] * 6, [None] * 6, [None] * 6, "tsne")
+        item_map.draw(*few, "tsne")
+
+
+@pytest.mark.parametrize(("module", "library"), [("jinja2", "jinja2"), ("matplotlib", "matplotlib"),
+                                                 ("sklearn", "scikit-learn")])
+def test_a_missing_library_is_told_before_any_work(run_folder, monkeypatch, module, library):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(LaserRecommender, "from_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=rf"needs {library}: pip install 'laserrec\[report\]'"):
+        collect(find(run_folder))
 
 
 def test_departments_of_categories():
@@ -230,18 +267,20 @@ def test_departments_of_categories():
 
 def test_results_of_evaluate_and_of_reproduce(run_folder, tmp_path):
     own = read_results(run_folder / "results.json")
-    assert own.metrics == ("recall@10", "ndcg@10", "mrr") and [r.model for r in own.rows] == ["Laser", "<i>SASRec"]
-    assert own.rows[0].facts["users"] == 24 and own.rows[0].hidden.keys() == set(own.metrics)
+    assert own.metrics == ("recall@10", "ndcg@10", "mrr") and [r["model"] for r in own.rows] == ["Laser", "<i>SASRec"]
+    assert own.columns("users", "seeds") == ["users"] and own.rows[0]["exclude_seen"].keys() >= set(own.metrics)
+    assert own.best["mrr"] == max(r["mrr"] for r in own.rows)
     entry = {"model": "A", "seeds": 3, "recall@5": 0.2, "recall@5_sd": 0.01, "ndcg@5": 0.1, "ndcg@5_sd": 0.02,
              "mrr": 0.1, "mrr_sd": 0.0, "ndcg@5_difference": 0.01, "low": 0.0, "high": 0.02}
     (tmp_path / "quality.json").write_text(json.dumps({"rows": [], "summary": [entry, {**entry, "seeds": 1}]}))
     many = read_results(tmp_path / "quality.json")
     assert many.metrics == ("recall@5", "ndcg@5", "mrr") and many.split == "test"
-    assert many.rows[0].deviation == {"recall@5": 0.01, "ndcg@5": 0.02, "mrr": 0.0} and many.rows[1].deviation == {}
+    assert many.columns("seeds", "users", "exclude_seen") == ["seeds"]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "[1]", '[{"model": "x", "mrr": 1}]', '{"summary": "x"}',
-                                  '[{"model": "x", "recall@10": "a", "ndcg@10": 0.1, "mrr": 1}]', "not json"])
+                                  '[{"model": "x", "recall@10": "a", "ndcg@10": 0.1, "mrr": 1}]', "not json",
+                                  '[{"model": "x", "recall@1": 0, "ndcg@1": 0, "mrr": 1, "exclude_seen": {"mrr": 1}}]'])
 def test_other_files_are_no_results(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(UserError, match=r"r\.json is (no table of results|damaged)"):
