@@ -11,15 +11,15 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import tiny
 import torch
-from test_train import make_fit
 
 from laserrec.cli import main as cli
 from laserrec.config import BackboneConfig
 from laserrec.llm.backbone import load_backbone
-from laserrec.methods.laser import encoder
-from laserrec.training import train
+from laserrec.methods.laser import texts
+from laserrec.methods.laser.task import LaserTask
 from laserrec.util import checkpoint
 from laserrec.util.distributed import World, join
 
@@ -40,22 +40,21 @@ USERS = 7  # 26 examples: the last batch is one example, too few for two process
 
 
 def quick_fit(llm, folder: Path, world: World, sections: dict, users: int = USERS):
-    fit = make_fit(llm, folder, tiny.planted(10, users=users), world=world, **sections)
-    make = fit._new_optimizer
+    fit = tiny.trainer(llm, folder, tiny.planted(10, users=users), world=world, **sections)
+    begin = fit._begin_phase
 
     def steadier():
-        make()
+        begin()
         for group in fit.optimizer.param_groups:
             group["eps"] = 1e-4  # Adam's own would turn the rounding of a gradient of zero into a whole step
-    fit._new_optimizer = steadier
+    fit._begin_phase = steadier
     return fit
 
 
 def found(fit) -> dict[str, torch.Tensor]:
     """All that must be equal, whatever the number of processes."""
     numbers = [[e["loss"] or 0.0, *(v for k, v in e.items() if k.startswith("validation_"))] for e in fit.log]
-    return {**{f"laser.{k}": v for k, v in fit.laser.state_dict().items()}, "items": fit.best_items,
-            "outputs": fit.outputs, "log": torch.tensor(numbers, dtype=torch.float64)}
+    return {**fit.best, "log": torch.tensor(numbers, dtype=torch.float64)}
 
 
 def equal_fits(llm, out: Path, world: World) -> None:
@@ -73,28 +72,29 @@ def first_gradients(llm, out: Path, world: World) -> None:
 
 def gradients(fit) -> dict[str, torch.Tensor]:
     """Of one step on seven examples, before any weight moved."""
-    fit._new_optimizer()
-    fit._prepare_items()
+    fit._begin_phase()
+    task, index = fit.phase.task, np.arange(7)
+    task.start(lambda: None)
     fit.optimizer.step = lambda: None
+    examples = task.begin_epoch(1)
     torch.manual_seed(6)
-    sequences = fit.dataset.train_sequences
-    loss = fit._train_step(train.epoch_examples(sequences, train.Cuts.ALL, (0,))[:7])
-    given = {n: p.grad for n, p in fit.laser.named_parameters() if p.grad is not None}
-    return {**given, "loss": torch.tensor(loss)}
+    fit._step(examples.batch(index), examples.lengths[index])
+    given = {n: p.grad for n, p in task.module.named_parameters() if p.grad is not None}
+    return {**given, "loss": fit._loss.detach()}
 
 
 def stopped(llm, out: Path, world: World) -> None:
     """SIGTERM reaches the second process alone, in the midst of a step; where did each one stop?"""
     fit = quick_fit(llm, out / "stopped", world, SETTINGS["prefix_first"])
-    step, calls = fit._train_step, []
+    step, calls = fit._step, []
 
-    def counted(examples):
-        calls.append(len(examples))
+    def counted(batch, lengths):
+        calls.append(len(lengths))
         if world.rank == 1 and len(calls) == 8:
             signal.raise_signal(signal.SIGTERM)
-        return step(examples)
+        return step(batch, lengths)
 
-    fit._train_step = counted
+    fit._step = counted
     try:
         fit.run()
     except KeyboardInterrupt:
@@ -111,19 +111,21 @@ def resumed(llm, out: Path, world: World) -> None:
 def masks(llm, out: Path, world: World) -> None:
     """Dropout differs between the processes, everything else they draw is the same."""
     fit = quick_fit(llm, out / "masks", world, SETTINGS["prefix_first"])
-    fit.encoder.laser.mformer.blocks[0].dropout.p = 0.5
-    drawn, hidden, losses = [], [], fit._losses
+    laser, loss = fit.phases[0].task.module, LaserTask.loss
+    laser.reader.mformer.blocks[0].dropout.p = 0.5
+    drawn = []
 
-    def spy(examples, hide):
+    def spy(self, batch, rows):
         drawn.append(torch.rand(4))
-        hidden.append(len(hide))
-        return losses(examples, hide)
+        return loss(self, batch, rows)
 
-    fit._losses = spy
-    fit.run()
+    LaserTask.loss = spy
+    try:
+        fit.run()
+    finally:
+        LaserTask.loss = loss
     checkpoint.save(out / f"masks-{world.rank}.safetensors", {
-        "drawn": torch.stack(drawn[:3]), "state": torch.get_rng_state(), "examples": torch.tensor(sum(hidden)),
-        **{f"laser.{k}": v for k, v in fit.laser.state_dict().items()}})
+        "drawn": torch.stack(drawn[:3]), "state": torch.get_rng_state(), **laser.state_dict()})
 
 
 def world_of_two(out: Path, world: World) -> None:
@@ -148,14 +150,14 @@ def world_of_two(out: Path, world: World) -> None:
 
 def read_together(llm, out: Path, world: World) -> None:
     """Item texts, three at a time; ten items make four batches."""
-    encoder._READ_AT_ONCE = 3
+    texts._READ_AT_ONCE = 3
     fit = quick_fit(llm, out / "read", World(), SETTINGS["text_first"])
-    read, encode_text = [], llm.decoder.encode_text
+    read, encode_text, alone = [], llm.decoder.encode_text, fit.phases[0].task.module.texts
     llm.decoder.encode_text = lambda embeds, past: read.append(len(embeds)) or encode_text(embeds, past)
-    catalogue = encoder.Catalogue(fit.laser, fit.dataset.items, fit.dataset.n_items, world=world)
-    alone, used = fit.encoder.catalogue, catalogue._used
+    together = texts.Texts(llm, alone.config, fit.dataset.items, world=world)
+    used = together._used
     checkpoint.save(out / f"read-{world.rank}.safetensors", {
-        "together": torch.stack([catalogue._cache.keys[:, :used], catalogue._cache.values[:, :used]]),
+        "together": torch.stack([together._cache.keys[:, :used], together._cache.values[:, :used]]),
         "alone": torch.stack([alone._cache.keys[:, :used], alone._cache.values[:, :used]]),
         "read": torch.tensor(read)})
 
@@ -173,8 +175,9 @@ def sharded(llm_folder: Path, out: Path, world: World) -> None:
 
 def failed(steps: Path, out: Path, world: World) -> None:
     """The command line, with other settings in the second process; what each says and how it ends."""
-    sys.argv = ["laserrec", "fit", str(steps / "data"), str(steps / "ids"), str(out / "never"), "--config",
-                str(steps / "tiny.toml"), "--backbone.precision", "fp32", "--train.lr", f"{world.rank + 1}e-3"]
+    sys.argv = ["laserrec", "fit", str(steps / "data"), str(out / "never"), "--id-model", str(steps / "ids"),
+                "--config", str(steps / "tiny.toml"), "--device", "cpu", "--backbone.precision", "fp32", "--train.lr",
+                f"{world.rank + 1}e-3"]
     said, code = io.StringIO(), 0
     try:
         with contextlib.redirect_stderr(said):

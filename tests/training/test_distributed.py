@@ -21,7 +21,6 @@ from laserrec.data.prepare import prepare
 from laserrec.data.raw import from_frames
 from laserrec.llm.backbone import load_backbone
 from laserrec.recommender.recommender import LaserRecommender
-from laserrec.training.pretrain import pretrain_id_model
 from laserrec.training.watch import read_training
 from laserrec.util import checkpoint, distributed
 from laserrec.util.distributed import World
@@ -87,8 +86,8 @@ def steps(llm_folder, tmp_path_factory):
     (folder / "tiny.toml").write_text(TINY.replace("{folder}", str(llm_folder())), encoding="utf-8")
     raw = from_frames(*tiny.planted_tables(10, users=12))
     prepare(raw.interactions, raw.items, load_config("small", folder / "tiny.toml").data, folder / "data")
-    pretrain_id_model(Dataset.load(folder / "data"), tiny.ID_MODEL.model_copy(update={"max_epochs": 1}),
-                      folder / "ids", progress=False)
+    below = tiny.config(llm_folder(), id_model=tiny.ID_MODEL.model_dump() | {"max_epochs": 1})
+    LaserRecommender.fit_dataset(Dataset.load(folder / "data"), below, folder / "ids", "sasrec", progress=False)
     return folder
 
 
@@ -138,15 +137,15 @@ def one(llm_folder):
 
 
 def interrupted(fit, at: int) -> None:
-    step, calls = fit._train_step, []
+    step, calls = fit._step, []
 
-    def counted(examples):
+    def counted(batch, lengths):
         calls.append(1)
         if len(calls) == at:
             signal.raise_signal(signal.SIGINT)
-        return step(examples)
+        return step(batch, lengths)
 
-    fit._train_step = counted
+    fit._step = counted
     with pytest.raises(KeyboardInterrupt):
         fit.run()
 
@@ -257,7 +256,6 @@ def test_item_texts_are_read_once_among_two(two):
 def test_dropout_differs_and_nothing_else(two):
     a, b = (checkpoint.load(two / f"masks-{rank}.safetensors")[0] for rank in (0, 1))
     assert not torch.equal(a.pop("drawn")[0], b.pop("drawn")[0])
-    a.pop("examples"), b.pop("examples")
     assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
@@ -278,8 +276,8 @@ def test_a_sharded_llm_gives_the_same_model(llm_folder, two, tmp_path, name, set
 
 def test_torchrun_fits_and_one_process_speaks(steps, tmp_path):
     out = tmp_path / "model"
-    done = launch("-m", "laserrec", "fit", steps / "data", steps / "ids", out, "--config", steps / "tiny.toml",
-                  "--json", tmp_path / "fit.json")
+    done = launch("-m", "laserrec", "fit", steps / "data", out, "--id-model", steps / "ids", "--config",
+                  steps / "tiny.toml", "--device", "cpu", "--json", tmp_path / "fit.json")
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(re.findall("validation NDCG@10", done.stdout)) == 1
     assert json.loads((tmp_path / "fit.json").read_text())["trained_parameters"] > 0
@@ -308,10 +306,8 @@ def test_other_commands_refuse_several_processes(monkeypatch, capsys, rank, voic
     assert capsys.readouterr().err.count("only fit runs in several processes") == voices
 
 
-def test_pretraining_refuses_several_processes(monkeypatch, tmp_path):
+def test_fitting_frames_refuses_several_processes(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="pretraining runs in one process"):
-        pretrain_id_model(tiny.planted(6), tiny.ID_MODEL, tmp_path, progress=False)
     with pytest.raises(UserError, match="fit runs in one process"):
         LaserRecommender.fit(*tiny.planted_tables(6, 5))
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The one trainer: what it keeps, that it can be stopped anywhere, with Laser's two stages and with a sequence model."""
+"""The one trainer: what it keeps, and that it can be stopped anywhere; with Laser and with a sequence model."""
 
 import signal
 
@@ -143,7 +143,7 @@ def test_what_is_decayed_and_what_is_not(llm, tmp_path):
     fit = tiny.trainer(llm(), tmp_path, train={"weight_decay": 0.5, "learn_temperature": True})
     fit._begin_phase()
     maps = sum(isinstance(m, torch.nn.Linear) for m in fit.phase.task.module.modules())
-    assert [(len(g["params"]), g["weight_decay"]) for g in fit.optimizer.param_groups][0] == (maps, 0.5)
+    assert next((len(g["params"]), g["weight_decay"]) for g in fit.optimizer.param_groups) == (maps, 0.5)
     assert fit.optimizer.param_groups[1]["weight_decay"] == 0
     other = sequence_trainer(tmp_path, weight_decay=1.0)
     other._begin_phase()

@@ -1,20 +1,16 @@
 """The curves of a training: what is in them, and that no step is lost or doubled by an interruption or a crash."""
 
-import json
 import math
 import signal
 
 import pytest
+import tiny
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_pretrain import SMALL
-from test_pretrain import planted as pretraining_data
-from test_train import make_fit
 
-from laserrec.methods.laser.mformer import Route
-from laserrec.training import pretrain, train
-from laserrec.training.pretrain import pretrain_id_model
-from laserrec.training.watch import EVENTS_FOLDER, LOG_FILE, Watch, expert_users, read_training
+from laserrec.methods.laser import task
+from laserrec.training import trainer
+from laserrec.training.watch import EVENTS_FOLDER, LOG_FILE, Watch, read_training
 
 SECTIONS = {"mformer": {"dropout": 0.3, "state_dropout": 0.3}, "head": {"seen_offset": True},
             "train": {"stage_one_epochs": 2, "stage_two_epochs": 1, "batch_size": 4}}
@@ -34,14 +30,14 @@ def total(entries, name) -> float:
 
 @pytest.fixture
 def whole(llm, tmp_path):
-    fit = make_fit(llm(), tmp_path / "whole", **SECTIONS)
+    fit = tiny.trainer(llm(), tmp_path / "whole", **SECTIONS)
     fit.run()
     return fit
 
 
 def test_a_fit_writes_every_curve(whole):
     entries, curves = read_training(whole.folder), events(whole.folder)
-    assert {"train/contrast", "train/balance", "train/grad_norm", "train/lr", "train/seen_offset", "train/stage",
+    assert {"train/contrast", "train/balance", "train/grad_norm", "train/lr", "train/seen_offset", "train/loss",
             "train/epoch", "train/examples_per_second", "validation/recall@10", "validation/ndcg@10",
             "validation/mrr", "experts/share_1", "experts/share_2", "experts/share_3"} == curves.keys()
     steps = [e["step"] for e in entries]
@@ -50,21 +46,22 @@ def test_a_fit_writes_every_curve(whole):
     for name in ("contrast", "balance", "grad_norm", "lr", "seen_offset"):
         assert [step for step, _ in curves[f"train/{name}"]] == steps
         assert [v for _, v in curves[f"train/{name}"]] == pytest.approx([e[name] for e in entries], rel=1e-6)
-    by_epoch = {(e["stage"], e["epoch"]): e["loss"] for e in whole.log if e["epoch"]}
-    for (stage, epoch), loss in by_epoch.items():  # the two losses make up the loss that the log has
-        own = [e for e in entries if (e["stage"], e["epoch"]) == (stage, epoch)]
-        parts = total(own, "contrast") + whole.config.train.balance_weight * total(own, "balance")
+    by_epoch = {(e["phase"], e["epoch"]): e["loss"] for e in whole.log if e["epoch"]}
+    for (phase, epoch), loss in by_epoch.items():  # the two losses make up the loss that the log has
+        own = [e for e in entries if (e["phase"], e["epoch"]) == (phase, epoch)]
+        assert total(own, "loss") / sum(e["steps"] for e in own) == pytest.approx(loss, rel=1e-5)
+        parts = total(own, "contrast") + 0.01 * total(own, "balance")
         assert parts / sum(e["steps"] for e in own) == pytest.approx(loss, rel=1e-5)
     assert [v for _, v in curves["validation/ndcg@10"]] == pytest.approx(
         [e["validation_ndcg@10"] for e in whole.log], rel=1e-6)
-    ends = [0] + [max(e["step"] for e in entries if (e["stage"], e["epoch"]) == key) for key in by_epoch]
+    ends = [0] + [max(e["step"] for e in entries if (e["phase"], e["epoch"]) == key) for key in by_epoch]
     assert [step for step, _ in curves["validation/ndcg@10"]] == ends
 
 
 def test_experts_are_counted_for_users_with_states(whole):
     entries, curves = read_training(whole.folder), events(whole.folder)
     examples, routed = (sum(e["examples"] for e in entries), sum(sum(e["experts"]) for e in entries))
-    assert examples == 3 * sum(len(s) - 1 for s in whole.dataset.train_sequences.values())
+    assert examples == 3 * int((whole.dataset.train_sequences.lengths - 1).sum())
     assert 0.5 * examples < routed < 0.9 * examples  # three in ten have their states hidden
     shares = [[v for _, v in curves[f"experts/share_{j}"]] for j in (1, 2, 3)]
     assert [sum(row) for row in zip(*shares, strict=True)] == pytest.approx([1.0] * len(entries))
@@ -74,7 +71,7 @@ def test_experts_are_counted_for_users_with_states(whole):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_no_step_is_lost_or_doubled(llm, whole, tmp_path, monkeypatch, step, error):
     """KeyboardInterrupt: Ctrl-C, a checkpoint behind that step; RuntimeError: the last timed one, some steps back."""
-    saved, contrast, calls = [], train.item_contrast, [0]
+    saved, contrast, calls = [], task.item_contrast, [0]
 
     def broken(*arguments):
         calls[0] += 1
@@ -84,8 +81,8 @@ def test_no_step_is_lost_or_doubled(llm, whole, tmp_path, monkeypatch, step, err
             signal.raise_signal(signal.SIGINT)
         return contrast(*arguments)
 
-    first = make_fit(llm(), tmp_path / "cut", **SECTIONS)
-    advance = train.Progress.advance
+    first = tiny.trainer(llm(), tmp_path / "cut", **SECTIONS)
+    advance = trainer.Progress.advance
 
     def save_now_and_then(self, *a, **k):
         advance(self, *a, **k)
@@ -93,13 +90,13 @@ def test_no_step_is_lost_or_doubled(llm, whole, tmp_path, monkeypatch, step, err
             saved.append(first.place.steps)
             first._save()
 
-    monkeypatch.setattr(train.Progress, "advance", save_now_and_then)
-    monkeypatch.setattr(train, "item_contrast", broken)
+    monkeypatch.setattr(trainer.Progress, "advance", save_now_and_then)
+    monkeypatch.setattr(task, "item_contrast", broken)
     with pytest.raises(error):
         first.run()
     monkeypatch.undo()
     assert read_training(first.folder)
-    second = make_fit(llm(), tmp_path / "cut", **SECTIONS)
+    second = tiny.trainer(llm(), tmp_path / "cut", **SECTIONS)
     second.run()
     entries, uncut = read_training(second.folder), read_training(whole.folder)
     steps = [e["step"] for e in entries]
@@ -121,57 +118,24 @@ def test_no_step_is_lost_or_doubled(llm, whole, tmp_path, monkeypatch, step, err
 def test_a_fresh_start_forgets_what_stood_there(llm, whole, tmp_path):
     """The first run was killed before any checkpoint."""
     folder = tmp_path / "killed"
-    killed = make_fit(llm(), folder, **SECTIONS)
+    killed = tiny.trainer(llm(), folder, **SECTIONS)
     killed.watch.start()
-    killed.watch.add(contrast=99.0)
+    killed.watch.add(contrast=torch.tensor(99.0))
     killed.watch.step(40, 4)
     killed.watch.close()
     assert events(folder)["train/contrast"] == [(40, 99.0)]
-    fit = make_fit(llm(), folder, **SECTIONS)
+    fit = tiny.trainer(llm(), folder, **SECTIONS)
     fit.run()
     assert [{**e, "seconds": 0} for e in read_training(folder)] == [
         {**e, "seconds": 0} for e in read_training(whole.folder)]
     assert events(folder)["train/contrast"] == events(whole.folder)["train/contrast"]
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1e9])
-def test_pretraining_too(tmp_path, monkeypatch, seconds):
-    """Broken in the second epoch, after a checkpoint or before any."""
-    data, config = pretraining_data(), SMALL.model_copy(update={"seen_offset": True, "max_epochs": 3})
-    pretrain_id_model(data, config, tmp_path / "whole", progress=False)
-    monkeypatch.setattr(pretrain, "_CHECKPOINT_SECONDS", seconds)
-    monkeypatch.setattr(pretrain, "pad_histories", _broken_at(5, pretrain.pad_histories))
-    with pytest.raises(RuntimeError):
-        pretrain_id_model(data, config, tmp_path / "cut", progress=False)
-    monkeypatch.undo()
-    pretrain_id_model(data, config, tmp_path / "cut", progress=False)
-    entries = {name: [{**e, "seconds": 0} for e in read_training(tmp_path / name)] for name in ("whole", "cut")}
-    assert entries["cut"] == entries["whole"] and [e["step"] for e in entries["cut"]] == [3, 6, 9]
-    whole, cut = events(tmp_path / "whole"), events(tmp_path / "cut")
-    assert {"train/loss", "train/grad_norm", "train/lr", "train/seen_offset", "validation/ndcg@10"} <= whole.keys()
-    for tag in whole.keys() - {"train/examples_per_second"}:
-        assert cut[tag] == whole[tag], tag
-    log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
-    assert [e["loss"] for e in entries["cut"]] == pytest.approx([e["loss"] for e in log], rel=1e-5)
-
-
-def _broken_at(call, function):
-    calls = [0]
-
-    def broken(*arguments):
-        calls[0] += 1
-        if calls[0] == call:
-            raise RuntimeError
-        return function(*arguments)
-
-    return broken
-
-
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     watch = Watch(None, every=1)
     watch.start()
-    watch.add(loss=1.0)
+    watch.add(loss=torch.tensor(1.0))
     watch.step(1, 8)
     watch.epoch(1, {"validation_mrr": 0.5})
     watch.close()
@@ -181,14 +145,10 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
 def test_means_stray_numbers_and_half_lines(tmp_path):
     watch = Watch(tmp_path, every=2)
     watch.start()
-    route = Route(torch.zeros(3, 2, 2), torch.tensor([[True, False], [False, False], [True, True]]),
-                  torch.zeros(3, 2), torch.tensor([1, 0, 1]))
-    for step, losses in enumerate(([1.0, 0.5], [2.5], [math.inf]), 1):
-        for loss in losses:
-            watch.add(loss=loss)
-        watch.routed(expert_users(route).tolist())
-        watch.step(step, 3, epoch=1)
-    watch.add(loss=7.0)  # of a step that is never done
+    for step, loss in enumerate((1.5, 2.5, math.inf), 1):
+        watch.add(loss=torch.tensor(loss), experts=torch.tensor([0.0, 2.0]))
+        watch.step(step, 3, epoch=1, phase="stage 1")
+    watch.add(loss=torch.tensor(7.0))  # of a step that is never done
     watch.close()
     with open(tmp_path / LOG_FILE, "a", encoding="utf-8") as file:
         file.write('{"step": 4, "lo')
@@ -197,7 +157,7 @@ def test_means_stray_numbers_and_half_lines(tmp_path):
     assert second["step"] == 3 and second["loss"] is None and second["experts"] == [0, 2]
     watch = Watch(tmp_path, every=2)
     watch.start(3)  # the half line is gone
-    watch.add(loss=1.0)
+    watch.add(loss=torch.tensor(1.0))
     watch.step(4, 3)
     watch.close()
     assert [e["step"] for e in read_training(tmp_path)] == [2, 3, 4]
@@ -207,7 +167,7 @@ def test_means_stray_numbers_and_half_lines(tmp_path):
 
 def test_a_model_has_the_curves_of_its_own_training(llm, tmp_path):
     """Where nothing routes and nothing is offset there are no such curves."""
-    fit = make_fit(llm(), tmp_path, mformer={"prefix": "learned"})
+    fit = tiny.trainer(llm(), tmp_path, mformer={"prefix": "learned"})
     fit.run()
     first = read_training(tmp_path)[0]
     assert not any(tag.startswith("experts") for tag in events(tmp_path))
