@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from laserrec.config import BackboneConfig, Engine, Precision, Quantization
@@ -69,7 +69,7 @@ class Backbone:
     def native(self) -> bool:
         return isinstance(self.decoder, NativeDecoder)
 
-    def tokens(self, ids: np.ndarray) -> Int[Tensor, "*batch seq"]:
+    def tokens(self, ids: ArrayLike) -> Int[Tensor, "*batch seq"]:
         """Token ids on the device."""
         return move(torch.as_tensor(ids, dtype=torch.long), self.device)
 
@@ -112,10 +112,11 @@ class TransformersDecoder(nn.Module):
         """As the native decoder's, padded on the right: a causal decoder's earlier outputs can't see what stands
         behind them, so an output doesn't depend on its batch."""
         outputs = self(nn.utils.rnn.pad_sequence(list(rows), batch_first=True))
-        lengths = torch.tensor([len(row) for row in rows])
+        lengths = [len(row) for row in rows]
         if last_only:
-            return outputs[torch.arange(len(rows)), lengths - 1]
-        return torch.cat([out[:n] for out, n in zip(outputs, lengths.tolist(), strict=True)])
+            last = move(torch.tensor(lengths) - 1, outputs.device)
+            return outputs[torch.arange(len(rows), device=outputs.device), last]
+        return torch.cat([out[:n] for out, n in zip(outputs, lengths, strict=True)])
 
     def read_layers(self, rows: Sequence[Float[Tensor, "_ d_llm"]], at: Sequence[int]) -> Float[Tensor, "some d_all"]:
         """As the native decoder's, one pass per depth: what stands behind the last layer differs between families."""
@@ -175,10 +176,10 @@ def load_backbone(config: BackboneConfig, device: torch.device = CPU, trust_remo
         raise UserError(f"backbone {config.name!r} lacks {len(missing)} weights, first {missing[:3]}; fetch it again")
     model.requires_grad_(False).eval()
     _check_layers(model, config)
-    if not quantized:  # quantized weights are made on the device
-        model.to(device)
-    embedding = model.get_input_embeddings().weight.detach()
-    decoder = _decoder(model, config, dtype).to(device)
+    decoder = _decoder(model, config, dtype)
+    if not quantized:  # quantized weights are on the device already
+        decoder.to(device)
+    embedding = model.get_input_embeddings().weight.detach().to(device)
     weights = find_weights(config)
     return Backbone(decoder, embedding, tokenizer, config.name, weights.revision, weights.sha256, config)
 
@@ -213,7 +214,7 @@ def _load_sharded(config: BackboneConfig, dtype: torch.dtype, tokenizer: object,
     _check_layers(model, config)
     (parent, name), _ = _layer_stack(model)
     decoder = TransformersDecoder(model, config.layers, config.gradient_checkpointing)
-    shard(model, getattr(parent, name), folder, dtype, world)
+    shard(model, getattr(parent, name), folder, dtype, world, device)
     embedding = model.get_input_embeddings().weight.detach()
     return Backbone(decoder, embedding, tokenizer, config.name, revision, _files_sha256(folder), config, True)
 

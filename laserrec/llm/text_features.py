@@ -215,11 +215,11 @@ def _means(
     alone = World() if backbone.sharded else world
     for mine in alone.share(len(chunks)):
         chunk = chunks[mine]
-        out[torch.as_tensor(chunk, device=backbone.device)] = _chunk_means(backbone, [lines[i] for i in chunk])
+        out[move(torch.as_tensor(chunk), backbone.device)] = _chunk_means(backbone, [lines[i] for i in chunk])
         if progress:
             progress(sum(map(len, chunks[mine : mine + alone.size])))
     for number, chunk in enumerate(chunks if alone.size > 1 else []):
-        rows = torch.as_tensor(chunk, device=backbone.device)
+        rows = move(torch.as_tensor(chunk), backbone.device)
         part = out[rows]
         alone.follow([part], leader=number % alone.size)
         out[rows] = part

@@ -72,7 +72,8 @@ def test_a_mean_is_taken_over_all_tokens_but_the_first(llm, llm_folder):
     own, backbone = features(llm_folder), llm()
     means = own.means(ITEMS)
     for row in (0, 41):
-        outputs = backbone.decoder(backbone.embed(torch.tensor(own._encoder.item_tokens(ITEMS[row : row + 1])[0])[None]))
+        [line] = own._encoder.item_tokens(ITEMS[row : row + 1])
+        outputs = backbone.decoder(backbone.embed(backbone.tokens(line[None])))
         torch.testing.assert_close(means[row], outputs[0, 1:].mean(dim=0), rtol=1e-4, atol=1e-5)
 
 
