@@ -53,7 +53,7 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
 def own_gpu() -> torch.device | None:
     """Where several processes run on this machine and each has a GPU to itself, this one's; else None."""
     local_rank = int(os.environ.get("LOCAL_RANK", -1))
-    return torch.device("cuda", local_rank) if 0 <= local_rank and _local_size() <= _gpus() else None
+    return torch.device("cuda", local_rank) if local_rank >= 0 and _local_size() <= _gpus() else None
 
 
 def _gpus() -> int:

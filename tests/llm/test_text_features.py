@@ -1,5 +1,6 @@
 """Whitened text vectors: what they are, that nothing but the catalogue is in them, and that each text is read once."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -151,7 +152,48 @@ def test_of_two_processes_one_reads_and_one_waits(llm_folder, tmp_path):
     command = [sys.executable, "-c", TWO, str(llm_folder()), str(tmp_path / "text"), str(tmp_path / "read")]
     here = Path(__file__).parent
     both = [subprocess.Popen(command, env={"PYTHONPATH": f"{here}:{here.parent}:{here.parents[1]}"}) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [process.wait(timeout=240) for process in both] == [0, 0]
     assert sorted((tmp_path / "read").read_text().split()) == ["6", "64"]
     [file] = (tmp_path / "text").glob("*.safetensors")
     assert torch.equal(checkpoint.load(file)[0]["means"], features(llm_folder).means(ITEMS))
+
+
+TOGETHER = """
+import os, sys
+from pathlib import Path
+from laserrec.llm import text_features
+from laserrec.llm.text_features import TextFeatures
+from laserrec.util import checkpoint
+from laserrec.util.distributed import join
+from test_text_features import ITEMS, features
+
+read, seen, world = text_features._chunk_means, [], join()
+text_features._chunk_means = lambda backbone, lines: seen.append(len(lines)) or read(backbone, lines)
+own = features(lambda family: sys.argv[1], Path(sys.argv[2]) / "text")
+own.world = world
+means = own.means(ITEMS)
+again = features(lambda family: sys.argv[1], Path(sys.argv[2]) / "text")
+again.world = world
+checkpoint.save(Path(sys.argv[2]) / f"{world.rank}.safetensors", {"means": means, "again": again.means(ITEMS)},
+                {"seen": seen, "loaded": again._loaded is not None})
+"""
+
+
+def test_processes_of_one_run_share_the_reading(llm_folder, tmp_path):
+    here = Path(__file__).parent
+    common = {"PYTHONPATH": f"{here}:{here.parent}:{here.parents[1]}", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen([sys.executable, "-c", TOGETHER, str(llm_folder()), str(tmp_path)],
+                             env=common | {"RANK": str(rank)}) for rank in (0, 1)]
+    assert [process.wait(timeout=240) for process in both] == [0, 0]
+    want = features(llm_folder).means(ITEMS)
+    for rank, read in enumerate(([64], [6])):
+        tensors, facts = checkpoint.load(tmp_path / f"{rank}.safetensors")
+        assert torch.equal(tensors["means"], want) and torch.equal(tensors["again"], want)
+        assert facts == {"seen": read, "loaded": False}
+
+
+def free_port() -> int:
+    with socket.socket() as at:
+        at.bind(("127.0.0.1", 0))
+        return at.getsockname()[1]
