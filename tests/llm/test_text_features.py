@@ -30,9 +30,9 @@ def counted(monkeypatch):
     """How often the LLM was loaded and how many texts it read."""
     counts, load, read = {"loaded": 0, "read": 0}, text_features.load_backbone, text_features._chunk_means
 
-    def loading(*given):
+    def loading(*given, **more):
         counts["loaded"] += 1
-        return load(*given)
+        return load(*given, **more)
 
     def reading(backbone, lines):
         counts["read"] += len(lines)
@@ -126,6 +126,17 @@ def test_a_folder_that_is_none_is_a_clear_error(llm_folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"folder of text features .*file can't be written"):
         features(llm_folder, tmp_path / "file").means(ITEMS)
+
+
+def test_other_weights_than_the_expected_are_refused_even_if_their_means_are_kept(llm_folder, tmp_path):
+    features(llm_folder, tmp_path).means(ITEMS)
+    own = features(llm_folder, tmp_path)
+    own.expect(own.sha256, "runs/model")
+    own.means(ITEMS)
+    own = features(llm_folder, tmp_path)
+    own.expect("0" * 64, "runs/model")
+    with pytest.raises(UserError, match=r"runs/model was fitted with .*0000.*means nothing to other weights"):
+        own.means(ITEMS)
 
 
 TWO = """
