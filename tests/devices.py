@@ -19,14 +19,15 @@ that depend on its numbers (nonzero, boolean masks, unique, repeat_interleave) a
 empties the list.
 
 It isn't a GPU: kernels, streams and precision stay untested, which is what benchmarks/gpu_check.py is for. Code that
-asks torch.cuda whether there is a GPU still hears no; hand the device down, as the package does.
+asks torch.cuda whether there is a GPU still hears no; hand the device down, as the package does. Random numbers of the
+device are the CPU's, and so is the state of its generator.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +37,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from laserrec.util.device import CPU
 
 _BENEATH = "lazy"
 """What torch's C++ takes the device for: one that no build of torch uses, that autograd runs like the CPU, and for
@@ -125,7 +128,7 @@ class Machine:
         self._check(name, leaves)
         self._count(name, args, kwargs)
         if kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": torch.device("cpu")}
+            kwargs = {**kwargs, "device": CPU}
         held: dict[int, Tensor] = {}
 
         def unwrap(value: Any) -> Any:
@@ -218,7 +221,7 @@ class _Functions(TorchFunctionMode):
         wants = kwargs.pop("requires_grad", False)
         if kwargs.pop("pin_memory", False):
             raise ValueError("only CPU memory can be pinned")
-        made = func(*args, **{**kwargs, "device": torch.device("cpu")})
+        made = func(*args, **{**kwargs, "device": CPU})
         if func in (torch.tensor, torch.as_tensor, torch.asarray):
             machine._sync(f"{func.__name__} to the device")
         return machine.put(made).requires_grad_(wants)
@@ -257,7 +260,7 @@ def _cuda(machine: Machine, func, tensor: Tensor, device: Any = None, non_blocki
 
 
 def _cpu(machine: Machine, func, tensor: Tensor, **_: Any) -> Tensor:
-    return machine._to(tensor, torch.device("cpu"), None, True, False, "cpu")
+    return machine._to(tensor, CPU, None, True, False, "cpu") if isinstance(tensor, OnDevice) else tensor
 
 
 def _pin(machine: Machine, func, tensor: Tensor, *_: Any) -> Tensor:
@@ -317,6 +320,14 @@ def pretended(name: str = "cuda:0") -> Iterator[Machine]:
     def generator(device: Any = "cpu") -> torch.Generator:
         return make_generator("cpu" if machine._is_here(device) else device)
 
-    with (_Functions(machine), _Operations(machine), mock.patch("torch.Generator", generator),
-          mock.patch("torch.cuda.synchronize", lambda device=None: machine._sync("synchronize"))):
+    with ExitStack() as stack:
+        for mode in (_Functions(machine), _Operations(machine)):
+            stack.enter_context(mode)
+        stack.enter_context(mock.patch("torch.Generator", generator))
+        for module in ("cuda", "mps"):  # the device draws from the CPU's generator, and has the CPU's state
+            for function, stand_in in (
+                    ("synchronize", lambda device=None: machine._sync("synchronize")),
+                    ("get_rng_state", lambda device=None: torch.default_generator.get_state()),
+                    ("set_rng_state", lambda state, device=None: torch.default_generator.set_state(state))):
+                stack.enter_context(mock.patch(f"torch.{module}.{function}", stand_in))
         yield machine

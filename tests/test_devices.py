@@ -112,9 +112,23 @@ def test_a_third_device_is_refused():
         torch.ones(2, device=gpu.device).to("cuda:1")
 
 
+def test_the_generators_state_can_be_kept_and_set_back():
+    with pretended() as gpu:
+        state = torch.cuda.get_rng_state(gpu.device)
+        first = torch.rand(3, device=gpu.device)
+        torch.cuda.set_rng_state(state, gpu.device)
+        assert torch.equal(torch.rand(3, device=gpu.device), first)
+
+
+def test_tensors_of_the_cpu_stay_what_they_are():
+    with pretended() as gpu:
+        x = torch.ones(2)
+        assert x.cpu() is x and x.to("cpu") is x and x.to(torch.float64).device.type == "cpu" and gpu.syncs == []
+
+
 def test_outside_nothing_is_changed():
     with pretended():
         pass
-    assert torch.ones(2).to("cpu").tolist() == [1.0, 1.0]
+    assert torch.ones(2).to("cpu").cpu().tolist() == [1.0, 1.0]
     with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|cuda"):
         torch.ones(2, device="cuda:7")
