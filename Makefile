@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint docs clean
+.PHONY: setup quickstart test gpu-check lint docs clean
 
 setup: $(VENV)/.ready
 
@@ -17,6 +17,10 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Results, speed and memory on this machine's GPU; without one, the tests on a pretended device.
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check.py
 
 lint: setup
 	$(BIN)/ruff check laserrec tests benchmarks examples docs

@@ -164,8 +164,18 @@ class BackboneConfig(_Section):
     shard: bool = False
     """Under torchrun each process holds a part of the weights (FSDP, on transformers' own forward), for backbones that
     are too large for one; needs prompt.layout prefix_first. One process alone holds all."""
-    trust_remote_code: bool = False
-    """Run Python code shipped with a model from the hub (ChatGLM2 needs it). Only for sources you trust."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_file_allows_code(cls, tree: Any) -> Any:
+        """Folders of version 0.1 name trust_remote_code; off, it is what they get anyway."""
+        if not isinstance(tree, dict) or "trust_remote_code" not in tree:
+            return tree
+        if tree["trust_remote_code"]:
+            raise ValueError("trust_remote_code is not a setting, so that no file can allow code to run. If you trust "
+                             "the LLM's source, load it with laserrec.llm.backbone.load_backbone(..., "
+                             "trust_remote_code=True) and hand over what that returns")
+        return {name: value for name, value in tree.items() if name != "trust_remote_code"}
 
     @model_validator(mode="after")
     def _mean_layers_ascend(self) -> BackboneConfig:

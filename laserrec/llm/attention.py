@@ -16,6 +16,7 @@ from torch import Tensor
 
 from laserrec.llm.causal import causal_products
 from laserrec.llm.kernels import Pointwise
+from laserrec.util.device import CPU, move
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ _ALIKE = 0.85
 """Sequences at least this share of a group's longest are attended together, padded."""
 
 
+def _fused(device: torch.device) -> bool:
+    """Whether torch's fused attention is used throughout: on GPUs, where it is fast and keeps no weights for the way
+    back. On a CPU its backward takes several times as long as the products it is made of."""
+    return device.type != "cpu"
+
+
 _PRODUCTS_UP_TO = 1024
 """Longest sequence that is attended with batched products on a CPU; beyond it the kept weights would weigh too much."""
 
@@ -72,17 +79,15 @@ class PackedAttention:
     """Causal attention inside sequences that lie one behind another. Sequences of like length are attended as one
     padded block; all else in a layer sees real tokens only."""
 
-    def __init__(self, lengths: Sequence[int], heads: Heads, pointwise: Pointwise, device: torch.device | None = None):
+    def __init__(self, lengths: Sequence[int], heads: Heads, pointwise: Pointwise, device: torch.device = CPU):
         """Raises ValueError for an empty sequence."""
         self.pointwise = pointwise
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths must be at least 1: {list(lengths)[:5]}")
         self.heads = heads
+        # All indices are made on the CPU and sent at once: a device is never asked for a number.
         sizes = torch.tensor(lengths)
         starts = sizes.cumsum(0) - sizes
-        self.ends = (starts + sizes - 1).to(device)
-        """Int[batch], each sequence's last row."""
-        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
         order = torch.argsort(sizes, descending=True, stable=True)
         self._groups: list[tuple[int, int]] = []
         rows, real = [], []
@@ -95,12 +100,16 @@ class PackedAttention:
             real.append((place < sizes[members, None]).flatten())
             self._groups.append((len(members), longest))
             at += len(members)
-        self._rows, self._real = torch.cat(rows).to(device), torch.cat(real).to(device)
-        slots = torch.empty(int(sizes.sum()), dtype=torch.long, device=device)
-        slots[self._rows[self._real]] = torch.arange(len(self._rows), device=device)[self._real]
-        self._slots = slots
-        self._sizes = sizes[order].to(device)
-        self._order = torch.argsort(order).to(device)
+        flat, taken = torch.cat(rows), torch.cat(real)
+        slots = torch.empty(int(sizes.sum()), dtype=torch.long)
+        slots[flat[taken]] = torch.arange(len(flat))[taken]
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        self.ends: Int[Tensor, "batch"] = move(starts + sizes - 1, device)
+        """Each sequence's last row."""
+        self.positions: Int[Tensor, "tokens"] = move(positions, device)
+        self._rows, self._real, self._slots = (move(t, device) for t in (flat, taken, slots))
+        self._sizes = move(sizes[order], device)
+        self._order = move(torch.argsort(order), device)
         """Where each sequence stands in the groups' order."""
 
     def __call__(self, qkv: Float[Tensor, "tokens all_heads head_dim"], layer: int, last_only: bool) -> Tensor:
@@ -117,19 +126,25 @@ class PackedAttention:
 
     def _causal(self, block: Tensor, sizes: Tensor) -> Tensor:
         h = self.heads
-        if not block.is_cuda and block.shape[1] <= _PRODUCTS_UP_TO:
+        if not _fused(block.device) and block.shape[1] <= _PRODUCTS_UP_TO:
             return causal_products(block, h.kv_heads, self.pointwise).flatten(0, 1)
         q, k, v = block.transpose(1, 2).split([h.heads, h.kv_heads, h.kv_heads], dim=1)
-        k, v = k.repeat_interleave(h.groups, dim=1), v.repeat_interleave(h.groups, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # Only the kernels for 16 bits read one key head for several query heads; others would fall back to products.
+        shared = block.device.type == "cuda" and block.dtype in (torch.bfloat16, torch.float16)
+        if not shared:
+            k, v = k.repeat_interleave(h.groups, dim=1), v.repeat_interleave(h.groups, dim=1)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
         return out.transpose(1, 2).reshape(-1, h.heads * h.head_dim)
 
     def _last(self, block: Tensor, sizes: Tensor) -> Tensor:
         h = self.heads
         q, k, v = block.split([h.heads, h.kv_heads, h.kv_heads], dim=2)
         q = q[torch.arange(len(sizes), device=q.device), sizes - 1].unflatten(1, (h.kv_heads, h.groups))
-        scores = (q @ k.permute(0, 2, 3, 1)).float() * h.head_dim**-0.5
         hidden = torch.arange(block.shape[1], device=q.device) >= sizes[:, None]
+        if _fused(block.device):
+            real = ~hidden[:, None, None]
+            return F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=real).flatten(1)
+        scores = (q @ k.permute(0, 2, 3, 1)).float() * h.head_dim**-0.5
         weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1).to(v.dtype)
         return (weights @ v.transpose(1, 2)).flatten(1)
 
@@ -157,6 +172,9 @@ class PastAttention:
         unread = (place >= past.length[:, None])[:, None].expand(-1, seq, -1)
         later = torch.ones(seq, seq, dtype=torch.bool, device=device).triu(1).expand(batch, -1, -1)
         self._hidden = torch.cat([unread, later], dim=2)[:, None]
+        self._bias = None
+        if _fused(device):  # the mask as it is added to scores, once for all layers
+            self._bias = torch.zeros_like(self._hidden, dtype=dtype).masked_fill_(self._hidden, -torch.inf)
 
     def __call__(self, qkv: Float[Tensor, "tokens all_heads head_dim"], layer: int, last_only: bool) -> Tensor:
         """[tokens or batch, heads * head_dim]."""
@@ -173,11 +191,21 @@ class PastAttention:
         new_k, new_v = new_k.permute(2, 0, 1, 3), new_v.permute(2, 0, 1, 3)
         queries = (h.groups, q.shape[1])
         q = q.unflatten(2, (h.kv_heads, h.groups)).permute(2, 0, 3, 1, 4).flatten(2, 3)
+        if self._bias is not None:
+            out = self._attend(q, torch.cat([old_k, new_k], dim=2), torch.cat([old_v, new_v], dim=2), last_only)
+            return out.unflatten(2, queries).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
         scores = torch.cat([q @ old_k.transpose(-1, -2), q @ new_k.transpose(-1, -2)], dim=-1).float()
         scores = (scores * h.head_dim**-0.5).unflatten(2, queries)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1).to(q.dtype).flatten(2, 3)
         out = weights[..., :slots] @ old_v + weights[..., slots:] @ new_v
         return out.unflatten(2, queries).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, last_only: bool) -> Tensor:
+        """Fused; queries [kv_heads, batch, groups * new, head_dim], keys and values [kv_heads, batch, past + seq,
+        head_dim]."""
+        bias = self._bias[:, :, -1:] if last_only else self._bias
+        bias = bias.expand(-1, self.heads.groups, -1, -1).flatten(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
 
 
 def _turn(x: Float[Tensor, "*batch seq head_dim"], cos: Tensor, sin: Tensor) -> Tensor:

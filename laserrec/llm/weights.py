@@ -12,6 +12,8 @@ from laserrec.config import BackboneConfig
 from laserrec.llm.fetch import DEFAULT_NAME, fetch_default
 from laserrec.util.errors import UserError
 
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -49,6 +51,8 @@ def load_tokenizer(config: BackboneConfig, trust_remote_code: bool = False) -> o
     from transformers import AutoTokenizer
 
     with loading(config):
+        if not trust_remote_code:
+            _refuse_foreign_parts(config)
         return AutoTokenizer.from_pretrained(source(config), revision=config.revision,
                                              trust_remote_code=trust_remote_code)
 
@@ -65,13 +69,39 @@ def loading(config: BackboneConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"backbone {config.name!r} could not be loaded: {first}. Give `{DEFAULT_NAME}`, a Hugging Face id that "
-            "this machine can reach, or a folder with config.json, tokenizer and safetensors"
-        ) from None
+        raise UserError(f"backbone {config.name!r} could not be loaded: {_reason(config, error)}") from None
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _reason(config: BackboneConfig, error: Exception) -> str:
+    text = str(error).strip()
+    if "custom code" in text:
+        return ("it comes with Python code of its own, which is not run. If you trust its source, load it with "
+                "load_backbone(..., trust_remote_code=True)")
+    folder = Path(config.name)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES) if folder.is_dir() else []
+    if pickles and not any(folder.glob("*.safetensors")):
+        return (f"its weights are in {pickles[0]}, a pickle, which can run code when it is opened. Convert them to "
+                "safetensors (transformers: save_pretrained of the model that you trust)")
+    return (f"{text.splitlines()[0] if text else type(error).__name__}. Give `{DEFAULT_NAME}`, a Hugging Face id that "
+            "this machine can reach, or a folder with config.json, tokenizer and safetensors")
+
+
+def _refuse_foreign_parts(config: BackboneConfig) -> None:
+    """Raises UserError for a model that would bring in more than its own files: code for its attention from the hub,
+    or the weights of another model below an adapter."""
+    from transformers import PreTrainedConfig
+
+    path = source(config)
+    settings, _ = PreTrainedConfig.get_config_dict(path, revision=config.revision)
+    kernels = [value for name, value in settings.items() if name.endswith("attn_implementation") and "/" in str(value)]
+    if kernels:
+        raise UserError(f"backbone {config.name!r} asks for attention code from {kernels[0]!r}, which is not run. If "
+                        "you trust both, load it with load_backbone(..., trust_remote_code=True)")
+    if (Path(path) / "adapter_config.json").exists():
+        raise UserError(f"backbone {config.name!r} holds an adapter for another model; merge the two (PEFT's "
+                        "merge_and_unload) and give the merged folder")
 
 
 def _files_sha256(folder: Path) -> str:

@@ -53,9 +53,10 @@ class ItemRegression(nn.Module):
 
     def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
         """Sums of weights, seen items last."""
+        histories = histories.to(self.weights.device)
         pairs, decay = decayed_pairs(histories, self.config.decay)
         x = torch.zeros(len(histories), len(self.weights), device=self.weights.device)
-        x[pairs.users, pairs.items] = decay.to(x.device)
+        x[pairs.users, pairs.items] = decay
         return _seen_last(x @ self.weights, histories)
 
 

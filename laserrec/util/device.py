@@ -50,6 +50,12 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def own_gpu() -> torch.device | None:
+    """Where several processes run on this machine and each has a GPU to itself, this one's; else None."""
+    local_rank = int(os.environ.get("LOCAL_RANK", -1))
+    return torch.device("cuda", local_rank) if local_rank >= 0 and _local_size() <= _gpus() else None
+
+
 def _gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 

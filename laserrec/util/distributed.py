@@ -1,7 +1,8 @@
 """Several processes that train as one, started by torchrun or Accelerate; else a world of one process.
 
 Every process holds all that is trained, takes its share of the work, and what it finds is summed or gathered, so that
-all go the same way. Tensors are the CPU's and the backend is gloo. In a world of one nothing here does anything.
+all go the same way. Tensors of the CPU travel by gloo; where each process has a GPU to itself, that GPU's travel by
+NCCL. In a world of one nothing here does anything.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from laserrec.util.device import own_gpu
 from laserrec.util.errors import UserError
 
 _PATIENCE = timedelta(hours=24)
@@ -70,16 +72,18 @@ class World:
     # -- agreeing -----------------------------------------------------------------------------------------------
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], numbers: Tensor) -> Tensor:
-        """Replace every gradient by its sum over the processes and return the sum of `numbers` [n]. A parameter whose
+        """Replace every gradient by its sum over the processes and return the sum of `numbers` [n], which are on the
+        parameters' device. A parameter whose
         gradient is None everywhere keeps none, so that an optimiser leaves it alone."""
         if self.size == 1:
             return numbers
-        given = [p.grad is not None for p in parameters]
-        flat = torch.cat([*(torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters),
-                          torch.tensor(given, dtype=torch.float32), numbers.float()])
+        given = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)  # on the CPU: no GPU waits
+        flat = torch.cat([*(p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters),
+                          numbers.float()])
         with self._together():
+            dist.all_reduce(given, dist.ReduceOp.MAX, group=self.group)
             dist.all_reduce(flat, group=self.group)
-        *parts, given, numbers = flat.split([*(p.numel() for p in parameters), len(parameters), len(numbers)])
+        *parts, numbers = flat.split([*(p.numel() for p in parameters), len(numbers)])
         for p, part, some in zip(parameters, parts, given.tolist(), strict=True):
             p.grad = part.view_as(p) if some else None
         return numbers
@@ -110,16 +114,17 @@ class World:
                 self._send(tensor.detach(), leader)
 
     def from_main(self, make: Callable[[], tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
-        """What `make` gives in the first process, which alone calls it: tensors by name, and a value that JSON can
-        hold."""
+        """What `make` gives in the first process, which alone calls it: tensors by name, each on the CPU or on each
+        process's own GPU, and a value that JSON can hold."""
         if self.size == 1:
             return make()
         tensors, value = make() if self.is_main else ({}, None)
-        kinds = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
+        kinds = {name: (str(t.dtype).removeprefix("torch."), list(t.shape), t.is_cuda) for name, t in tensors.items()}
         kinds, value = self._send_json([kinds, value])
         out = {}
-        for name, (dtype, shape) in kinds.items():
-            out[name] = tensors[name].contiguous() if self.is_main else torch.empty(shape, dtype=getattr(torch, dtype))
+        for name, (dtype, shape, on_gpu) in kinds.items():
+            out[name] = tensors[name].contiguous() if self.is_main else torch.empty(
+                shape, dtype=getattr(torch, dtype), device=own_gpu() if on_gpu else "cpu")
             self._send(out[name])
         return out, value
 
@@ -151,8 +156,11 @@ class World:
         if self.size == 1:
             yield
             return
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence((*key, self.rank)).generate_state(1, np.uint64)[0]))
+        gpu, seed = own_gpu(), int(np.random.SeedSequence((*key, self.rank)).generate_state(1, np.uint64)[0])
+        with torch.random.fork_rng(devices=[] if gpu is None else [gpu]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach GPUs that are not set back
+            if gpu is not None:
+                torch.cuda.default_generators[gpu.index].manual_seed(seed)
             yield
 
     @contextmanager
@@ -185,12 +193,12 @@ def join() -> World:
     if not several():
         return World()
     if _joined is None and dist.is_initialized():
-        group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # the one that runs may be for GPUs only
+        group = dist.new_group(backend=_backend(), timeout=_PATIENCE)  # the one that runs may be for GPUs only
         _joined = World(dist.get_rank(), dist.get_world_size(), group)
     elif _joined is None:
         try:
             _store, rank, size = next(dist.rendezvous("env://", timeout=_MEETING))
-            dist.init_process_group("gloo", store=_store, rank=rank, world_size=size, timeout=_PATIENCE)
+            dist.init_process_group(_backend(), store=_store, rank=rank, world_size=size, timeout=_PATIENCE)
             atexit.register(_leave)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes can't be met: "
@@ -198,6 +206,15 @@ def join() -> World:
                             "one") from None
         _joined = World(rank, size)
     return _joined
+
+
+def _backend() -> str:
+    """gloo for tensors of the CPU, and NCCL for a GPU's where each process has one to itself."""
+    gpu = own_gpu()
+    if gpu is None or not dist.is_nccl_available():
+        return "gloo"
+    torch.cuda.set_device(gpu)
+    return "cpu:gloo,cuda:nccl"
 
 
 def _leave() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laserrec.llm import attention, causal
-from laserrec.llm.attention import Heads, PackedAttention
+from laserrec.llm.attention import Heads, PackedAttention, Past, PastAttention, TextCache
 from laserrec.llm.kernels import Pointwise
 
 HEADS = Heads(heads=6, kv_heads=2, head_dim=8)
@@ -24,10 +24,12 @@ def naive(qkv: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize("way", ["products", "long", "fused"])
 @pytest.mark.parametrize("last_only", [False, True])
-def test_each_sequence_alone(products, last_only, monkeypatch):
-    monkeypatch.setattr(attention, "_PRODUCTS_UP_TO", 10**6 if products else 0)
+def test_each_sequence_alone(way, last_only, monkeypatch):
+    """On a CPU, there with sequences too long for products, and as on a GPU."""
+    monkeypatch.setattr(attention, "_PRODUCTS_UP_TO", 10**6 if way == "products" else 0)
+    monkeypatch.setattr(attention, "_fused", lambda device: way == "fused")
     flat = torch.randn(sum(LENGTHS), 10, 8, dtype=torch.float64)
     mine, theirs = flat.clone().requires_grad_(), flat.clone().requires_grad_()
     got = PackedAttention(LENGTHS, HEADS, Pointwise(False))(mine, 0, last_only)
@@ -39,6 +41,23 @@ def test_each_sequence_alone(products, last_only, monkeypatch):
     (got * weight).sum().backward()
     (want * weight).sum().backward()
     torch.testing.assert_close(mine.grad, theirs.grad, **tolerance)
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_fused_attention_behind_a_past_is_the_other(last_only, monkeypatch):
+    keys, values = torch.randn(2, 3, 20, 16, generator=torch.Generator().manual_seed(1))
+    index, length = torch.arange(15).view(3, 5), torch.tensor([5, 2, 0])
+    past = Past(TextCache(keys, values), index, length)
+    flat, results = torch.randn(12, 10, 8), []
+    for fused in (False, True):
+        monkeypatch.setattr(attention, "_fused", lambda device, fused=fused: fused)
+        qkv = flat.clone().requires_grad_()
+        out = PastAttention(past, 4, HEADS, torch.tensor([1.0, 0.3, 0.1, 0.03]))(qkv, 1, last_only)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append((out.detach(), qkv.grad))
+    assert results[0][0].shape == (3 if last_only else 12, 48)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])

@@ -1,5 +1,6 @@
 """Whitened text vectors: what they are, that nothing but the catalogue is in them, and that each text is read once."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,9 +30,9 @@ def counted(monkeypatch):
     """How often the LLM was loaded and how many texts it read."""
     counts, load, read = {"loaded": 0, "read": 0}, text_features.load_backbone, text_features._chunk_means
 
-    def loading(*given):
+    def loading(*given, **more):
         counts["loaded"] += 1
-        return load(*given)
+        return load(*given, **more)
 
     def reading(backbone, lines):
         counts["read"] += len(lines)
@@ -72,7 +73,8 @@ def test_a_mean_is_taken_over_all_tokens_but_the_first(llm, llm_folder):
     own, backbone = features(llm_folder), llm()
     means = own.means(ITEMS)
     for row in (0, 41):
-        outputs = backbone.decoder(backbone.embed(torch.tensor(own._encoder.item_tokens(ITEMS[row : row + 1])[0])[None]))
+        [line] = own._encoder.item_tokens(ITEMS[row : row + 1])
+        outputs = backbone.decoder(backbone.embed(backbone.tokens(line[None])))
         torch.testing.assert_close(means[row], outputs[0, 1:].mean(dim=0), rtol=1e-4, atol=1e-5)
 
 
@@ -126,6 +128,17 @@ def test_a_folder_that_is_none_is_a_clear_error(llm_folder, tmp_path):
         features(llm_folder, tmp_path / "file").means(ITEMS)
 
 
+def test_other_weights_than_the_expected_are_refused_even_if_their_means_are_kept(llm_folder, tmp_path):
+    features(llm_folder, tmp_path).means(ITEMS)
+    own = features(llm_folder, tmp_path)
+    own.expect(own.sha256, "runs/model")
+    own.means(ITEMS)
+    own = features(llm_folder, tmp_path)
+    own.expect("0" * 64, "runs/model")
+    with pytest.raises(UserError, match=r"runs/model was fitted with .*0000.*means nothing to other weights"):
+        own.means(ITEMS)
+
+
 TWO = """
 import sys, time
 import tiny
@@ -150,7 +163,48 @@ def test_of_two_processes_one_reads_and_one_waits(llm_folder, tmp_path):
     command = [sys.executable, "-c", TWO, str(llm_folder()), str(tmp_path / "text"), str(tmp_path / "read")]
     here = Path(__file__).parent
     both = [subprocess.Popen(command, env={"PYTHONPATH": f"{here}:{here.parent}:{here.parents[1]}"}) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [process.wait(timeout=240) for process in both] == [0, 0]
     assert sorted((tmp_path / "read").read_text().split()) == ["6", "64"]
     [file] = (tmp_path / "text").glob("*.safetensors")
     assert torch.equal(checkpoint.load(file)[0]["means"], features(llm_folder).means(ITEMS))
+
+
+TOGETHER = """
+import os, sys
+from pathlib import Path
+from laserrec.llm import text_features
+from laserrec.llm.text_features import TextFeatures
+from laserrec.util import checkpoint
+from laserrec.util.distributed import join
+from test_text_features import ITEMS, features
+
+read, seen, world = text_features._chunk_means, [], join()
+text_features._chunk_means = lambda backbone, lines: seen.append(len(lines)) or read(backbone, lines)
+own = features(lambda family: sys.argv[1], Path(sys.argv[2]) / "text")
+own.world = world
+means = own.means(ITEMS)
+again = features(lambda family: sys.argv[1], Path(sys.argv[2]) / "text")
+again.world = world
+checkpoint.save(Path(sys.argv[2]) / f"{world.rank}.safetensors", {"means": means, "again": again.means(ITEMS)},
+                {"seen": seen, "loaded": again._loaded is not None})
+"""
+
+
+def test_processes_of_one_run_share_the_reading(llm_folder, tmp_path):
+    here = Path(__file__).parent
+    common = {"PYTHONPATH": f"{here}:{here.parent}:{here.parents[1]}", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen([sys.executable, "-c", TOGETHER, str(llm_folder()), str(tmp_path)],
+                             env=common | {"RANK": str(rank)}) for rank in (0, 1)]
+    assert [process.wait(timeout=240) for process in both] == [0, 0]
+    want = features(llm_folder).means(ITEMS)
+    for rank, read in enumerate(([64], [6])):
+        tensors, facts = checkpoint.load(tmp_path / f"{rank}.safetensors")
+        assert torch.equal(tensors["means"], want) and torch.equal(tensors["again"], want)
+        assert facts == {"seen": read, "loaded": False}
+
+
+def free_port() -> int:
+    with socket.socket() as at:
+        at.bind(("127.0.0.1", 0))
+        return at.getsockname()[1]
