@@ -1,0 +1,166 @@
+"""Commands that train: `laserrec fit`, `pretrain`, `distil` and `quickstart`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from laserrec.cli.options import (
+    OPENING,
+    ConfigFile,
+    Device,
+    Flags,
+    JsonFile,
+    Opening,
+    Preset,
+    Quiet,
+    finish,
+    given,
+    say,
+    settings,
+)
+from laserrec.cli.output import print_results
+from laserrec.cli.settings import StudentSettings
+from laserrec.config import Config, IdModelKind, StudentConfig, valid
+from laserrec.util.errors import UserError
+
+if TYPE_CHECKING:
+    from laserrec.data.dataset import Dataset
+    from laserrec.recommender.recommender import LaserRecommender
+
+
+def fit(data: Path, out: Path, *, method: str = "laser", id_model: Path | None = None, device: Device = "auto",
+        preset: Preset = "small", config: ConfigFile = None, quiet: Quiet = False, json_file: JsonFile = None,
+        flags: Flags = None) -> None:
+    """Fit a method on a data folder, into a model folder. Run again to resume.
+
+    Laser's ID model is fitted first, into OUT/id_model, unless --id-model names one.
+
+    Examples:
+      laserrec fit runs/data runs/model --train.lr 1e-3
+      laserrec fit runs/data runs/sasrec --method sasrec --device cuda
+      torchrun --nproc-per-node 4 -m laserrec fit runs/data runs/model
+
+    Parameters
+    ----------
+    data
+        A data folder.
+    out
+        The model folder to make.
+    method
+        laser, sasrec, bert4rec, ease, ease-text, nearest-text or popularity.
+    id_model
+        Of laser: the model folder of a sasrec or bert4rec fitted on DATA.
+    """
+    from laserrec.util.distributed import join
+
+    join()  # first of all, so that of several processes that fail one alone says why
+    _fit(data, out, method, settings(preset, config, flags), id_model, device, quiet, json_file)
+
+
+def pretrain(data: Path, out: Path, *, device: Device = "auto", preset: Preset = "small", config: ConfigFile = None,
+             quiet: Quiet = False, json_file: JsonFile = None, flags: Flags = None) -> None:
+    """Fit the ID model that the settings name: laserrec fit with its kind as --method. Run again to resume.
+
+    Example: laserrec pretrain runs/data runs/id_model --id-model.kind sasrec
+
+    Parameters
+    ----------
+    data
+        A data folder.
+    out
+        The model folder to make.
+    """
+    tree = settings(preset, config, flags)
+    if tree.id_model.kind == IdModelKind.NONE:
+        raise UserError("these settings have no ID model (id_model.kind is none); give --id-model.kind sasrec or "
+                        "bert4rec")
+    _fit(data, out, tree.id_model.kind.value, tree, None, device, quiet, json_file)
+
+
+def _fit(data: Path, out: Path, method: str, config: Config, id_model: Path | None, device: str, quiet: bool,
+         json_file: Path | None) -> None:
+    from laserrec.data.dataset import Dataset
+    from laserrec.recommender.recommender import LaserRecommender
+    from laserrec.util.distributed import join
+
+    dataset, there = Dataset.load(data), (out / "model.json").is_file()
+    model = LaserRecommender.fit_dataset(dataset, config, out, method, id_model, device, not quiet)
+    if not join().is_main:
+        return
+    facts, k = model.facts["training"], config.eval.k
+    kept, score = facts["kept"], f"validation_ndcg@{config.eval.k}"
+    quality = f"validation NDCG@{k} {kept[score]:.4f}" if score in kept else "not validated"
+    where = f"{kept['phase']}, epoch {kept['epoch']}" if kept.get("epoch") else kept.get("phase", "nothing to train")
+    say(f"{method} in {out}: {quality} ({where}), {facts['seconds']:.0f} s{' (was there already)' if there else ''}")
+    finish({"method": method, **facts, **_add_new_items(model, dataset, out)}, json_file)
+
+
+def _add_new_items(model: LaserRecommender, dataset: Dataset, out: Path) -> dict[str, int]:
+    """Items of the data folder that nobody bought yet go into the catalogue, where the method can take them."""
+    import polars as pl
+
+    from laserrec.methods.protocol import Growing
+
+    file = (dataset.folder or Path()) / "new_items.parquet"
+    if not file.is_file():
+        return {}
+    new = pl.read_parquet(file)
+    if not isinstance(model.model, Growing):
+        say(f"{new.height:,} items without enough interactions are left out: {model.method} knows items by their "
+            "interactions alone")
+        return {"new_items": 0}
+    if model.add_items(new, exists="skip"):
+        model.save_pretrained(out)
+    say(f"{new.height:,} items without enough interactions can be recommended too, by their text")
+    return {"new_items": new.height}
+
+
+def distil(data: Path, model: Path, out: Path, *, opening: Opening = OPENING, quiet: Quiet = False,
+           json_file: JsonFile = None,
+           flags: Annotated[StudentSettings | None, Parameter(name="*", show_default=False)] = None) -> None:
+    """Make of a fitted Laser a model that answers without the LLM, at an ID model's speed. Run again to resume.
+
+    Example: laserrec distil runs/data runs/model runs/fast
+
+    Parameters
+    ----------
+    data
+        The data folder that MODEL was fitted on, or another of the same catalogue. Its training sequences are used.
+    model
+        A model folder.
+    out
+        The model folder to make. It takes MODEL's place in recommend, batch, serve and the rest.
+    json_file
+        Write {"config", "histories", "seconds", "validation": {"teacher", "student"}} to this file.
+    """
+    from laserrec.data.dataset import Dataset
+    from laserrec.recommender.distil import distil as work
+
+    config, teacher = valid(StudentConfig, given(flags), "flags"), opening.open(model)
+    facts: dict[str, Any] = work(teacher, Dataset.load(data), out, config, not quiet).facts["student"]
+    print_results([{"model": name, **row} for name, row in facts["validation"].items()], teacher.config.eval.k,
+                  "validation split")
+    say(f"{facts['histories']:,} histories, {facts['seconds']:.0f} s; {out} answers without the LLM")
+    finish(facts, json_file)
+
+
+def quickstart(out: Path = Path("runs/quickstart"), *, device: Device = "auto",
+               preset: Literal["small", "instant"] = "small", config: ConfigFile = None, quiet: Quiet = False,
+               json_file: JsonFile = None, flags: Flags = None) -> None:
+    """Prepare, fit, recommend and compare on amazon-scientific. Run again to resume or to see it again.
+
+    Example: laserrec quickstart
+
+    Parameters
+    ----------
+    out
+        Everything is kept here; the table is OUT/results.json.
+    preset
+        Starting point of all settings; instant needs no training by gradient.
+    """
+    from laserrec.experiments.quickstart import run
+
+    finish(run(out, settings(preset, config, flags), not quiet, device), json_file)
