@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from laserrec.cli.options import Device, JsonFile, finish, say
+from laserrec.cli.options import JsonFile, finish, say
 
 backbone_app = App(name="backbone", help="The frozen LLM: fetch the default one, list what is here, check one.")
 

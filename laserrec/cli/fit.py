@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from laserrec.cli.options import (
+    FITTING,
     OPENING,
     ConfigFile,
+    Data,
     Device,
+    Fitting,
     Flags,
     JsonFile,
+    Model,
+    ModelOut,
     Opening,
-    Preset,
     Quiet,
     finish,
     given,
@@ -31,9 +35,8 @@ if TYPE_CHECKING:
     from laserrec.recommender.recommender import LaserRecommender
 
 
-def fit(data: Path, out: Path, *, method: str = "laser", id_model: Path | None = None, device: Device = "auto",
-        preset: Preset = "small", config: ConfigFile = None, quiet: Quiet = False, json_file: JsonFile = None,
-        flags: Flags = None) -> None:
+def fit(data: Data, out: ModelOut, *, method: str = "laser", id_model: Path | None = None, how: Fitting = FITTING
+        ) -> None:
     """Fit a method on a data folder, into a model folder. Run again to resume.
 
     Laser's ID model is fitted first, into OUT/id_model, unless --id-model names one.
@@ -41,14 +44,10 @@ def fit(data: Path, out: Path, *, method: str = "laser", id_model: Path | None =
     Examples:
       laserrec fit runs/data runs/model --train.lr 1e-3
       laserrec fit runs/data runs/sasrec --method sasrec --device cuda
-      torchrun --nproc-per-node 4 -m laserrec fit runs/data runs/model
+      torchrun --nproc-per-node 4 -m laserrec fit runs/data runs/model --id-model runs/sasrec
 
     Parameters
     ----------
-    data
-        A data folder.
-    out
-        The model folder to make.
     method
         laser, sasrec, bert4rec, ease, ease-text, nearest-text or popularity.
     id_model
@@ -57,37 +56,29 @@ def fit(data: Path, out: Path, *, method: str = "laser", id_model: Path | None =
     from laserrec.util.distributed import join
 
     join()  # first of all, so that of several processes that fail one alone says why
-    _fit(data, out, method, settings(preset, config, flags), id_model, device, quiet, json_file)
+    _fit(data, out, method, how.settings(), id_model, how)
 
 
-def pretrain(data: Path, out: Path, *, device: Device = "auto", preset: Preset = "small", config: ConfigFile = None,
-             quiet: Quiet = False, json_file: JsonFile = None, flags: Flags = None) -> None:
+def pretrain(data: Data, out: ModelOut, *, how: Fitting = FITTING) -> None:
     """Fit the ID model that the settings name: laserrec fit with its kind as --method. Run again to resume.
 
     Example: laserrec pretrain runs/data runs/id_model --id-model.kind sasrec
-
-    Parameters
-    ----------
-    data
-        A data folder.
-    out
-        The model folder to make.
     """
-    tree = settings(preset, config, flags)
-    if tree.id_model.kind == IdModelKind.NONE:
+    config = how.settings()
+    if config.id_model.kind == IdModelKind.NONE:
         raise UserError("these settings have no ID model (id_model.kind is none); give --id-model.kind sasrec or "
                         "bert4rec")
-    _fit(data, out, tree.id_model.kind.value, tree, None, device, quiet, json_file)
+    _fit(data, out, config.id_model.kind.value, config, None, how)
 
 
-def _fit(data: Path, out: Path, method: str, config: Config, id_model: Path | None, device: str, quiet: bool,
-         json_file: Path | None) -> None:
+def _fit(data: Path, out: Path, method: str, config: Config, id_model: Path | None, how: Fitting) -> None:
     from laserrec.data.dataset import Dataset
     from laserrec.recommender.recommender import LaserRecommender
     from laserrec.util.distributed import join
 
     dataset, there = Dataset.load(data), (out / "model.json").is_file()
-    model = LaserRecommender.fit_dataset(dataset, config, out, method, id_model, device, not quiet)
+    model = LaserRecommender.fit_dataset(dataset, config, out, method, id_model, how.device, not how.quiet,
+                                         how.trust_remote_code)
     if not join().is_main:
         return
     facts, k = model.facts["training"], config.eval.k
@@ -95,7 +86,7 @@ def _fit(data: Path, out: Path, method: str, config: Config, id_model: Path | No
     quality = f"validation NDCG@{k} {kept[score]:.4f}" if score in kept else "not validated"
     where = f"{kept['phase']}, epoch {kept['epoch']}" if kept.get("epoch") else kept.get("phase", "nothing to train")
     say(f"{method} in {out}: {quality} ({where}), {facts['seconds']:.0f} s{' (was there already)' if there else ''}")
-    finish({"method": method, **facts, **_add_new_items(model, dataset, out)}, json_file)
+    finish({"method": method, **facts, **_add_new_items(model, dataset, out)}, how.json_file)
 
 
 def _add_new_items(model: LaserRecommender, dataset: Dataset, out: Path) -> dict[str, int]:
@@ -118,7 +109,7 @@ def _add_new_items(model: LaserRecommender, dataset: Dataset, out: Path) -> dict
     return {"new_items": new.height}
 
 
-def distil(data: Path, model: Path, out: Path, *, opening: Opening = OPENING, quiet: Quiet = False,
+def distil(data: Path, model: Model, out: Path, *, opening: Opening = OPENING, quiet: Quiet = False,
            json_file: JsonFile = None,
            flags: Annotated[StudentSettings | None, Parameter(name="*", show_default=False)] = None) -> None:
     """Make of a fitted Laser a model that answers without the LLM, at an ID model's speed. Run again to resume.
@@ -129,12 +120,8 @@ def distil(data: Path, model: Path, out: Path, *, opening: Opening = OPENING, qu
     ----------
     data
         The data folder that MODEL was fitted on, or another of the same catalogue. Its training sequences are used.
-    model
-        A model folder.
     out
         The model folder to make. It takes MODEL's place in recommend, batch, serve and the rest.
-    json_file
-        Write {"config", "histories", "seconds", "validation": {"teacher", "student"}} to this file.
     """
     from laserrec.data.dataset import Dataset
     from laserrec.recommender.distil import distil as work
@@ -147,9 +134,8 @@ def distil(data: Path, model: Path, out: Path, *, opening: Opening = OPENING, qu
     finish(facts, json_file)
 
 
-def quickstart(out: Path = Path("runs/quickstart"), *, device: Device = "auto",
-               preset: Literal["small", "instant"] = "small", config: ConfigFile = None, quiet: Quiet = False,
-               json_file: JsonFile = None, flags: Flags = None) -> None:
+def quickstart(out: Path = Path("runs/quickstart"), *, device: Device = "auto", config: ConfigFile = None,
+               quiet: Quiet = False, json_file: JsonFile = None, flags: Flags = None) -> None:
     """Prepare, fit, recommend and compare on amazon-scientific. Run again to resume or to see it again.
 
     Example: laserrec quickstart
@@ -158,9 +144,7 @@ def quickstart(out: Path = Path("runs/quickstart"), *, device: Device = "auto",
     ----------
     out
         Everything is kept here; the table is OUT/results.json.
-    preset
-        Starting point of all settings; instant needs no training by gradient.
     """
     from laserrec.experiments.quickstart import run
 
-    finish(run(out, settings(preset, config, flags), not quiet, device), json_file)
+    finish(run(out, settings("small", config, flags), not quiet, device), json_file)

@@ -18,6 +18,11 @@ from laserrec.util.io import write_json
 if TYPE_CHECKING:
     from laserrec.recommender.recommender import LaserRecommender
 
+Data = Annotated[Path, Parameter(help="A data folder.")]
+Model = Annotated[Path, Parameter(help="A model folder, or ORG/NAME[@REVISION] on the Hugging Face Hub.")]
+ModelOut = Annotated[Path, Parameter(help="The model folder to make.")]
+Index = Annotated[Path | None, Parameter(help="Folder that laserrec index build made of MODEL; else all items are "
+                                         "compared.")]
 Preset = Annotated[str, Parameter(help=f"Starting point of all settings: {', '.join(PRESETS)}.")]
 ConfigFile = Annotated[Path | None, Parameter(name="--config", help="TOML file with settings, laid on the preset.")]
 Flags = Annotated[Settings | None, Parameter(name="*", group="Settings", show_default=False)]
@@ -49,7 +54,25 @@ class Opening:
                                                 trust_remote_code=self.trust_remote_code)
 
 
-OPENING = Opening()
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Fitting:
+    """How a method is fitted."""
+
+    device: Device = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    preset: Preset = "small"
+    config: ConfigFile = None
+    quiet: Quiet = False
+    json_file: JsonFile = None
+    flags: Flags = None
+
+    def settings(self) -> Config:
+        """Of preset, file and flags."""
+        return settings(self.preset, self.config, self.flags)
+
+
+OPENING, FITTING = Opening(), Fitting()
 """The defaults."""
 
 

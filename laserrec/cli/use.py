@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from laserrec.cli.options import OPENING, JsonFile, Opening, Quiet, Switch, finish, item_ids, say
+from laserrec.cli.options import OPENING, Data, Index, JsonFile, Model, Opening, Quiet, Switch, finish, item_ids, say
 from laserrec.cli.output import print_recommendations, print_results
 from laserrec.util.errors import UserError
 
 
-def evaluate(data: Path, models: list[str], *, split: Literal["validation", "test"] = "test", k: int = 10,
+def evaluate(data: Data, models: list[str], *, split: Literal["validation", "test"] = "test", k: int = 10,
              ranks: Path | None = None, record: Switch = False, opening: Opening = OPENING, quiet: Quiet = False,
              json_file: JsonFile = None) -> None:
     """Rank all items for every user of a split, with each model, and print one table.
@@ -22,8 +22,6 @@ def evaluate(data: Path, models: list[str], *, split: Literal["validation", "tes
 
     Parameters
     ----------
-    data
-        A data folder.
     models
         Model folders, models on the hub (ORG/NAME[@REVISION]), popularity or ease (fitted on DATA at once).
     split
@@ -76,9 +74,9 @@ def _file_names(models: list[str]) -> list[str]:
     return names
 
 
-def recommend(model: Path, *, history: str | None = None, histories: Path | None = None, out: Path | None = None,
+def recommend(model: Model, *, history: str | None = None, histories: Path | None = None, out: Path | None = None,
               k: int = 10, exclude_seen: Switch = False, exclude: str | None = None,
-              unknown: Literal["error", "drop"] = "error", index: Path | None = None, opening: Opening = OPENING,
+              unknown: Literal["error", "drop"] = "error", index: Index = None, opening: Opening = OPENING,
               json_file: JsonFile = None) -> None:
     """Recommend the next items for one history, or for a file of histories.
 
@@ -89,8 +87,6 @@ def recommend(model: Path, *, history: str | None = None, histories: Path | None
 
     Parameters
     ----------
-    model
-        A model folder, or ORG/NAME[@REVISION] on the Hugging Face Hub.
     history
         Item ids, oldest first, separated by commas.
     histories
@@ -105,8 +101,6 @@ def recommend(model: Path, *, history: str | None = None, histories: Path | None
         Item ids that nobody is recommended, separated by commas.
     unknown
         drop leaves out history items that are not in the catalogue.
-    index
-        Folder that laserrec index build made of MODEL; else histories are compared with all items.
     """
     from laserrec.data.tables import read_frame, write_frame
 
