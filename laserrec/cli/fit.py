@@ -27,7 +27,7 @@ from laserrec.cli.options import (
 )
 from laserrec.cli.output import print_results
 from laserrec.cli.settings import StudentSettings
-from laserrec.config import Config, IdModelKind, StudentConfig, valid
+from laserrec.config import IdModelKind, StudentConfig, valid
 from laserrec.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def fit(data: Data, out: ModelOut, *, method: str = "laser", id_model: Path | No
     from laserrec.util.distributed import join
 
     join()  # first of all, so that of several processes that fail one alone says why
-    _fit(data, out, method, how.settings(), id_model, how)
+    _fit(data, out, method, how, id_model)
 
 
 def pretrain(data: Data, out: ModelOut, *, how: Fitting = FITTING) -> None:
@@ -64,19 +64,19 @@ def pretrain(data: Data, out: ModelOut, *, how: Fitting = FITTING) -> None:
 
     Example: laserrec pretrain runs/data runs/id_model --id-model.kind sasrec
     """
-    config = how.settings()
-    if config.id_model.kind == IdModelKind.NONE:
+    kind = how.settings("laser").id_model.kind
+    if kind == IdModelKind.NONE:
         raise UserError("these settings have no ID model (id_model.kind is none); give --id-model.kind sasrec or "
                         "bert4rec")
-    _fit(data, out, config.id_model.kind.value, config, None, how)
+    _fit(data, out, kind.value, how)
 
 
-def _fit(data: Path, out: Path, method: str, config: Config, id_model: Path | None, how: Fitting) -> None:
+def _fit(data: Path, out: Path, method: str, how: Fitting, id_model: Path | None = None) -> None:
     from laserrec.data.dataset import Dataset
     from laserrec.recommender.recommender import LaserRecommender
     from laserrec.util.distributed import join
 
-    dataset, there = Dataset.load(data), (out / "model.json").is_file()
+    config, dataset, there = how.settings(method), Dataset.load(data), (out / "model.json").is_file()
     model = LaserRecommender.fit_dataset(dataset, config, out, method, id_model, how.device, not how.quiet,
                                          how.trust_remote_code)
     if not join().is_main:

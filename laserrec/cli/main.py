@@ -42,7 +42,7 @@ def main() -> None:
         warnings.showwarning = _print_warning
         try:
             _read_environment()
-            app(exit_on_error=False)
+            app(sys.argv[1:], exit_on_error=False)
         except CycloptsError:  # printed already
             sys.exit(2)
         except UserError as error:

@@ -67,9 +67,9 @@ class Fitting:
     json_file: JsonFile = None
     flags: Flags = None
 
-    def settings(self) -> Config:
-        """Of preset, file and flags."""
-        return settings(self.preset, self.config, self.flags)
+    def settings(self, method: str) -> Config:
+        """Of preset, file and flags, for one method."""
+        return load_config(self.preset, self.config, given(self.flags), method)
 
 
 OPENING, FITTING = Opening(), Fitting()

@@ -110,6 +110,8 @@ def recommend(model: Model, *, history: str | None = None, histories: Path | Non
         asked = read_frame(histories)
     else:
         raise UserError("give either --history ID,ID,... or --histories FILE")
+    if out is not None and out.suffix not in (".csv", ".parquet"):
+        raise UserError(f"{out}: ending {out.suffix!r} is not one of .csv, .parquet")
     loaded = opening.open(model)
     loaded.use_index(index)
     frame = loaded.recommend(asked, k=k, exclude_seen=exclude_seen, unknown=unknown,

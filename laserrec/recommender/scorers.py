@@ -16,7 +16,6 @@ from laserrec.evaluation.evaluate import Scorer
 from laserrec.llm.backbone import Backbone
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import Given, find_method
-from laserrec.presets import EASE
 from laserrec.recommender.hub import is_repo
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.util.errors import UserError
@@ -57,7 +56,7 @@ def load_scorer(name: str, dataset: Dataset, device: torch.device, backbone: Bac
 
 
 def _fitted(name: str, dataset: Dataset, device: torch.device) -> tuple[Scorer, int]:
-    config = load_config(overrides={"neighbours": EASE})
+    config = load_config(method=name)
     method, features = find_method(name), TextFeatures(config.backbone, config.prompt, device)
     method.needs(config, dataset.n_items)
     given = Given(config, dataset.items, dataset.n_items, features)

@@ -61,7 +61,7 @@ class Watch:
         They stay on their device until a line is written, since reading one from a GPU waits for it."""
         self._own = numbers
 
-    def step(self, step: int, examples: int, **facts: float | str | None) -> None:
+    def step(self, step: int, examples: int, **facts: int | float | str | None) -> None:
         """The step is done: the `step`-th of the training, from 1. facts: taken as they are, such as epoch, lr."""
         self._steps, self._examples, self._until = self._steps + 1, self._examples + examples, time.monotonic()
         self._facts = {"step": step, **facts}

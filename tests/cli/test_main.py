@@ -30,12 +30,15 @@ def test_choices_in_the_help_are_values(run):
     for argument in cli.app["fit"].assemble_argument_collection():
         shown |= {argument.name.removeprefix("--"): argument.get_choices()}
     for section, info in Config.model_fields.items():
+        if section == "student":
+            assert not any(name.startswith("student") for name in shown)
+            continue
         for field, setting in info.annotation.model_fields.items():
             if isinstance(setting.annotation, type) and issubclass(setting.annotation, Enum):
                 choices = shown[f"{section}.{field}".replace("_", "-")]
                 assert [*choices] == [member.value for member in setting.annotation]
     _, out, _ = run("fit", "--help")
-    assert "bert4rec]" in out and "bert4-rec" not in out
+    assert "bert4rec, none]" in out and "bert4-rec" not in out
 
 
 def test_the_help_shows_every_command(run):

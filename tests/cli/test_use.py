@@ -148,3 +148,28 @@ def test_a_model_of_another_catalogue(run, data, models, tmp_path):
     items.with_columns(item_id="x" + pl.col("item_id")).write_parquet(other / "items.parquet")
     code, _, err = run("evaluate", other, models[0], "--quiet")
     assert code == 2 and "has another catalogue than the data folder" in err
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_only_a_flag_lets_an_llm_run_code(run, data, models, settings, tmp_path, monkeypatch, trusted):
+    from laserrec.llm import text_features
+
+    asked = []
+
+    def load(config, device, trust_remote_code):
+        asked.append(trust_remote_code)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text_features, "load_backbone", load)
+    fresh = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("text_features"))
+    for command in (["recommend", models[0], "--history", "i1"], ["evaluate", data, models[0], "--quiet"],
+                    ["fit", fresh, tmp_path / "out", "--method", "ease-text", "--config", settings, "--quiet"],
+                    ["distil", data, models[0], tmp_path / "fast", "--quiet"]):
+        code, *_ = run(*command, *(["--trust-remote-code"] if trusted else []))
+        assert code == 130
+    assert asked == [trusted] * 4
+
+
+def test_a_file_that_could_not_be_written_is_told_before_the_work(run, tmp_path):
+    code, _, err = run("recommend", tmp_path / "none", "--history", "i1", "--out", "rec.xlsx")
+    assert code == 2 and "rec.xlsx: ending '.xlsx' is not one of" in err
