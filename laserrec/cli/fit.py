@@ -86,27 +86,23 @@ def _fit(data: Path, out: Path, method: str, how: Fitting, id_model: Path | None
     quality = f"validation NDCG@{k} {kept[score]:.4f}" if score in kept else "not validated"
     where = f"{kept['phase']}, epoch {kept['epoch']}" if kept.get("epoch") else kept.get("phase", "nothing to train")
     say(f"{method} in {out}: {quality} ({where}), {facts['seconds']:.0f} s{' (was there already)' if there else ''}")
-    finish({"method": method, **facts, **_add_new_items(model, dataset, out)}, how.json_file)
+    finish({"method": method, **facts, "new_items": _add_new_items(model, dataset, out)}, how.json_file)
 
 
-def _add_new_items(model: LaserRecommender, dataset: Dataset, out: Path) -> dict[str, int]:
-    """Items of the data folder that nobody bought yet go into the catalogue, where the method can take them."""
-    import polars as pl
-
+def _add_new_items(model: LaserRecommender, dataset: Dataset, out: Path) -> int:
+    """Items of the data folder without interactions go into the catalogue, where the method can take them."""
     from laserrec.methods.protocol import Growing
 
-    file = (dataset.folder or Path()) / "new_items.parquet"
-    if not file.is_file():
-        return {}
-    new = pl.read_parquet(file)
-    if not isinstance(model.model, Growing):
-        say(f"{new.height:,} items without enough interactions are left out: {model.method} knows items by their "
+    count = dataset.new_items.height
+    if count and not isinstance(model.model, Growing):
+        say(f"{count:,} items without enough interactions are left out: {model.method} knows items by their "
             "interactions alone")
-        return {"new_items": 0}
-    if model.add_items(new, exists="skip"):
+        return 0
+    if count and model.add_items(dataset.new_items, exists="skip"):
         model.save_pretrained(out)
-    say(f"{new.height:,} items without enough interactions can be recommended too, by their text")
-    return {"new_items": new.height}
+    if count:
+        say(f"{count:,} items without enough interactions can be recommended too, by their text")
+    return count
 
 
 def distil(data: Path, model: Model, out: Path, *, opening: Opening = OPENING, quiet: Quiet = False,

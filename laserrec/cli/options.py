@@ -29,6 +29,8 @@ Flags = Annotated[Settings | None, Parameter(name="*", group="Settings", show_de
 Switch = Annotated[bool, Parameter(negative="")]
 """A flag that is off unless it is given."""
 JsonFile = Annotated[Path | None, Parameter(name="--json", help="Write the numbers to this file.")]
+Separator = Annotated[str | None, Parameter(help="Of delimited text, such as ; (a comma if not given, a tab in .tsv).")]
+Encoding = Annotated[str, Parameter(help="Of text files, such as cp1252 or utf-16.")]
 Quiet = Annotated[bool, Parameter(negative="", help="Show no progress.")]
 Device = Annotated[str, Parameter(help="Where to compute: auto, cpu, cuda, cuda:N or mps. auto takes a GPU if there "
                                   "is one.")]

@@ -6,7 +6,21 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from laserrec.cli.options import OPENING, Data, Index, JsonFile, Model, Opening, Quiet, Switch, finish, item_ids, say
+from laserrec.cli.options import (
+    OPENING,
+    Data,
+    Encoding,
+    Index,
+    JsonFile,
+    Model,
+    Opening,
+    Quiet,
+    Separator,
+    Switch,
+    finish,
+    item_ids,
+    say,
+)
 from laserrec.cli.output import print_recommendations, print_results
 from laserrec.util.errors import UserError
 
@@ -75,9 +89,9 @@ def _file_names(models: list[str]) -> list[str]:
 
 
 def recommend(model: Model, *, history: str | None = None, histories: Path | None = None, out: Path | None = None,
-              k: int = 10, exclude_seen: Switch = False, exclude: str | None = None,
-              unknown: Literal["error", "drop"] = "error", index: Index = None, opening: Opening = OPENING,
-              json_file: JsonFile = None) -> None:
+              separator: Separator = None, encoding: Encoding = "utf-8", k: int = 10, exclude_seen: Switch = False,
+              exclude: str | None = None, unknown: Literal["error", "drop"] = "error", index: Index = None,
+              opening: Opening = OPENING, json_file: JsonFile = None) -> None:
     """Recommend the next items for one history, or for a file of histories.
 
     Examples:
@@ -90,7 +104,7 @@ def recommend(model: Model, *, history: str | None = None, histories: Path | Non
     history
         Item ids, oldest first, separated by commas.
     histories
-        A .csv, .jsonl or .parquet file with user_id and item_id, in time order within a user.
+        A file, folder of parts or pattern: user_id and item_id, oldest first or with a timestamp, or lists of ids.
     out
         Where to write the recommendations of --histories (.csv or .parquet); else they are printed.
     k
@@ -107,7 +121,7 @@ def recommend(model: Model, *, history: str | None = None, histories: Path | Non
     if history is not None and histories is None:
         asked = [item_ids(history)]
     elif histories is not None and history is None:
-        asked = read_frame(histories)
+        asked = read_frame(histories, separator, encoding)
     else:
         raise UserError("give either --history ID,ID,... or --histories FILE")
     if out is not None and out.suffix not in (".csv", ".parquet"):

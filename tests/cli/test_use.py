@@ -92,6 +92,11 @@ def test_one_history_and_a_file_of_histories(run, models, tmp_path):
     table = pl.read_csv(tmp_path / "rec.csv", infer_schema=False)
     assert code == 0 and table["user_id"].to_list() == ["007", "007", "anna", "anna"]
     assert table["item_id"].to_list()[:2] == [r["item_id"] for r in rows[:2]]
+    (tmp_path / "users.txt").write_text("user_id;item_id\nBär;i1\nBär;gone\n", encoding="cp1252")
+    shutil.move(tmp_path / "users.txt", tmp_path / "users.csv")
+    code, out, err = run("recommend", model, "--histories", tmp_path / "users.csv", "--separator", ";", "--encoding",
+                         "cp1252", "--unknown", "drop")
+    assert code == 0 and "Bär" in out and err.startswith("warning: 1 of 2 items of the histories are not in"), err
     code, _, err = run("recommend", model, "--history", "i1, i2", "--k", "3", "--json", numbers,
                        "--exclude", rows[0]["item_id"] + ", i3")
     found = [row["item_id"] for row in json.loads(numbers.read_text())]
