@@ -459,16 +459,18 @@ class Config(_Section):
         return self
 
 
-def load_config(preset: str = "small", file: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+def load_config(preset: str = "small", file: Path | None = None, overrides: dict[str, Any] | None = None,
+                method: str = "laser") -> Config:
     """Preset, then TOML file, then overrides (nested dicts); later ones win.
 
+    method: what is to be fitted; the settings that did best for it alone are laid on the preset.
     Raises UserError with the file and the setting's dotted name for anything unknown or out of range.
     """
-    from laserrec.presets import PRESETS
+    from laserrec.presets import METHOD_SETTINGS, PRESETS
 
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; there are: {', '.join(PRESETS)}")
-    tree = PRESETS[preset]
+    tree = merge(PRESETS[preset], METHOD_SETTINGS.get(method, {}))
     source = f"preset {preset}"
     if file is not None:
         tree = merge(tree, _read_toml(file))

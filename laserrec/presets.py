@@ -12,6 +12,13 @@ ID_MODELS: dict[str, dict[str, Any]] = {
 # EASE on IDs alone, as a rival: the best of 378 settings of l2, length_power, decay and row_power.
 EASE: dict[str, Any] = {"l2": 400.0, "text_weight": 0.0, "row_power": 0.5}
 
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "sasrec": {"id_model": {"lr": 1e-3, "dropout": 0.5, **ID_MODELS["sasrec"]}},
+    "bert4rec": {"id_model": {"shuffle": 0.0, **ID_MODELS["bert4rec"]}},
+    "ease": {"neighbours": EASE},
+}
+"""Laid on the preset, whose settings suit Laser, where a method is fitted alone."""
+
 # The paper's settings (appendix B). Any other decoder of that size goes in with --backbone.name.
 _PAPER: dict[str, Any] = {
     "id_model": {"kind": "bert4rec", "d_id": 64, **ID_MODELS["bert4rec"]},

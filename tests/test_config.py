@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from laserrec.config import Config, load_config, merge
-from laserrec.presets import PRESETS
+from laserrec.config import Config, StudentConfig, load_config, merge
+from laserrec.presets import ID_MODELS, PRESETS
 from laserrec.util.errors import UserError
 
 
@@ -94,6 +94,21 @@ def test_a_config_is_frozen_and_survives_json():
 
 
 def test_every_setting_is_documented():
-    for section in Config.model_fields.values():
-        for name, field in section.annotation.model_fields.items():
+    sections = [info.annotation for name, info in Config.model_fields.items() if name != "student"]
+    for section in (*sections, StudentConfig):
+        for name, field in section.model_fields.items():
             assert field.description, name
+
+
+def test_a_method_fitted_alone_has_its_own_best_settings(tmp_path):
+    """Below file and overrides, and without effect where the preset is made for it."""
+    assert load_config(method="ease").neighbours.l2 == 400
+    (tmp_path / "own.toml").write_text("[neighbours]\nl2 = 7")
+    assert load_config("small", tmp_path / "own.toml", method="ease").neighbours.l2 == 7
+    assert load_config(method="sasrec") == load_config()
+    assert load_config("paper", method="bert4rec") == load_config("paper")
+    for method, preset in (("bert4rec", "small"), ("sasrec", "paper")):
+        tuned = load_config(preset, method=method).id_model
+        own = load_config({"small": "paper", "paper": "small"}[preset]).id_model
+        names = {*ID_MODELS["sasrec"], *ID_MODELS["bert4rec"]} - {"mask_probability"}  # bert4rec's alone
+        assert tuned.model_dump(include=names) == own.model_dump(include=names)

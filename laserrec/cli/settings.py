@@ -10,25 +10,39 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from laserrec.config import Config, StudentConfig
 
 
-def _partial(model: type[BaseModel], tell_defaults: bool = False) -> type[BaseModel]:
-    """The same fields without defaults' cross-checks; a field that was not given stays unset. tell_defaults: in the
-    descriptions; where presets may say otherwise they would mislead."""
+def _partial(model: type[BaseModel], tell_defaults: bool = False, without: tuple[str, ...] = ()) -> Any:
+    """The same fields, all optional and without the checks across fields. A field that was not given stays unset.
+
+    tell_defaults: write each default into its description. Leave it off where presets change the defaults.
+    without: fields that are no flags.
+    """
     fields: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         annotation = info.annotation
+        if name in without:
+            continue
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             part = _partial(annotation)
             fields[name] = (part, Field(default=part()))
         else:
-            if isinstance(annotation, type) and issubclass(annotation, Enum):
-                # Of an enum, --help would show the members' names in the command line's spelling, which are no values.
-                annotation = Literal[tuple(member.value for member in annotation)]
-            told = (info.description or "") + (f" [default: {info.default}]" if tell_defaults else "")
-            fields[name] = (annotation | None, Field(default=None, description=told))
+            told = " ".join((info.description or "").split()) + (f" [default: {info.default}]" if tell_defaults else "")
+            fields[name] = (_flag_type(annotation) | None, Field(default=None, description=told))
     return create_model(f"{model.__name__}Flags", __config__=ConfigDict(frozen=True, extra="forbid"), **fields)
 
 
-Settings = _partial(Config)
-"""`Settings().model_dump(exclude_unset=True)` is the nested dict of the flags that were given."""
-StudentSettings = _partial(StudentConfig, tell_defaults=True)
-"""The same of what `laserrec distil` takes."""
+def _flag_type(annotation: Any) -> Any:
+    """An enum as a Literal of its values: of an enum, `--help` would list member names, which are not accepted."""
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return Literal.__getitem__(tuple(member.value for member in annotation))
+    return annotation
+
+
+class Settings(_partial(Config, without=("student",))):
+    """All settings as flags, but for the student's, which only `laserrec distil` sets.
+
+    `Settings().model_dump(exclude_unset=True)` is the nested dict of the flags given.
+    """
+
+
+class StudentSettings(_partial(StudentConfig, tell_defaults=True)):
+    """The settings of `laserrec distil` as flags."""

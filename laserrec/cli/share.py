@@ -1,25 +1,21 @@
-"""`laserrec push` and `laserrec card`. Thin, as cli.py."""
+"""`laserrec push` and `laserrec card`."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
-from rich.console import Console
+from cyclopts import Parameter
 
-from laserrec.util.io import write_json
+from laserrec.cli.options import JsonFile, finish, say
 
-push_app = App(name="push")
-card_app = App(name="card")
-out_console = Console()
-_Licence = Annotated[str | None, Parameter(name=["--licence", "--license"])]
+Licence = Annotated[str | None, Parameter(name=["--licence", "--license"])]
 
 
-@push_app.default
 def push(model: Path, repo: str, *, private: bool | None = None, revision: str | None = None,
-         message: str | None = None, licence: _Licence = None, data_name: str | None = None,
-         json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
+         message: str | None = None, licence: Licence = None, data_name: str | None = None,
+         json_file: JsonFile = None) -> None:
     """Upload a model folder, with its card, to the Hugging Face Hub; the LLM is named in it, not copied.
 
     The token is that of `hf auth login` or the environment variable HF_TOKEN.
@@ -45,23 +41,19 @@ def push(model: Path, repo: str, *, private: bool | None = None, revision: str |
     json_file
         Write {"repo", "commit"} to this file.
     """
-    from laserrec.recommender.hub import names_a_local_backbone, push_folder
     from laserrec.recommender.folder import tell_card
+    from laserrec.recommender.hub import names_a_local_backbone, push_folder
 
     tell_card(model, licence, data_name)
     if path := names_a_local_backbone(model):
-        Console(stderr=True).print(f"[yellow]warning:[/] the LLM of this model is the local folder {path}, and "
-                                   "model.json names that path; who loads the model must have the same weights and "
-                                   "give backbone=FOLDER", soft_wrap=True)
+        print(f"warning: the LLM of this model is the local folder {path}, and model.json names that path; who loads "
+              "the model must have the same weights and give --backbone FOLDER", file=sys.stderr)
     commit = push_folder(model, repo, private, None, revision, message)
-    out_console.print(f"{commit}\nload it with LaserRecommender.from_pretrained({repo!r}) or laserrec recommend {repo}",
-                      highlight=False, soft_wrap=True)
-    if json_file is not None:
-        write_json(json_file, {"repo": repo, "commit": commit})
+    say(f"{commit}\nload it with LaserRecommender.from_pretrained({repo!r}) or laserrec recommend {repo}")
+    finish({"repo": repo, "commit": commit}, json_file)
 
 
-@card_app.default
-def card(model: Path, *, licence: _Licence = None, data_name: str | None = None) -> None:
+def card(model: Path, *, licence: Licence = None, data_name: str | None = None) -> None:
     """Write a model folder's card (README.md) anew; a card that a person wrote is left alone.
 
     Example: laserrec card runs/model --licence apache-2.0 --data-name amazon-scientific
@@ -78,4 +70,4 @@ def card(model: Path, *, licence: _Licence = None, data_name: str | None = None)
     from laserrec.recommender.folder import tell_card
 
     kept = "" if tell_card(model, licence, data_name) else " (a person's; left as it is)"
-    out_console.print(f"{model / 'README.md'}{kept}", highlight=False, soft_wrap=True)
+    say(f"{model / 'README.md'}{kept}")

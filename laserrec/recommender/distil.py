@@ -16,8 +16,9 @@ from laserrec.methods.laser.distil import DistilTask, distil_phase
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.sides import MeanItems
 from laserrec.recommender import folder as folders
-from laserrec.recommender.fitting import Fitted, weights_of
+from laserrec.recommender.fitting import Fitted, open_folder, weights_of
 from laserrec.recommender.recommender import LaserRecommender
+from laserrec.recommender.scorers import FirstItems
 from laserrec.training.trainer import Pace, Trainer
 from laserrec.util.distributed import alone
 from laserrec.util.errors import UserError
@@ -44,7 +45,7 @@ def distil(teacher: LaserRecommender, dataset: Dataset, folder: Path | str, conf
     if folders.read_note(folder).get("fingerprint") != fingerprint:
         raise UserError(f"{folder} holds another model, or one distilled with other settings; name another folder or "
                         "delete it")
-    return LaserRecommender.from_pretrained(folder, device=str(teacher.model.device))
+    return LaserRecommender(open_folder(folder, teacher.model.device, features=teacher.fitted.features))
 
 
 def _check(teacher: LaserRecommender, dataset: Dataset) -> None:
@@ -71,22 +72,12 @@ def _distil(teacher: LaserRecommender, dataset: Dataset, folder: Path, config: S
     model = LaserRecommender(fitted)
     for name, side in (("teacher", teacher), ("student", model)) if len(dataset.cases("validation")) else ():
         with Progress(f"validating the {name}", len(dataset.cases("validation")), progress) as bar:
-            result = evaluate(name, _Known(side, dataset.n_items), dataset, "validation", teacher.config.eval.k,
+            result = evaluate(name, FirstItems(side, dataset.n_items), dataset, "validation", teacher.config.eval.k,
                               teacher.batch_size, bar.advance)
         note["validation"][name] = {**result.plain.as_dict(), "seconds": round(result.seconds, 2)}
         if side is model:
             model.record(result, dataset)
     model.save_pretrained(folder)
-
-
-class _Known:
-    """A model's scores of the items that stand in a data folder."""
-
-    def __init__(self, model: LaserRecommender, n_items: int):
-        self.model, self.n_items = model, n_items
-
-    def score(self, histories: Any) -> torch.Tensor:
-        return self.model.score(histories)[:, : self.n_items]
 
 
 def _student(teacher: LaserRecommender, config: StudentConfig) -> Laser:

@@ -63,20 +63,22 @@ class Fitted:
 
 
 def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device: torch.device,
-        id_model: Path | str | None = None, features: TextFeatures | None = None, progress: bool = True) -> Fitted:
+        id_model: Path | str | None = None, features: TextFeatures | None = None, progress: bool = True,
+        trust_remote_code: bool = False) -> Fitted:
     """Fit method `name` into a model folder. A finished folder of the same data and settings is loaded, an unfinished
     one is resumed with the result of an uninterrupted run; Ctrl-C and SIGTERM leave a checkpoint.
 
     id_model: of Laser, the folder of a sequence model fitted on the same data, whose settings replace
     config.id_model; None: one is fitted into FOLDER/id_model first. features: the frozen LLM's, to share them between
-    fits. Under torchrun all processes call this with the same arguments, fit together and get the same model.
+    fits. trust_remote_code: let the LLM run Python code that comes with its weights. Under torchrun all processes call
+    this with the same arguments, fit together and get the same model.
 
     Raises UserError for a folder of other settings or data, one that another process holds, and where the memory is too
     small.
     """
     method, folder, world = find_method(name), Path(folder), join()
     method.needs(config, dataset.n_items)
-    features = features or _features(config, dataset, device, world, progress)
+    features = features or _features(config, dataset, device, world, progress, trust_remote_code)
     with locked(folder, "fit") if world.is_main else contextlib.nullcontext():
         recover(folder)
         finished = world.told(lambda: (folder / "model.json").is_file())
@@ -120,7 +122,8 @@ def _named(features: TextFeatures) -> dict[str, Any]:
     return {"name": backbone.name, "revision": backbone.revision, "sha256": backbone.sha256}
 
 
-def _features(config: Config, dataset: Dataset, device: torch.device, world: World, progress: bool) -> TextFeatures:
+def _features(config: Config, dataset: Dataset, device: torch.device, world: World, progress: bool,
+              trust_remote_code: bool) -> TextFeatures:
     """The LLM in the same precision everywhere: machines, and even two processes of one, may measure differently."""
     backbone = config.backbone
     if world.size > 1:
@@ -132,7 +135,8 @@ def _features(config: Config, dataset: Dataset, device: torch.device, world: Wor
         backbone = backbone.model_copy(update={"precision": precision})
     writable = dataset.folder is not None and os.access(dataset.folder, os.W_OK)
     kept = dataset.folder / "text_features" if writable else None
-    return TextFeatures(backbone, config.prompt, device, kept, progress and world.is_main, world=world)
+    return TextFeatures(backbone, config.prompt, device, kept, progress and world.is_main, world=world,
+                        trust_remote_code=trust_remote_code)
 
 
 def _id_model(name: str, method: Method, dataset: Dataset, config: Config, folder: Path, device: torch.device,

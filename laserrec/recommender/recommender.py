@@ -81,10 +81,11 @@ class LaserRecommender:
 
     @classmethod
     def fit_dataset(cls, dataset: Dataset, config: Config, folder: Path | str, method: str = "laser",
-                    id_model: Path | str | None = None, device: str = "auto", progress: bool = True
-                    ) -> LaserRecommender:
+                    id_model: Path | str | None = None, device: str = "auto", progress: bool = True,
+                    trust_remote_code: bool = False) -> LaserRecommender:
         """Fit on a data folder, into a model folder; see `laserrec.recommender.fitting.fit`."""
-        return cls(fit(method, dataset, config, folder, choose(device), id_model, progress=progress))
+        return cls(fit(method, dataset, config, folder, choose(device), id_model, progress=progress,
+                       trust_remote_code=trust_remote_code))
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, backbone: Backbone | Path | str | None = None,

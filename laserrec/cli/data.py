@@ -1,0 +1,83 @@
+"""`laserrec prepare`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from laserrec.cli.options import (
+    ConfigFile,
+    Encoding,
+    Flags,
+    JsonFile,
+    Preset,
+    Separator,
+    Switch,
+    finish,
+    say,
+    settings,
+)
+from laserrec.cli.output import print_table
+from laserrec.util.errors import UserError
+
+
+def prepare(
+    source: str, out: Path, *, items: Path | None = None,
+    format: Literal["auto", "amazon2018", "amazon2023", "recbole", "csv", "parquet", "movielens"] = "auto",
+    columns: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    on_error: Literal["raise", "skip"] = "raise", separator: Separator = None, encoding: Encoding = "utf-8",
+    overwrite: Switch = False, preset: Preset = "small", config: ConfigFile = None, json_file: JsonFile = None,
+    flags: Flags = None,
+) -> None:
+    """Clean, number and split raw files into a data folder.
+
+    Examples:
+      laserrec prepare amazon-scientific runs/data
+      laserrec prepare orders.csv runs/data --items goods.csv --columns user_id=customer item_id=sku title=name
+
+    Parameters
+    ----------
+    source
+        A bundled data set's name, a folder with both files, or the interactions' file (with --items).
+    out
+        The data folder to make.
+    items
+        The items' file, when SOURCE is the interactions' file.
+    format
+        Of the files; auto looks at their names and columns.
+    columns
+        ours=yours pairs: user_id, item_id, timestamp, position; title, brand, category.
+    on_error
+        skip leaves broken lines out and counts them.
+    overwrite
+        Replace a data folder of other settings.
+    """
+    from laserrec.data.losses import LossWarning
+    from laserrec.data.prepare import prepare_source
+    from laserrec.data.summary import summary_lines
+
+    pairs = dict(_pair(text) for text in columns or [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LossWarning)  # the lines below tell the same
+        report = prepare_source([source, str(items)] if items else source, out, settings(preset, config, flags).data,
+                                format=format, columns=pairs or None, on_error=on_error, separator=separator,
+                                encoding=encoding, overwrite=overwrite)
+    one = report["table1"]
+    print_table(f"data folder {out}", ("users", "items", "interactions", "avg n", "density"), [
+        (f"{one['users']:,}", f"{one['items']:,}", f"{one['interactions']:,}", f"{one['avg_history_length']:.2f}",
+         f"{one['density']:.1e}")])
+    for line in summary_lines(report):
+        say(line)
+    if report["reused"]:
+        say("the same data folder was there already; it is reused")
+    finish(report, json_file)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, equals, yours = text.partition("=")
+    if not (ours and equals and yours):
+        raise UserError(f"--columns takes ours=yours pairs, such as user_id=customer; {text!r} is none")
+    return ours, yours

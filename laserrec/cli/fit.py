@@ -1,0 +1,146 @@
+"""Commands that train: `laserrec fit`, `pretrain`, `distil` and `quickstart`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from laserrec.cli.options import (
+    FITTING,
+    OPENING,
+    ConfigFile,
+    Data,
+    Device,
+    Fitting,
+    Flags,
+    JsonFile,
+    Model,
+    ModelOut,
+    Opening,
+    Quiet,
+    finish,
+    given,
+    say,
+    settings,
+)
+from laserrec.cli.output import print_results
+from laserrec.cli.settings import StudentSettings
+from laserrec.config import IdModelKind, StudentConfig, valid
+from laserrec.util.errors import UserError
+
+if TYPE_CHECKING:
+    from laserrec.data.dataset import Dataset
+    from laserrec.recommender.recommender import LaserRecommender
+
+
+def fit(data: Data, out: ModelOut, *, method: str = "laser", id_model: Path | None = None, how: Fitting = FITTING
+        ) -> None:
+    """Fit a method on a data folder, into a model folder. Run again to resume.
+
+    Laser's ID model is fitted first, into OUT/id_model, unless --id-model names one.
+
+    Examples:
+      laserrec fit runs/data runs/model --train.lr 1e-3
+      laserrec fit runs/data runs/sasrec --method sasrec --device cuda
+      torchrun --nproc-per-node 4 -m laserrec fit runs/data runs/model --id-model runs/sasrec
+
+    Parameters
+    ----------
+    method
+        laser, sasrec, bert4rec, ease, ease-text, nearest-text or popularity.
+    id_model
+        Of laser: the model folder of a sasrec or bert4rec fitted on DATA.
+    """
+    from laserrec.util.distributed import join
+
+    join()  # first of all, so that of several processes that fail one alone says why
+    _fit(data, out, method, how, id_model)
+
+
+def pretrain(data: Data, out: ModelOut, *, how: Fitting = FITTING) -> None:
+    """Fit the ID model that the settings name: laserrec fit with its kind as --method. Run again to resume.
+
+    Example: laserrec pretrain runs/data runs/id_model --id-model.kind sasrec
+    """
+    kind = how.settings("laser").id_model.kind
+    if kind == IdModelKind.NONE:
+        raise UserError("these settings have no ID model (id_model.kind is none); give --id-model.kind sasrec or "
+                        "bert4rec")
+    _fit(data, out, kind.value, how)
+
+
+def _fit(data: Path, out: Path, method: str, how: Fitting, id_model: Path | None = None) -> None:
+    from laserrec.data.dataset import Dataset
+    from laserrec.recommender.recommender import LaserRecommender
+    from laserrec.util.distributed import join
+
+    config, dataset, there = how.settings(method), Dataset.load(data), (out / "model.json").is_file()
+    model = LaserRecommender.fit_dataset(dataset, config, out, method, id_model, how.device, not how.quiet,
+                                         how.trust_remote_code)
+    if not join().is_main:
+        return
+    facts, k = model.facts["training"], config.eval.k
+    kept, score = facts["kept"], f"validation_ndcg@{config.eval.k}"
+    quality = f"validation NDCG@{k} {kept[score]:.4f}" if score in kept else "not validated"
+    where = f"{kept['phase']}, epoch {kept['epoch']}" if kept.get("epoch") else kept.get("phase", "nothing to train")
+    say(f"{method} in {out}: {quality} ({where}), {facts['seconds']:.0f} s{' (was there already)' if there else ''}")
+    finish({"method": method, **facts, "new_items": _add_new_items(model, dataset, out)}, how.json_file)
+
+
+def _add_new_items(model: LaserRecommender, dataset: Dataset, out: Path) -> int:
+    """Items of the data folder without interactions go into the catalogue, where the method can take them."""
+    from laserrec.methods.protocol import Growing
+
+    count = dataset.new_items.height
+    if count and not isinstance(model.model, Growing):
+        say(f"{count:,} items without enough interactions are left out: {model.method} knows items by their "
+            "interactions alone")
+        return 0
+    if count and model.add_items(dataset.new_items, exists="skip"):
+        model.save_pretrained(out)
+    if count:
+        say(f"{count:,} items without enough interactions can be recommended too, by their text")
+    return count
+
+
+def distil(data: Path, model: Model, out: Path, *, opening: Opening = OPENING, quiet: Quiet = False,
+           json_file: JsonFile = None,
+           flags: Annotated[StudentSettings | None, Parameter(name="*", show_default=False)] = None) -> None:
+    """Make of a fitted Laser a model that answers without the LLM, at an ID model's speed. Run again to resume.
+
+    Example: laserrec distil runs/data runs/model runs/fast
+
+    Parameters
+    ----------
+    data
+        The data folder that MODEL was fitted on, or another of the same catalogue. Its training sequences are used.
+    out
+        The model folder to make. It takes MODEL's place in recommend, batch, serve and the rest.
+    """
+    from laserrec.data.dataset import Dataset
+    from laserrec.recommender.distil import distil as work
+
+    config, teacher = valid(StudentConfig, given(flags), "flags"), opening.open(model)
+    facts: dict[str, Any] = work(teacher, Dataset.load(data), out, config, not quiet).facts["student"]
+    print_results([{"model": name, **row} for name, row in facts["validation"].items()], teacher.config.eval.k,
+                  "validation split")
+    say(f"{facts['histories']:,} histories, {facts['seconds']:.0f} s; {out} answers without the LLM")
+    finish(facts, json_file)
+
+
+def quickstart(out: Path = Path("runs/quickstart"), *, device: Device = "auto", config: ConfigFile = None,
+               quiet: Quiet = False, json_file: JsonFile = None, flags: Flags = None) -> None:
+    """Prepare, fit, recommend and compare on amazon-scientific. Run again to resume or to see it again.
+
+    Example: laserrec quickstart
+
+    Parameters
+    ----------
+    out
+        Everything is kept here; the table is OUT/results.json.
+    """
+    from laserrec.experiments.quickstart import run
+
+    finish(run(out, settings("small", config, flags), not quiet, device), json_file)

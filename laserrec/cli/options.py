@@ -1,0 +1,104 @@
+"""Options that several commands share, and what every command does with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from pydantic import BaseModel
+from rich.console import Console
+
+from laserrec.cli.settings import Settings
+from laserrec.config import Config, load_config
+from laserrec.presets import PRESETS
+from laserrec.util.io import write_json
+
+if TYPE_CHECKING:
+    from laserrec.recommender.recommender import LaserRecommender
+
+Data = Annotated[Path, Parameter(help="A data folder.")]
+Model = Annotated[Path, Parameter(help="A model folder, or ORG/NAME[@REVISION] on the Hugging Face Hub.")]
+ModelOut = Annotated[Path, Parameter(help="The model folder to make.")]
+Index = Annotated[Path | None, Parameter(help="Folder that laserrec index build made of MODEL; else all items are "
+                                         "compared.")]
+Preset = Annotated[str, Parameter(help=f"Starting point of all settings: {', '.join(PRESETS)}.")]
+ConfigFile = Annotated[Path | None, Parameter(name="--config", help="TOML file with settings, laid on the preset.")]
+Flags = Annotated[Settings | None, Parameter(name="*", group="Settings", show_default=False)]
+Switch = Annotated[bool, Parameter(negative="")]
+"""A flag that is off unless it is given."""
+JsonFile = Annotated[Path | None, Parameter(name="--json", help="Write the numbers to this file.")]
+Separator = Annotated[str | None, Parameter(help="Of delimited text, such as ; (a comma if not given, a tab in .tsv).")]
+Encoding = Annotated[str, Parameter(help="Of text files, such as cp1252 or utf-16.")]
+Quiet = Annotated[bool, Parameter(negative="", help="Show no progress.")]
+Device = Annotated[str, Parameter(help="Where to compute: auto, cpu, cuda, cuda:N or mps. auto takes a GPU if there "
+                                  "is one.")]
+TrustRemoteCode = Annotated[bool, Parameter(negative="", help="Let the LLM run Python code that comes with its weights "
+                                            "(ChatGLM2 needs it). Only for sources you trust.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Opening:
+    """How a model folder is opened."""
+
+    device: Device = "auto"
+    backbone: Annotated[str | None, Parameter(help="Folder or name of the LLM, in place of the one that the model "
+                                              "names; for an LLM folder that has moved.")] = None
+    trust_remote_code: TrustRemoteCode = False
+
+    def open(self, model: Path | str) -> LaserRecommender:
+        """A model folder, or ORG/NAME[@REVISION] on the Hugging Face Hub."""
+        from laserrec.recommender.recommender import LaserRecommender
+
+        return LaserRecommender.from_pretrained(model, self.backbone, device=self.device,
+                                                trust_remote_code=self.trust_remote_code)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Fitting:
+    """How a method is fitted."""
+
+    device: Device = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    preset: Preset = "small"
+    config: ConfigFile = None
+    quiet: Quiet = False
+    json_file: JsonFile = None
+    flags: Flags = None
+
+    def settings(self, method: str) -> Config:
+        """Of preset, file and flags, for one method."""
+        return load_config(self.preset, self.config, given(self.flags), method)
+
+
+OPENING, FITTING = Opening(), Fitting()
+"""The defaults."""
+
+
+def given(flags: BaseModel | None) -> dict[str, Any]:
+    """The settings that were given as flags, as a nested dict."""
+    return {} if flags is None else flags.model_dump(exclude_unset=True)
+
+
+def settings(preset: str, file: Path | None, flags: BaseModel | None) -> Config:
+    """Preset, then TOML file, then flags; later ones win."""
+    return load_config(preset, file, given(flags))
+
+
+def say(text: str) -> None:
+    """Print a line as it is: no wrapping, no colours, brackets are no markup."""
+    Console().print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def finish(numbers: Any, file: Path | None) -> None:
+    """Write a command's numbers where `--json` asks for them."""
+    if file is not None:
+        write_json(file, numbers)
+
+
+def item_ids(text: str) -> list[str]:
+    """The ids of `ID,ID,...`."""
+    return [part for part in map(str.strip, text.split(",")) if part]

@@ -1,0 +1,66 @@
+"""A model's name -> what the evaluator calls: a model folder of any method, a model on the hub, or a closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laserrec.config import load_config
+from laserrec.data.dataset import Dataset
+from laserrec.data.histories import Histories
+from laserrec.evaluation.evaluate import Scorer
+from laserrec.llm.backbone import Backbone
+from laserrec.llm.text_features import TextFeatures
+from laserrec.methods.all import Given, find_method
+from laserrec.recommender.hub import is_repo
+from laserrec.recommender.recommender import LaserRecommender
+from laserrec.util.errors import UserError
+
+IN_MEMORY = ("popularity", "ease")
+"""Methods that are fitted in seconds, by name instead of a folder."""
+
+
+@dataclass(frozen=True)
+class FirstItems:
+    """A model's scores of the first items of its catalogue; those that were added later are left out."""
+
+    model: Scorer
+    n_items: int
+
+    def score(self, histories: Histories) -> Float[Tensor, "users items"]:
+        """Of the first `n_items` items."""
+        return self.model.score(histories)[:, : self.n_items]
+
+
+def load_scorer(name: str, dataset: Dataset, device: torch.device, backbone: Backbone | Path | str | None = None,
+                trust_remote_code: bool = False) -> tuple[Scorer, int]:
+    """The model called `name`, over the items of a data folder, and how many users it scores at once.
+
+    name: a model folder, ORG/NAME[@REVISION] on the Hugging Face Hub, or popularity or ease, which are fitted here.
+    backbone, trust_remote_code: see `LaserRecommender.from_pretrained`. Raises UserError for anything else, and for a
+    model of another catalogue.
+    """
+    if name in IN_MEMORY and not (Path(name) / "model.json").is_file():
+        return _fitted(name, dataset, device)
+    if not is_repo(name) and not Path(name).exists():
+        raise UserError(f"there is no model folder {name!r}; give a folder, ORG/NAME on the hub, or one of the methods "
+                        f"that need no folder: {', '.join(IN_MEMORY)}")
+    model = LaserRecommender.from_pretrained(name, backbone, device=str(device), trust_remote_code=trust_remote_code)
+    if not model.items["item_id"].head(dataset.n_items).equals(dataset.items["item_id"]):
+        raise UserError(f"{name} has another catalogue than the data folder; evaluate it on its own data")
+    return FirstItems(model, dataset.n_items), model.batch_size
+
+
+def _fitted(name: str, dataset: Dataset, device: torch.device) -> tuple[Scorer, int]:
+    config = load_config(method=name)
+    method, features = find_method(name), TextFeatures(config.backbone, config.prompt, device)
+    method.needs(config, dataset.n_items)
+    given = Given(config, dataset.items, dataset.n_items, features)
+    model = method.make(given)
+    for phase in method.phases(model, given, dataset):
+        phase.task.start(lambda: None)
+    return model, config.eval.batch_size

@@ -1,0 +1,63 @@
+"""From a model's name to what the evaluator calls."""
+
+import pytest
+import tiny
+
+from laserrec.evaluation.evaluate import evaluate
+from laserrec.methods.closed_form import ItemRegression, Popularity
+from laserrec.recommender.recommender import LaserRecommender
+from laserrec.recommender.scorers import load_scorer
+from laserrec.util.device import CPU
+from laserrec.util.errors import UserError
+
+N = 12
+HISTORIES = [[0, 3], [2], [5, 5, 1]]
+
+
+@pytest.fixture
+def folder(llm_folder, tmp_path):
+    """A SASRec that was fitted on `tiny.planted`."""
+    config = tiny.config(llm_folder(), eval={"batch_size": 5})
+    LaserRecommender.fit_dataset(tiny.planted(N), config, tmp_path / "sasrec", "sasrec", progress=False)
+    return tmp_path / "sasrec"
+
+
+def test_a_folder_scores_as_the_model_in_it(folder):
+    scorer, batch_size = load_scorer(str(folder), tiny.planted(N), CPU)
+    asked = tiny.histories(*HISTORIES)
+    assert scorer.score(asked).equal(LaserRecommender.from_pretrained(folder).score(asked)) and batch_size == 5
+
+
+def test_popularity_and_ease_are_fitted_at_once(tmp_path, monkeypatch):
+    data, asked = tiny.planted(N), tiny.histories(*HISTORIES)
+    scorer, _ = load_scorer("popularity", data, CPU)
+    assert isinstance(scorer, Popularity) and scorer.counts.sum() == len(data.train_sequences.items)
+    scorer, _ = load_scorer("ease", data, CPU)
+    assert isinstance(scorer, ItemRegression) and scorer.config.l2 == 400  # its own best settings, not Laser's
+    assert evaluate("ease", scorer, data, "test").plain.ndcg > 0.3 and scorer.score(asked).shape == (3, N)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ease").mkdir()
+    (tmp_path / "ease" / "model.json").write_text("{}")
+    with pytest.raises(UserError, match="its format is None"):  # a model folder of that name goes first
+        load_scorer("ease", data, CPU)
+
+
+def test_items_that_were_added_are_not_scored(llm, tmp_path):
+    import polars as pl
+
+    backbone, data = llm("llama"), tiny.planted(N)
+    config = tiny.config(backbone.name)
+    model = LaserRecommender.fit_dataset(data, config, tmp_path / "model", progress=False)
+    model.add_items(pl.DataFrame({"item_id": ["new"], "title": ["steel drill"]}))
+    model.save_pretrained(tmp_path / "model")
+    scorer, _ = load_scorer(str(tmp_path / "model"), data, CPU)
+    assert scorer.score(tiny.histories(*HISTORIES)).shape == (3, N)
+
+
+def test_other_names_and_other_items_are_refused(folder):
+    with pytest.raises(UserError, match=r"there is no model folder 'popularty'; give .* popularity, ease"):
+        load_scorer("popularty", tiny.planted(N), CPU)
+    with pytest.raises(UserError, match="has another catalogue than the data folder"):
+        load_scorer(str(folder), tiny.planted(N + 1), CPU)
+    with pytest.raises(UserError, match="is not a model folder"):
+        load_scorer(str(folder.parent), tiny.planted(N), CPU)
