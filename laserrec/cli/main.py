@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,8 +65,9 @@ def prepare(
     source: str, out: Path, *, items: Path | None = None,
     format: Literal["auto", "amazon2018", "amazon2023", "recbole", "csv", "parquet", "movielens"] = "auto",
     columns: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    on_error: Literal["raise", "skip"] = "raise", overwrite: bool = False,
-    preset: Preset = "small", config: ConfigFile = None, json_file: JsonFile = None, settings: Flags = None,
+    on_error: Literal["raise", "skip"] = "raise", separator: str | None = None, encoding: str = "utf-8",
+    overwrite: bool = False, preset: Preset = "small", config: ConfigFile = None, json_file: JsonFile = None,
+    settings: Flags = None,
 ) -> None:
     """Clean, number and split raw files into a data folder.
 
@@ -85,22 +87,30 @@ def prepare(
         ours=yours pairs: user_id, item_id, timestamp, position; title, brand, category.
     on_error
         skip leaves broken lines out and counts them.
+    separator
+        Of delimited text, such as ; (a comma by default, a tab in .tsv).
+    encoding
+        Of text files, such as cp1252 or utf-16.
     overwrite
         Replace a data folder of other settings.
     """
+    from laserrec.data.losses import LossWarning
     from laserrec.data.prepare import prepare_source
+    from laserrec.data.summary import summary_lines
 
     pairs = dict(_pair(text) for text in columns or [])
-    report = prepare_source([source, items] if items else source, out, _settings(preset, config, settings).data,
-                            format=format, columns=pairs or None, on_error=on_error, overwrite=overwrite)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LossWarning)  # the lines below say the same
+        report = prepare_source([source, items] if items else source, out, _settings(preset, config, settings).data,
+                                format=format, columns=pairs or None, on_error=on_error, separator=separator,
+                                encoding=encoding, overwrite=overwrite)
     table = Table("users", "items", "interactions", "avg n", "density", title=f"data folder {out}")
     one = report["table1"]
     table.add_row(f"{one['users']:,}", f"{one['items']:,}", f"{one['interactions']:,}",
                   f"{one['avg_history_length']:.2f}", f"{one['density']:.1e}")
     out_console.print(table)
-    for step in report["steps"][1:]:  # the first is what was read
-        if count := step["dropped"]["interactions"]:
-            out_console.print(f"dropped {count:,} interactions: {step['step']}", highlight=False)
+    for line in summary_lines(report):
+        out_console.print(line, highlight=False)
     if report["reused"]:
         out_console.print("the same data folder was there already; it is reused")
     _finish(report, json_file)

@@ -1,72 +1,176 @@
-"""The histories a caller gives, in any of their forms -> item rows."""
+"""The histories a caller gives, in any of the usual forms -> item rows, oldest first.
+
+Ids, times and order mean here what they mean in `laserrec prepare` and `fit` (module `clean`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import polars as pl
 
-from laserrec.data.raw import to_polars
+from laserrec.data.clean import as_id, ids, is_missing, is_nested, why_no_id
+from laserrec.data.losses import Losses, LossWarning, mismatch
+from laserrec.data.raw import no_column, time_and_order, to_polars
 from laserrec.util.errors import UserError
+
+__all__ = ["Asked", "LossWarning", "read_histories"]
+_LISTS = ("item_id", "items", "item_ids", "history")
+_Named = list[tuple[Any, list[str | None]]]
+"""(user as given, cleaned item ids oldest first, None where there is none)."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """`rows[i]`: item rows of `users[i]`, never empty."""
+    """Histories that were read; users in the order in which they were given."""
 
     users: list
+    """int each where all of them are whole numbers, else str."""
     rows: list[list[int]]
+    """Known items of each user as the index gives them, oldest first; possibly none."""
     user_type: pl.DataType
     pandas: bool
-    """The caller's frame was a pandas one."""
+    """The caller's frame or Series was a pandas one."""
+    lost: Losses
+    excluded: list[list[int]]
+    """Per user the items that must not be recommended."""
 
 
-def read_histories(histories: Any, index: Mapping[str, int], unknown: str = "error") -> Asked:
-    """`index`: item_id -> row. Item ids are compared as strings.
+def read_histories(histories: Any, index: Mapping[str, int], unknown: str = "error", exclude: Any = None,
+                   tell: bool = True) -> Asked:
+    """Read {user: [item id, ...]}, a list of lists, a 2-D array or a Series of lists (users are then the places from 0,
+    or pandas' index), or a polars or pandas frame or Arrow table: user_id and item_id a row per interaction, ordered by
+    timestamp, position or else the rows' order, or a row per user with a list column.
 
-    Raises UserError for an unknown item (unless unknown = "drop"), an empty history, no histories, or another type.
+    index: item id -> row. unknown: items that are not in it, "error" or "drop". exclude: item ids that nobody is
+    recommended, or {user: [item id, ...]}; ids that are not in the catalogue can't be recommended and are ignored.
+    With "drop", users without any known item get no rows and are counted. `lost.tell(index)` then warns of more than a
+    tenth lost and raises where nothing is left; tell = False leaves that to the caller, who sums the parts of a file.
+    Raises UserError for an unknown item or an empty history (unless dropped), no histories, a user without an id or
+    given twice, and another type.
     """
     if unknown not in ("error", "drop"):
         raise UserError(f'unknown is "error" or "drop", not {unknown!r}')
-    pandas = type(histories).__module__.split(".")[0] == "pandas"
-    named = _as_mapping(histories)
+    named = _named(histories)
     if not named:
         raise UserError("no histories were given; a recommendation needs at least one")
-    rows = [_rows(user, items, index, unknown) for user, items in named.items()]
-    users = list(named)
-    whole = all(isinstance(u, int) for u in users)
-    return Asked(users if whole else [str(u) for u in users], rows, pl.Int64 if whole else pl.String, pandas)
+    users, user_type = _users([user for user, _ in named])
+    rows, lost = [], []
+    for user, (_, items) in zip(users, named, strict=True):
+        known = [index[i] for i in items if i in index]
+        missing = [i for i in items if i not in index] if len(known) < len(items) else []
+        if unknown == "error" and (missing or not items):
+            raise _refused(user, items, missing, index)
+        rows.append(known)
+        lost += missing
+    found = Losses(sum(len(items) for _, items in named), len(lost), len(users), sum(not r for r in rows),
+                   tuple(dict.fromkeys(i for i in lost if i is not None))[:1000])
+    if tell and unknown == "drop":
+        found.tell(index)
+    module = type(histories).__module__.split(".")[0]
+    return Asked(users, rows, user_type, module == "pandas", found, _excluded(exclude, users, index))
 
 
-def _as_mapping(histories: Any) -> Mapping[Any, Sequence[Any]]:
+def _refused(user: Any, items: list, missing: list, index: Mapping[str, int]) -> UserError:
+    if not items:
+        return UserError(f"history of user {user!r}: it is empty; a recommendation needs at least one item")
+    if None in missing:
+        return UserError(f"history of user {user!r}: place {items.index(None) + 1} holds no item id; leave it out, or "
+                         'all such with unknown = "drop"')
+    why = mismatch(missing, index) if len(missing) == len(items) else f"the catalogue's are like {next(iter(index))!r}."
+    return UserError(f"history of user {user!r}: {len(missing)} unknown item ids, first {missing[:3]}; {why} Add them "
+                     'with add_items, or leave them out with unknown = "drop"')
+
+
+def _users(given: list) -> tuple[list, pl.DataType]:
+    """Users under the rule for ids, as int where all are whole numbers."""
+    names = [as_id(user) for user in given]
+    if None in names:
+        at = names.index(None)
+        raise UserError(f"histories: user {at + 1}: {why_no_id(given[at])} (found {given[at]!r}); give each user an id")
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise UserError(f"histories: two users are called {twice!r}; give each one history")
+    whole = all(isinstance(u, (int, float, np.number)) for u in given) and all(n.lstrip("-").isdecimal() for n in names)
+    if whole and all(abs(int(n)) < 2**63 for n in names):
+        return [int(n) for n in names], pl.Int64
+    return names, pl.String
+
+
+def _excluded(exclude: Any, users: list, index: Mapping[str, int]) -> list[list[int]]:
+    if exclude is None:
+        return [[]] * len(users)
+    if isinstance(exclude, Mapping):
+        own = {as_id(user): _rows(items, index) for user, items in exclude.items()}
+        return [own.get(str(user), []) for user in users]
+    return [_rows(exclude, index)] * len(users)
+
+
+def _rows(items: Any, index: Mapping[str, int]) -> list[int]:
+    if not is_nested(items) or isinstance(items, Mapping):
+        raise UserError(f"exclude is a list of item ids, or a dict of such lists by user, not {items!r}")
+    return [index[i] for i in map(as_id, items) if i in index]
+
+
+# -- the caller's forms -------------------------------------------------------------------------------------------
+
+
+def _named(histories: Any) -> _Named:
     if isinstance(histories, Mapping):
-        return histories
-    if isinstance(histories, pl.DataFrame) or hasattr(histories, "iloc"):
-        frame = to_polars(histories)
-        missing = [c for c in ("user_id", "item_id") if c not in frame.columns]
-        if missing:
-            raise UserError(f"histories: column {', '.join(missing)} is missing; there are: {', '.join(frame.columns)}")
-        grouped = frame.group_by("user_id", maintain_order=True).agg("item_id")
-        return dict(zip(grouped["user_id"].to_list(), grouped["item_id"].to_list(), strict=True))
-    if isinstance(histories, Sequence) and not isinstance(histories, str):
-        if histories and (isinstance(histories[0], str) or not isinstance(histories[0], Iterable)):
-            raise UserError("histories is one list of item ids; give a list of histories: [[...], ...]")
-        return dict(enumerate(histories))
-    raise UserError(f"histories: expected a dict, a list of lists or a frame, not {type(histories).__name__}")
+        return [(user, _ids(user, items)) for user, items in histories.items()]
+    if type(histories).__name__.endswith("GroupBy"):
+        raise UserError("histories: a pandas group holds no lists yet; give .agg(list) of its column item_id")
+    if isinstance(histories, pl.LazyFrame) or hasattr(histories, "columns"):
+        return _of_frame(to_polars(histories, "histories"))
+    if type(histories).__module__.startswith("pyarrow"):
+        histories = pl.Series(pl.from_arrow(histories))
+    if hasattr(histories, "to_list"):  # a Series, of which pandas' has an index
+        lists = histories.to_list()
+        return _listed(list(getattr(histories, "index", range(len(lists)))), lists)
+    if not isinstance(histories, (str, bytes, AbstractSet)) and isinstance(histories, Iterable):
+        lists = list(histories)
+        return _listed(range(len(lists)), lists)
+    raise UserError("histories: expected a dict, a list of lists, a Series of lists or a frame, not "
+                    f"{type(histories).__name__}")
 
 
-def _rows(user: Any, items: Sequence[Any], index: Mapping[str, int], unknown: str) -> list[int]:
-    if isinstance(items, str) or not isinstance(items, Iterable):
+def _listed(users: Sequence, lists: list) -> _Named:
+    if lists and not is_nested(lists[0]) and not is_missing(lists[0]):
+        raise UserError("histories is one list of item ids; give a list of histories: [[...], ...]")
+    return [(user, _ids(user, items)) for user, items in zip(users, lists, strict=True)]
+
+
+def _ids(user: Any, items: Any) -> list[str | None]:
+    if isinstance(items, (AbstractSet, Mapping)) or not (is_nested(items) or is_missing(items)):
         raise UserError(f"history of user {user!r} is {items!r}, not a list of item ids; give a list, even for one")
-    ids = [str(i) for i in items]
-    missing = [i for i in ids if i not in index]
-    if missing and unknown == "error":
-        raise UserError(f"history of user {user!r}: {len(missing)} unknown item ids, first {missing[:3]}; "
-                        'add them with add_items, or leave them out with unknown = "drop"')
-    found = [index[i] for i in ids if i in index]
-    if not found:
-        left = "no item of it is in the catalogue" if ids else "it is empty"
-        raise UserError(f"history of user {user!r}: {left}; a recommendation needs at least one item")
-    return found
+    return [] if is_missing(items) else [as_id(i) for i in items]
+
+
+def _of_frame(frame: pl.DataFrame) -> _Named:
+    """A row per interaction, or per user with a list column; several rows of one user are one history."""
+    column = next((c for c in _LISTS if c in frame.columns and (c == "item_id" or frame[c].dtype.is_nested())), None)
+    if missing := [name for name, found in (("user_id", "user_id" in frame.columns), ("item_id", column)) if not found]:
+        raise no_column("histories", missing, frame.columns)
+    users, given = ids(frame["user_id"]), frame["user_id"]
+    time, order, problems = time_and_order(frame)
+    problems = [("user_id", users.is_null(), "no id"), *problems]
+    for name, bad, why in problems:
+        if bad.any():
+            row = int(bad.arg_max() or 0)
+            raise UserError(f"histories: row {row + 1}, column {name}: {why} (found {frame[name][row]!r}); mend it")
+    table = pl.DataFrame({"user": users, "given": given if given.dtype.is_numeric() else users, "time": time,
+                          "order": order})
+    everyone = table.select("user", "given").unique("user", keep="first", maintain_order=True)
+    if frame[column].dtype.is_nested():
+        lists = [_ids(user, items) for user, items in zip(users, frame[column].to_list(), strict=True)]
+        table = table.with_columns(item=pl.Series(lists, dtype=pl.List(pl.String)))
+        table = table.filter(pl.col("item").list.len() > 0).sort("time", "order", maintain_order=True).explode("item")
+    else:
+        table = table.with_columns(item=ids(frame[column])).sort("time", "order", "item", maintain_order=True)
+    grouped = everyone.join(table.group_by("user", maintain_order=True).agg("item"), "user", "left",
+                            maintain_order="left")
+    return [(user, items or []) for user, items in grouped.select("given", "item").iter_rows()]

@@ -1,4 +1,4 @@
-"""Clean, number and split (paper, 4.1.1 and 4.1.3): raw frames -> a data folder (schema in `data.sequences`).
+"""Clean, number and split (paper, 4.1.1 and 4.1.3): raw frames -> a data folder (schema in `data.dataset`).
 
 Time order: by timestamp where there is one; equal timestamps by the source's order (its position column, else the
 rows' order); what is still equal by item_id. Without timestamps by the source's order alone.
@@ -9,7 +9,6 @@ timestamps that never tie within a user, the rows' order does not matter either.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,42 +16,56 @@ import polars as pl
 
 from laserrec.config import DataConfig, Split
 from laserrec.data.dataset import FORMAT
-from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, check_on_error
+from laserrec.data.files import FileOptions
+from laserrec.data.losses import LOUD, mismatch
+from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA
 from laserrec.data.sources import Source, read_source
+from laserrec.data.summary import warn_of_losses
 from laserrec.util.errors import UserError
 from laserrec.util.io import json_text, new_folder, parquet_bytes, write_bytes
 
+NEW_ITEMS = "new_items.parquet"
+"""item_id, title, brand, category of items to add behind the trained ones; only there if it has rows."""
 _TABLES = ("items", "users", "interactions")
 
 
 def prepare_source(source: Source, out: Path | str, config: DataConfig | None = None, *, format: str = "auto",
-                   columns: Mapping[str, str] | None = None, on_error: str = "raise", overwrite: bool = False) -> dict:
-    """`read_source`, then `prepare`: files of any known format -> the data folder `out`; returns `prepare`'s report."""
-    check_on_error(on_error)
-    raw = read_source(source, format, columns, on_error)
+                   columns: Mapping[str, str] | None = None, on_error: str = "raise", separator: str | None = None,
+                   encoding: str = "utf-8", overwrite: bool = False) -> dict:
+    """`read_source`, then `prepare`: files of any known format -> the data folder `out`; returns `prepare`'s report.
+    on_error, separator, encoding: see `files.FileOptions`."""
+    raw = read_source(source, format, columns, FileOptions(on_error, separator, encoding))
     return prepare(raw.interactions, raw.items, config or DataConfig(), out, overwrite=overwrite, notes=raw.notes)
 
 
 def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig, out: Path | str, *,
             overwrite: bool = False, notes: Mapping[str, int] | None = None) -> dict:
-    """Write the data folder `out` and return its report (also report.json) with "sha256", "folder" and "reused".
+    """Write the data folder `out` and return its report (also report.json) with "sha256", "folder" and "reused";
+    `summary.summary_lines` puts it in sentences. Warns (LossWarning) where more than a tenth was left out, or where
+    there is nothing to validate on.
 
     interactions: user_id, item_id String, timestamp, order Int64; items: item_id, title, brand, category String (the
     frames of `raw.Raw`). `notes`: the reader's counts, copied into the report.
     A folder that holds this very result already is left untouched and "reused" is True. An interrupted call leaves
     `out` as it was.
+    Titled items that are left without interactions, since nobody bought them or too few did, go to new_items.parquet.
     Raises UserError when nothing is left after cleaning, when a temporal split lacks timestamps or a part would be
-    empty, and when `out` holds something else: without `overwrite` always, with it unless that is a data folder.
+    empty, when `out` holds something else (without `overwrite` always, with it unless that is a data folder), and when
+    it can't be written.
     """
     _check_frames(interactions, items)
-    interactions, items, steps = _clean(interactions, items, config)
-    interactions, facts = _split(_with_positions(interactions), config)
-    tables = _number(interactions, items)
-    report = {**dict(notes or {}), "steps": steps, "split": facts, **_statistics(*tables)}
+    acts, goods, steps = _clean(interactions, items, config)
+    acts, facts = _split(_with_positions(acts), config)
+    tables = _number(acts, goods)
+    new, counts = _new_items(interactions, items, goods)
+    report = {**dict(notes or {}), "steps": steps, "split": facts, **_statistics(*tables), **counts}
     files = {f"{name}.parquet": parquet_bytes(table) for name, table in zip(_TABLES, tables, strict=True)}
     sha256 = hashlib.sha256(b"".join(files.values())).hexdigest()
     meta = {"format": FORMAT, "sha256": sha256, "settings": config.model_dump(mode="json"),
             "table1": report["table1"]}
+    if new.height:
+        files[NEW_ITEMS] = parquet_bytes(new)
+        meta["new_items_sha256"] = hashlib.sha256(files[NEW_ITEMS]).hexdigest()
     files["meta.json"] = json_text(meta).encode("utf-8")
     files["report.json"] = json_text(report).encode("utf-8")
     reused = _holds(Path(out), files, overwrite)
@@ -60,6 +73,7 @@ def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig,
         with new_folder(out, replace=("meta.json",)) as folder:
             for name, data in files.items():
                 write_bytes(folder / name, data)
+    warn_of_losses(report)
     return {**report, "sha256": sha256, "folder": str(out), "reused": reused}
 
 
@@ -67,13 +81,14 @@ def _holds(out: Path, files: dict[str, bytes], overwrite: bool) -> bool:
     """True when `out` holds exactly these files; UserError when it holds something that may not be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    if all((out / name).is_file() and (out / name).read_bytes() == data for name, data in files.items()):
+    same = all((out / name).is_file() and (out / name).read_bytes() == data for name, data in files.items())
+    if same and (NEW_ITEMS in files or not (out / NEW_ITEMS).exists()):
         return True
     if not all((out / name).is_file() for name in ("meta.json", "interactions.parquet")):
         raise UserError(f"{out} is there already and is no data folder; it is never overwritten, name another folder")
     if not overwrite:
         raise UserError(f"{out} is a data folder made from other input or settings, or changed since; name another "
-                        "folder, or replace it: --overwrite")
+                        "folder, or replace it: overwrite")
     return False
 
 
@@ -105,6 +120,7 @@ def _clean(acts: pl.DataFrame, items: pl.DataFrame,
         steps.append({"step": why, **after, "dropped": {key: before[key] - after[key] for key in after}})
         return kept
 
+    ids = acts.select("item_id")
     # Sorted first, so that "the first of several duplicates" does not depend on the rows' order.
     acts = acts.sort("user_id", "timestamp", "order", "item_id")
     if config.drop_untitled:
@@ -120,10 +136,34 @@ def _clean(acts: pl.DataFrame, items: pl.DataFrame,
     acts = drop(f"k-core (user >= {config.min_user_interactions}, item >= {config.min_item_interactions})",
                 k_core(acts, config.min_user_interactions, config.min_item_interactions))
     if acts.is_empty():
-        raise UserError(f"nothing is left after cleaning: {json.dumps(steps)}. Lower data.min_user_interactions and "
-                        "data.min_item_interactions, or check that the item ids of both files match")
+        raise UserError(f"nothing is left after cleaning: {_why_nothing(steps, ids, items)}")
     # A left join: an item without metadata (kept when drop_untitled is off) has null texts.
     return acts, acts.select(pl.col("item_id").unique()).join(items, "item_id", "left"), steps
+
+
+def _why_nothing(steps: list[dict], ids: pl.DataFrame, items: pl.DataFrame) -> str:
+    """The step that took the most, and what to do."""
+    worst = max(steps[1:], key=lambda step: step["dropped"]["interactions"])
+    if worst["step"].startswith("k-core"):
+        return (f"{worst['step']} took the last of {steps[0]['interactions']:,} interactions; lower "
+                "data.min_user_interactions and data.min_item_interactions, or bring more data")
+    if not ids.join(items, "item_id", "semi").height:
+        return f"no item id of the interactions is among the items: {mismatch(ids['item_id'], items['item_id'])}"
+    return f"of {steps[0]['interactions']:,} interactions {worst['dropped']['interactions']:,} went: {worst['step']}"
+
+
+def _new_items(acts: pl.DataFrame, items: pl.DataFrame, kept: pl.DataFrame) -> tuple[pl.DataFrame, dict]:
+    """Titled items that are not kept with their interactions, and the report's counts of items."""
+    left = items.join(kept, "item_id", "anti").sort("item_id").select(list(ITEM_SCHEMA))
+    new = left.filter(pl.col("title").is_not_null())
+    rare = new.join(acts, "item_id", "semi").height
+    given = acts.select(pl.col("item_id").unique()).sort("item_id")
+    unmatched = given.join(items, "item_id", "anti")
+    counts = {"new_items": {"never_bought": new.height - rare, "too_few_interactions": rare},
+              "untitled_items": items["title"].null_count(), "unmatched": {"items": unmatched.height}}
+    if unmatched.height > LOUD * given.height:
+        counts["unmatched"]["why"] = mismatch(unmatched["item_id"], items["item_id"].sort())
+    return new, counts
 
 
 def _sizes(acts: pl.DataFrame) -> dict[str, int]:

@@ -6,39 +6,33 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from laserrec.data.files import ENDINGS, FileOptions, ending, json_object, lines, parts_of
 from laserrec.data.raw import Raw
-from laserrec.data.readers import (
-    json_object,
-    lines,
-    read_amazon_2018,
-    read_amazon_2023,
-    read_movielens,
-    read_recbole,
-    read_tables,
-)
+from laserrec.data.readers import read_amazon_2018, read_amazon_2023, read_movielens, read_recbole, read_tables
 from laserrec.util.errors import UserError
 
 FORMATS = ("auto", "amazon2018", "amazon2023", "recbole", "csv", "parquet", "movielens")
 BUNDLED = ("amazon-scientific",)
-_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".inter", ".item")
 Source = str | Path | Sequence[str | Path]
 
 
 def read_source(source: Source, format: str = "auto", columns: Mapping[str, str] | None = None,
-                on_error: str = "raise") -> Raw:
+                options: FileOptions | None = None) -> Raw:
     """Read `source`: two files [interactions, items], a folder that holds them, or a bundled data set's name.
 
-    In a folder the items are in the file whose name starts with meta, items, item or products or ends in .item.
-    `format` is one of FORMATS; csv and parquet both read every ending that `readers.read_tables` knows.
+    Each of the two may be a folder of parts or a pattern instead (`files.parts_of`). In a folder the items are in the
+    file whose name starts with meta, item or product or ends in .item.
+    `format` is one of FORMATS; csv and parquet both read every ending that `files.read_table` knows.
     Raises UserError when the files can't be told apart or the format is unknown.
     """
+    options = options or FileOptions()
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; there are: {', '.join(FORMATS)}")
     if isinstance(source, (str, Path)):
         folder = _folder(source)
         if format == "movielens" or (format == "auto" and _is_movielens(folder)):
             _refuse_columns("movielens", columns)
-            return read_movielens(folder, on_error)
+            return read_movielens(folder, options)
         pair = _pair_in(folder)
     else:
         pair = [Path(p) for p in source]
@@ -46,16 +40,14 @@ def read_source(source: Source, format: str = "auto", columns: Mapping[str, str]
             raise UserError(f"give two files, interactions and items; {len(pair)} were given")
         if format == "movielens":
             raise UserError("format movielens reads a folder; give the folder's path")
-    for path in pair:
-        if not path.is_file():
-            raise UserError(f"no such file: {path}")
-    format = _guess(*pair) if format == "auto" else format
+    first = [parts_of(path)[0] for path in pair]
+    format = _guess(*first, options.encoding) if format == "auto" else format
     if format == "recbole":
-        return read_recbole(*pair, columns, on_error)
+        return read_recbole(*pair, columns, options)
     if format in ("csv", "parquet"):
-        return read_tables(*pair, columns, on_error)
+        return read_tables(*pair, columns, options)
     _refuse_columns(format, columns)
-    return (read_amazon_2018 if format == "amazon2018" else read_amazon_2023)(*pair, on_error)
+    return (read_amazon_2018 if format == "amazon2018" else read_amazon_2023)(*pair, options)
 
 
 def bundled(name: str = "amazon-scientific") -> Path:
@@ -80,7 +72,7 @@ def _folder(source: str | Path) -> Path:
 
 
 def _pair_in(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.removesuffix(".gz").endswith(_ENDINGS))
+    files = sorted(p for p in folder.iterdir() if ending(p) in ENDINGS or _is_table(p))
     items = [p for p in files if _names_items(p)]
     acts = [p for p in files if not _names_items(p)]
     if any(p.name.endswith(".inter") for p in acts):
@@ -91,6 +83,11 @@ def _pair_in(folder: Path) -> list[Path]:
                     f"{', '.join(p.name for p in files) or 'no data files'}; give the two files")
 
 
+def _is_table(path: Path) -> bool:
+    """Whether it is a folder of parts."""
+    return path.is_dir() and not path.name.startswith((".", "_")) and any(ending(p) in ENDINGS for p in path.iterdir())
+
+
 def _names_items(path: Path) -> bool:
     return path.name.lower().startswith(("meta", "item", "product")) or path.name.endswith(".item")
 
@@ -99,16 +96,16 @@ def _is_movielens(folder: Path) -> bool:
     return any((folder / f"ratings{e}").is_file() and (folder / f"movies{e}").is_file() for e in (".csv", ".dat"))
 
 
-def _guess(interactions: Path, items: Path) -> str:
+def _guess(interactions: Path, items: Path, encoding: str) -> str:
     if interactions.name.endswith(".inter"):
         return "recbole"
-    ending = interactions.name.removesuffix(".gz").rpartition(".")[2]
-    if ending in ("csv", "tsv", "parquet"):
-        return "parquet" if ending == "parquet" else "csv"
-    if ending not in ("jsonl", "ndjson", "json"):
+    kind = ending(interactions)
+    if kind in (".csv", ".tsv", ".txt", ".parquet"):
+        return "parquet" if kind == ".parquet" else "csv"
+    if kind not in ENDINGS:
         raise UserError(f"{interactions}: format not known by its ending; name one of {', '.join(FORMATS[1:])}")
     keys = set()
-    for _, line in lines(interactions):
+    for _, line in lines(interactions, encoding):
         try:
             keys = set(json_object(line))
         except (json.JSONDecodeError, ValueError):

@@ -1,67 +1,36 @@
-"""Every form a caller may give histories in -> dense items, in order."""
+"""The tensor type of histories against lists."""
 
 import numpy as np
-import pandas as pd
-import polars as pl
-import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from laserrec.data.histories import read_histories
-from laserrec.util.errors import UserError
+from laserrec.data.histories import Histories
 
-INDEX = {"a": 1, "b": 2, "7": 3}
-FRAME = pl.DataFrame({"user_id": ["y", "x", "y"], "item_id": ["b", "a", "a"], "other": [1, 2, 3]})
+ROWS = st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=6)
 
 
-def rows(histories, **options) -> list[list[int]]:
-    return [r.tolist() for r in read_histories(histories, INDEX, **options).rows]
+@settings(max_examples=150, deadline=None)
+@given(ROWS, st.integers(1, 4), st.integers(0, 9))
+def test_every_view_equals_the_lists(rows, count, limit):
+    histories = Histories.of(rows)
+    assert histories.lists() == rows and len(histories) == len(rows)
+    assert [histories[u].tolist() for u in range(len(rows))] == rows
+    assert histories.lengths.tolist() == [len(r) for r in rows]
+    assert histories.last(count).lists() == [r[-count:] for r in rows]
+    assert histories.below(limit).lists() == [[i for i in r if i < limit] for r in rows]
+    assert histories.users.tolist() == [u for u, r in enumerate(rows) for _ in r]
+    assert histories.ages.tolist() == [a for r in rows for a in reversed(range(len(r)))]
+    pairs = histories.distinct()
+    assert list(zip(pairs.users.tolist(), pairs.items.tolist(), strict=True)) == sorted(
+        {(u, i) for u, r in enumerate(rows) for i in r})
+    longest = max([1, *map(len, rows)])
+    assert histories.padded(99).tolist() == [r + [99] * (longest - len(r)) for r in rows]
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert histories.take(order).lists() == [rows[i] for i in order]
+    assert histories.take(torch.as_tensor(order)[:2]).lists() == [rows[i] for i in order[:2]]
 
 
-def test_lists_are_users_from_zero():
-    got = read_histories([["a", "b", "a"], ("b",), np.array(["a"])], INDEX)
-    assert got.users == [0, 1, 2] and got.user_type == pl.Int64
-    assert [r.tolist() for r in got.rows] == [[1, 2, 1], [2], [1]]
-    assert all(r.dtype == np.int32 for r in got.rows)
-
-
-def test_a_dict_keeps_its_users_and_order():
-    got = read_histories({"y": ["b"], "x": ["a"]}, INDEX)
-    assert got.users == ["y", "x"] and got.user_type == pl.String and not got.pandas
-    assert read_histories({5: ["a"], 3: ["b"]}, INDEX).users == [5, 3]
-    assert read_histories({5: ["a"], "x": ["b"]}, INDEX).users == ["5", "x"]
-
-
-@pytest.mark.parametrize("frame", [FRAME, FRAME.to_pandas()])
-def test_a_frame_is_grouped_in_row_order(frame):
-    got = read_histories(frame, INDEX)
-    assert got.users == ["y", "x"] and [r.tolist() for r in got.rows] == [[2, 1], [1]]
-    assert got.pandas == isinstance(frame, pd.DataFrame)
-
-
-def test_users_of_a_frame_may_be_numbers():
-    got = read_histories(FRAME.with_columns(user_id=pl.Series([9, 4, 9])), INDEX)
-    assert got.users == [9, 4] and got.user_type == pl.Int64
-
-
-def test_item_ids_are_compared_as_text():
-    assert rows([[7, "7"]]) == [[3, 3]]
-
-
-def test_unknown_items():
-    assert rows([["nope", "a", "b", "nada"]], unknown="drop") == [[1, 2]]
-    with pytest.raises(UserError, match=r"user 0: 2 unknown item ids, first .'nope', 'nada'.*add_items"):
-        rows([["nope", "a", "nada"]])
-
-
-@pytest.mark.parametrize(("given", "message"), [
-    ([], "no histories"), ({}, "no histories"), (FRAME.head(0), "no histories"),
-    ([["a"], []], "user 1: it is empty"),
-    ({"x": None}, "user 'x' is None, not a list"),
-    ({"x": "a"}, "user 'x' is 'a', not a list"),
-    (["a", "b"], "one list of item ids"), ([7], "one list of item ids"),
-    (("a",), "one list of item ids"),
-    ("a", "not str"), (5, "not int"), (None, "not NoneType"),
-    (FRAME.drop("item_id"), "column item_id is missing; there are: user_id, other"),
-])
-def test_mistakes_are_named(given, message):
-    with pytest.raises(UserError, match=message):
-        read_histories(given, INDEX)
+def test_rows_come_as_arrays_and_tensors_too():
+    histories = Histories.of([np.array([3, 1], dtype=np.int32), torch.tensor([2])])
+    assert histories.lists() == [[3, 1], [2]] and histories.items.dtype == torch.int64

@@ -1,8 +1,10 @@
 """Cleaning, splits, numbering and the folder against naive loops."""
 
+import errno
 import hashlib
 import json
 import random
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -13,11 +15,14 @@ from hypothesis import strategies as st
 
 from laserrec.config import DataConfig
 from laserrec.data.dataset import Dataset
-from laserrec.data.prepare import k_core, prepare, prepare_source
+from laserrec.data.losses import LossWarning
+from laserrec.data.prepare import NEW_ITEMS, k_core, prepare, prepare_source
 from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, from_frames
+from laserrec.data.summary import NO_VALIDATION, summary_lines
 from laserrec.util.errors import UserError
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "amazon-scientific"
+pytestmark = pytest.mark.filterwarnings("ignore::laserrec.data.losses.LossWarning")  # most of these tests lose things
 LOOSE = DataConfig(min_user_interactions=1, min_item_interactions=1)
 
 
@@ -81,12 +86,13 @@ def test_each_step_is_counted(tmp_path):
     config = DataConfig(min_user_interactions=2, min_item_interactions=2)
     report = prepare(acts(*rows), items, config, tmp_path / "out", notes={"skipped_lines": 4})
     dropped = [tuple(step["dropped"].values()) for step in report["steps"][1:]]
+    assert report["new_items"] == {"never_bought": 1, "too_few_interactions": 1} and report["untitled_items"] == 1
     assert dropped == [(1, 0, 1), (1, 0, 1), (1, 0, 0), (2, 1, 1)]
     assert report["steps"][0] == {"step": "read", "interactions": 9, "users": 3, "items": 5, "items_in_metadata": 5}
     assert report["skipped_lines"] == 4
     assert report["table1"] == {"users": 2, "items": 2, "interactions": 4, "avg_history_length": 2.0, "density": 1.0}
     items = Dataset.load(tmp_path / "out").items
-    assert items.select("item", "item_id", "title").rows() == [(1, "a", "A"), (2, "b", "B")]
+    assert items.select("item", "item_id", "title").rows() == [(0, "a", "A"), (1, "b", "B")]
 
 
 def test_untitled_items_and_duplicates_stay_when_asked(tmp_path):
@@ -112,11 +118,84 @@ def test_of_duplicates_the_first_by_position_stays_whatever_the_rows_order(tmp_p
         assert [i for i, _ in history(tmp_path / name, "u")] == ["a", "b"]
 
 
-def test_nothing_left_is_an_error_with_the_steps(tmp_path):
-    with pytest.raises(UserError, match=r"nothing is left after cleaning: .*k-core.*min_user_interactions"):
+def test_nothing_left_is_an_error_with_its_cause(tmp_path):
+    with pytest.raises(UserError, match=r"nothing is left after cleaning: k-core.*; lower data\.min_user"):
         prepare(acts(("u", "a", 1)), goods(a="A"), DataConfig(), tmp_path / "out")
+    with pytest.raises(UserError, match=r"no item id .* among the items: leading zeros.*like '7'.*like '07'"):
+        prepare(acts(("u", "7", 1)), goods(**{"07": "A"}), LOOSE, tmp_path / "out")
+    with pytest.raises(UserError, match="of 1 interactions 1 went: item has no title"):
+        prepare(acts(("u", "a", 1)), goods(a=None), LOOSE, tmp_path / "out")
     with pytest.raises(UserError, match="no interactions at all"):
         prepare(acts(), goods(a="A"), DataConfig(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- losses are told ----------------------------------------------------------------------------------------------
+
+
+def test_losses_are_counted_told_and_kept(tmp_path):
+    """Ten of twenty items have no metadata, as ids that match only in part give."""
+    rows = [(f"u{t % 8}", f"i{t % 20}", t) for t in range(160)]
+    items = goods(**{f"i{n}": f"Title {n}" for n in range(10)}, I12="x", I13=None)
+    with pytest.warns(LossWarning, match=r"80 of 160 interactions\. Dropped 10 items.*not among the items") as told:
+        report = prepare(acts(*rows), items, LOOSE, tmp_path / "out")
+    assert len(told) == 1
+    written = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert summary_lines(written) == summary_lines(report) == [
+        "Kept 8 of 8 users, 10 of 20 items, 80 of 160 interactions.",
+        "Dropped 10 items, 80 interactions: item has no row in the metadata (untitled).",
+        "10 of 20 item ids of the interactions are not among the items: yours are like 'i10' and 'i11', the "
+        "catalogue's like 'I12' and 'I13'.",
+        "Without a title: 1 item of the metadata.",
+        "Kept as new items, without interactions: 1 that nobody bought, 0 bought too rarely to be learnt."]
+
+
+def test_no_loss_no_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = prepare(acts(*[("u", "a", t) for t in range(3)]), goods(a="A"), LOOSE, tmp_path / "out")
+    assert summary_lines(report) == ["Kept 1 of 1 user, 1 of 1 item, 3 of 3 interactions."]
+
+
+def test_many_broken_lines_are_told(tmp_path):
+    with pytest.warns(LossWarning, match="Left out 1 broken line"):
+        prepare(acts(*[("u", "a", t) for t in range(3)]), goods(a="A"), LOOSE, tmp_path / "out",
+                notes={"skipped_lines": 1})
+
+
+def test_two_interactions_per_user_leave_nothing_to_validate(tmp_path):
+    rows = [(f"u{n}", i, t) for n in range(5) for t, i in enumerate("ab")]
+    with pytest.warns(LossWarning, match="No user has three interactions, so there is nothing to validate"):
+        report = prepare(acts(*rows), goods(a="A", b="B"), LOOSE, tmp_path / "out")
+    assert summary_lines(report)[-1] == NO_VALIDATION
+    assert report["interactions_per_split"] == {"train": 10, "validation": 0, "test": 0}
+
+
+def test_items_without_interactions_are_kept_as_new_ones(tmp_path):
+    rows = [("u", i, t) for t, i in enumerate("aabbc")]
+    items = goods(c="Rare", a="A", b="B", z="Never", y="Never too", x=None)
+    config = loose(min_item_interactions=2)
+    report = prepare(acts(*rows), items, config, tmp_path / "out")
+    assert report["new_items"] == {"never_bought": 2, "too_few_interactions": 1}
+    new = pl.read_parquet(tmp_path / "out" / NEW_ITEMS)
+    assert dict(new.schema) == ITEM_SCHEMA and new["item_id"].to_list() == ["c", "y", "z"]
+    assert Dataset.load(tmp_path / "out").items["item_id"].to_list() == ["a", "b"]
+    assert prepare(acts(*rows), items, config, tmp_path / "out")["reused"] is True
+    first = Dataset.load(tmp_path / "out").meta
+    report = prepare(acts(*rows), items.filter(pl.col("item_id").is_in(["a", "b"])), config, tmp_path / "out",
+                     overwrite=True)
+    assert not report["reused"] and not (tmp_path / "out" / NEW_ITEMS).exists()
+    second = Dataset.load(tmp_path / "out").meta
+    assert first["sha256"] == second["sha256"] and "new_items_sha256" in first and "new_items_sha256" not in second
+
+
+def test_a_full_disk_is_a_clear_error(tmp_path, random_source, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="can't be written: No space left on device; make room"):
+        prepare(*random_source, LOOSE, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,7 +291,7 @@ def test_training_sequences_hold_no_held_out_interaction(tmp_path, random_source
         if item_id in titled:
             source.setdefault(user_id, []).append((item_id, time))
     held_from = {}
-    for user, items in data.train_sequences.items():
+    for user, items in zip(data.train_users.tolist(), data.train_sequences.lists(), strict=True):
         own = [(i, t) for i, t in source[ids[0][user]] if i in set(ids[1].values())]
         rows = data.interactions.filter(pl.col("user") == user)
         assert [i for i, _ in own] == [ids[1][i] for i in rows["item"]]
@@ -244,7 +323,7 @@ def test_ids_are_dense_and_sorted_and_the_hash_is_of_the_tables(tmp_path, random
     report = prepare(*random_source, LOOSE, tmp_path / "out")
     data = Dataset.load(tmp_path / "out")
     for frame, number, name in ((data.items, "item", "item_id"), (data.users, "user", "user_id")):
-        assert frame[number].to_list() == list(range(1, frame.height + 1))
+        assert frame[number].to_list() == list(range(frame.height))
         assert frame[name].to_list() == sorted(frame[name].to_list())
     files = contents(tmp_path / "out")
     joined = b"".join(files[f"{name}.parquet"] for name in ("items", "users", "interactions"))
@@ -262,7 +341,7 @@ def test_an_existing_folder_is_reused_refused_or_replaced(tmp_path, random_sourc
     assert prepare(*random_source, LOOSE, out)["reused"] is True
     assert (out / "items.parquet").stat().st_mtime_ns == touched
     other = loose(min_user_interactions=5)
-    with pytest.raises(UserError, match=r"made from other input or settings.*--overwrite"):
+    with pytest.raises(UserError, match=r"made from other input or settings.*overwrite"):
         prepare(*random_source, other, out)
     assert contents(out) == before
     assert prepare(*random_source, other, out, overwrite=True)["reused"] is False

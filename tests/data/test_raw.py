@@ -1,13 +1,13 @@
 """Frames with the caller's columns -> Raw: ids, times, positions, texts, column maps."""
 
-import time
-from datetime import UTC, date, datetime
+from decimal import Decimal
+from uuid import UUID
 
 import pandas as pd
 import polars as pl
 import pytest
 
-from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, clean_text, from_frames, parse_times
+from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, from_frames, read_items
 from laserrec.util.errors import UserError
 
 ITEMS = pl.DataFrame({"item_id": ["a", "b"], "title": ["Drill", "Saw"]})
@@ -15,10 +15,6 @@ ITEMS = pl.DataFrame({"item_id": ["a", "b"], "title": ["Drill", "Saw"]})
 
 def acts(**columns):
     return pl.DataFrame({"user_id": ["u", "u"], "item_id": ["a", "b"], **columns})
-
-
-def times(*values, **options):
-    return parse_times(pl.Series(list(values), **options)).to_list()
 
 
 def test_frames_come_out_with_fixed_schemas():
@@ -44,31 +40,8 @@ def test_pandas_and_polars_frames_give_the_same():
         from_frames([("u", "a")], ITEMS)
 
 
-def test_times_keep_their_unit_and_their_order():
-    nanoseconds = 1_577_836_800_123_456_789  # more digits than a float keeps
-    assert times(nanoseconds, 5) == [nanoseconds, 5]
-    assert times(str(nanoseconds), " 5 ") == [nanoseconds, 5]
-    assert times("12", "1e3", "x", "") == [12, 1000, None, None]
-    assert times(12.0, 13.0) == [12, 13]
-    assert times("12", "12.25", "12.5") == [12000, 12250, 12500]
-    assert times(12.25, float("nan"), float("inf")) == [12250, None, None]
-
-
-def test_dates_become_utc_milliseconds(monkeypatch):
-    monkeypatch.setenv("TZ", "Asia/Tokyo")  # the machine's own zone must not matter
-    time.tzset()
-    moment = datetime(2020, 1, 1, 12, tzinfo=UTC)
-    expected = int(moment.timestamp() * 1000)
-    assert times("2020-01-01T12:00:00", "2020-01-01 14:00:00+02:00", "2020-01-01T12:00:00.5Z", "soon") == [
-        expected, expected, expected + 500, None]
-    assert times(moment) == [expected]
-    assert times(date(2020, 1, 1)) == [1577836800000]
-    monkeypatch.undo()
-    time.tzset()
-
-
 @pytest.mark.parametrize(("columns", "message"), [
-    ({"timestamp": ["5", "soon"]}, r"row 2, column timestamp: neither.*'soon'.*--on-error skip"),
+    ({"timestamp": ["5", "soon"]}, r"row 2, column timestamp: neither.*'soon'.*on_error .skip"),
     ({"timestamp": [5, None]}, r"row 2, column timestamp"),
     ({"position": [0, 1.5]}, r"row 2, column position: not a whole number"),
     ({"user_id": ["u", " "]}, r"row 2, column user_id: empty id"),
@@ -102,7 +75,7 @@ def test_column_map_for_both_tables_and_for_one():
 
 
 @pytest.mark.parametrize(("columns", "message"), [
-    ({}, r"interactions: no column for user_id.*there are: customer, item_id.*--columns user_id="),
+    ({}, r"interactions: no column for user_id.*there are: customer, item_id.*columns user_id="),
     ({"user_id": "client"}, r"looked for 'client'"),
     ({"user_id": "customer", "brand": "maker"}, r"items: no column for brand \(looked for 'maker'\)"),
     ({"user": "customer"}, r"'user' is not a column of ours"),
@@ -115,29 +88,10 @@ def test_missing_columns_are_listed_with_what_exists(columns, message):
 
 
 def test_ids_must_be_text_or_numbers():
-    with pytest.raises(UserError, match="column user_id holds List"):
+    with pytest.raises(UserError, match="row 1, column user_id: a list or dict, not an id"):
         from_frames(pl.DataFrame({"user_id": [["u"]], "item_id": ["a"]}), ITEMS)
     with pytest.raises(UserError, match="on_error is 'raise' or 'skip'"):
         from_frames(acts(), ITEMS, on_error="ignore")
-
-
-@pytest.mark.parametrize(("text", "expected"), [
-    ("  two\n words ", "two words"),
-    ("a\x00b\u00a0c", "a b c"),
-    ("Black &amp; Decker 3&quot; Säge", 'Black & Decker 3" Säge'),
-    ("<span class='x'>Drill</span> <b>18V</b>", "Drill 18V"),
-    ("size 3 < 5 and 7 > 6, <M8> thread", "size 3 < 5 and 7 > 6, <M8> thread"),
-    ("<style>.a{color:red}</style>Drill<script>var x", "Drill"),
-    ('<img src="a.png" alt="Amazon Fashion" width="1"/>', "Amazon Fashion"),
-    ('Drill <span class="cut off', "Drill"),
-    ("var aPageStart = (new Date()).getTime();", None),
-    ("<span></span>", None),
-    (" \n", None),
-    ("日本語 ✓", "日本語 ✓"),
-    ("x" * 10_000, "x" * 10_000),
-])
-def test_text_cleaning(text, expected):
-    assert clean_text(pl.Series("title", ["plain", text, None])).to_list() == ["plain", expected, None]
 
 
 def test_of_several_rows_of_an_item_the_fullest_stays_whatever_their_order():
@@ -148,3 +102,51 @@ def test_of_several_rows_of_an_item_the_fullest_stays_whatever_their_order():
         assert sorted(raw.items.rows()) == [("a", "Saw", "B", None), ("b", "Nail", None, None),
                                             ("c", "Bolt", None, None)]
         assert raw.notes["duplicate_item_rows"] == 4
+
+
+def test_the_most_frequent_title_wins():
+    """One file for both tables, as Online Retail: a row per sale, some with a note in place of the name."""
+    sales = pl.DataFrame({"user_id": ["u"] * 6, "item_id": ["a"] * 4 + ["b"] * 2,
+                          "title": ["?", "Drill", None, "Drill", "check", "<br>"]})
+    for frame in (sales, sales.reverse()):
+        titles = from_frames(frame, frame).items.sort("item_id")["title"].to_list()
+        assert titles == ["Drill", "check"]
+
+
+def test_new_items_are_cleaned_as_those_of_fit():
+    frame = pd.DataFrame({"item_id": [7.0, 8.0], "title": ["Drill &amp; <b>bits</b>", "Saw"],
+                          "category": [[["Tools", "Drills"]], [{"name": "Saws"}]]})
+    assert read_items(frame).rows() == [("7", "Drill & bits", None, "Tools Drills"), ("8", "Saw", None, "Saws")]
+    assert read_items(pl.DataFrame(schema=ITEM_SCHEMA)).is_empty()
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ({"item_id": ["a", ""], "title": ["x", "y"]}, "row 2, column item_id: empty id"),
+    ({"item_id": ["a", " a"], "title": ["x", "y"]}, "row 1: item 'a' stands in more than one row"),
+    ({"item_id": ["a", "b"], "title": ["x", "<br>"]}, "row 2: item 'b' has no title"),
+    ({"item_id": ["a"], "name": ["x"]}, "no column for title; there are: item_id, name"),
+])
+def test_new_items_that_are_none(rows, message):
+    with pytest.raises(UserError, match=f"new items: {message}"):
+        read_items(pl.DataFrame(rows))
+
+
+@pytest.mark.parametrize("frame", [
+    pd.DataFrame([["u", "a"]], columns=["user_id", "user_id"]), pd.DataFrame({"user_id": ["u"]}).groupby("user_id"),
+    {"user_id": ["u"]}, None,
+])
+def test_frames_that_cannot_be_read(frame):
+    with pytest.raises(UserError, match=r"^interactions"):
+        from_frames(frame, ITEMS)
+
+
+def test_odd_columns_are_read_or_refused_by_row():
+    ids = pd.DataFrame({"user_id": [UUID(int=1), UUID(int=2)], "item_id": [Decimal("7"), "a"]})
+    assert from_frames(ids, ITEMS).interactions["item_id"].to_list() == ["7", "a"]
+    assert from_frames(ids.set_index("user_id"), ITEMS).interactions["user_id"][0].endswith("0001")
+    with pytest.raises(UserError, match="row 2, column item_id: a float too large to hold all digits"):
+        from_frames(acts().with_columns(item_id=pl.Series([1.0, 1.5e18])), ITEMS)
+    with pytest.raises(UserError, match="row 1, column timestamp: neither"):
+        from_frames(acts(timestamp=[[1], [2]]), ITEMS)
+    items = ITEMS.with_columns(category=pl.Series([[["Tools"], ["Drills", None]], None]))
+    assert from_frames(acts(), items).items["category"].to_list() == ["Tools Drills", None]

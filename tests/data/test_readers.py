@@ -6,7 +6,8 @@ import json
 import polars as pl
 import pytest
 
-from laserrec.data import readers
+from laserrec.data import files
+from laserrec.data.files import FileOptions
 from laserrec.data.readers import (
     read_amazon_2018,
     read_amazon_2023,
@@ -16,6 +17,7 @@ from laserrec.data.readers import (
 )
 from laserrec.util.errors import UserError
 
+SKIP = FileOptions(on_error="skip")
 LONG = "Ü" * 10_000
 
 
@@ -63,7 +65,7 @@ def test_amazon_2023(amazon):
 
 
 def test_chunks_are_joined_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(files, "_CHUNK_ROWS", 2)
     reviews = json_lines(tmp_path / "r.json", [{**REVIEW, "reviewerID": f"U{i}"} for i in range(5)])
     raw = read_amazon_2018(reviews, json_lines(tmp_path / "m.json", [META]))
     assert raw.interactions["user_id"].to_list() == ["U0", "U1", "U2", "U3", "U4"]
@@ -73,12 +75,13 @@ def test_chunks_are_joined_in_order(tmp_path, monkeypatch):
 BROKEN = [
     (b'{"reviewerID": "U1", "asin": ', r"not JSON: .* at column"),
     (b"{'reviewerID': 'U1', 'asin': 'B1'}", r"a Python literal as in the 2014 files"),
-    (b'{"reviewerID": "U1", "asin": "B1"}', r"no unixReviewTime in it \(there are: reviewerID, asin\)"),
-    (b'{"asin": "B1", "unixReviewTime": 1}', r"no reviewerID in it"),
-    (b'{"reviewerID": "U1", "asin": "", "unixReviewTime": 1}', r"no asin in it"),
-    (b'{"reviewerID": "U1", "asin": "B1", "unixReviewTime": "soon"}', r"unixReviewTime is no whole number: 'soon'"),
-    (b'{"reviewerID": "U1", "asin": "B1", "unixReviewTime": 1e999}', r"unixReviewTime is no whole number"),
-    (b'{"reviewerID": "U1", "asin": "B1", "unixReviewTime": 10000000000000000000}', r"unixReviewTime is out of range"),
+    (b'{"title": "Drill"}', r"none of reviewerID, asin, unixReviewTime in it \(there are: title\)"),
+    (b'{"reviewerID": "U1", "asin": "B1"}', r"column timestamp: neither a number"),
+    (b'{"asin": "B1", "unixReviewTime": 1}', r"column user_id: empty id"),
+    (b'{"reviewerID": "U1", "asin": "", "unixReviewTime": 1}', r"column item_id: empty id"),
+    (b'{"reviewerID": "U1", "asin": "B1", "unixReviewTime": "soon"}', r"column timestamp: neither .*'soon'"),
+    (b'{"reviewerID": "U1", "asin": "B1", "unixReviewTime": 1e999}', r"column timestamp"),
+    (b'{"reviewerID": "U1", "asin": "B1", "unixReviewTime": 10000000000000000000}', r"column timestamp"),
     (b'["U1", "B1", 1]', r"not a JSON object"),
     (b'{"reviewerID": "U\xff1", "asin": "B1", "unixReviewTime": 1}', r"not UTF-8 at byte 18"),
     (b"[" * 100_000, r"nested too deeply"),
@@ -90,16 +93,16 @@ def test_a_broken_line_is_named_or_skipped(tmp_path, line, message):
     good = json.dumps(REVIEW).encode()
     reviews = write(tmp_path / "r.json", good + b"\n\n" + line + b"\n" + good + b"\n")
     meta = json_lines(tmp_path / "m.json", [META])
-    with pytest.raises(UserError, match=r"r\.json:3: " + message):
+    with pytest.raises(UserError, match=r"r\.json:3[:,] " + message):
         read_amazon_2018(reviews, meta)
-    raw = read_amazon_2018(reviews, meta, on_error="skip")
+    raw = read_amazon_2018(reviews, meta, options=SKIP)
     assert (raw.interactions.height, raw.notes["skipped_lines"]) == (2, 1)
 
 
 def test_nothing_but_broken_lines_is_an_error_even_when_skipping(tmp_path):
     reviews = write(tmp_path / "r.json", "{'reviewerID': 'U1'}\n{'reviewerID': 'U2'}\n")
     with pytest.raises(UserError, match=r"r\.json:1: a Python literal"):
-        read_amazon_2018(reviews, json_lines(tmp_path / "m.json", [META]), on_error="skip")
+        read_amazon_2018(reviews, json_lines(tmp_path / "m.json", [META]), options=SKIP)
 
 
 def test_half_a_surrogate_pair_does_not_break_the_file(tmp_path):
@@ -110,7 +113,7 @@ def test_half_a_surrogate_pair_does_not_break_the_file(tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     meta = json_lines(tmp_path / "m.json", [META])
-    with pytest.raises(UserError, match=r"no\.json can't be read: No such file"):
+    with pytest.raises(UserError, match=r"no such file: .*no\.json"):
         read_amazon_2018(tmp_path / "no.json", meta)
     with pytest.raises(UserError, match=r"empty\.json is empty"):
         read_amazon_2018(write(tmp_path / "empty.json", ""), meta)
@@ -160,7 +163,7 @@ def test_a_broken_csv_line_is_named_or_skipped(tmp_path, body, message):
     items = write(tmp_path / "items.csv", ITEMS)
     with pytest.raises(UserError, match=message):
         read_tables(path, items)
-    raw = read_tables(path, items, on_error="skip")
+    raw = read_tables(path, items, options=SKIP)
     assert raw.interactions["user_id"].to_list() == ["u1", "u3"]
     assert raw.notes["skipped_lines"] == 1
 
@@ -231,6 +234,6 @@ def test_movielens_dat_and_csv(tmp_path):
     write(dat / "ratings.dat", "1::10::5::978300760\n2::20\n")
     with pytest.raises(UserError, match=r"ratings\.dat:2: 2 fields, not 4"):
         read_movielens(dat)
-    assert read_movielens(dat, on_error="skip").notes["skipped_lines"] == 1
+    assert read_movielens(dat, options=SKIP).notes["skipped_lines"] == 1
     with pytest.raises(UserError, match=r"holds neither ratings\.csv nor ratings.dat"):
         read_movielens(tmp_path)

@@ -1,0 +1,291 @@
+"""One rule for ids, one for texts, one for times: the same value means the same in files, frames, Python and HTTP.
+
+Each rule comes for one value (`item_id`, `text`) and for a column (`ids`, `texts`, `times`); both give the same.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import polars as pl
+
+from laserrec.util.errors import UserError
+
+SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() or c < " ") + "\x7f\u200b\ufeff"
+"""White space, control characters, the zero-width space and the byte order mark."""
+
+# -- ids ----------------------------------------------------------------------------------------------------------
+
+_WHOLE = r"^(-?[1-9][0-9]*|0)\.0+$"
+_ZERO = r"^-0\.0+$"
+
+
+def item_id(value: Any) -> str:
+    """The id as text, of an item or a user: 7, 7.0, "7.0" and " 7 " are "7". Leading zeros and case of text stay.
+
+    Raises UserError for what is no id (see `as_id`).
+    """
+    name = as_id(value)
+    if name is None:
+        raise UserError(f"{why_no_id(value)} (found {_short(value)}); ids are text or whole numbers")
+    return name
+
+
+def as_id(value: Any) -> str | None:
+    """`item_id`, or None where the value is missing, empty, true or false, a date, a list or dict, or a float so large
+    that its last digits are lost."""
+    if isinstance(value, str):
+        name = _sound(value).strip(SPACE)
+        if name.endswith("0") and "." in name:
+            name = re.sub(_ZERO, "0", re.sub(_WHOLE, r"\1", name))
+        return name or None
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    if isinstance(value, (int, np.integer)):
+        return str(int(value))
+    if isinstance(value, (float, np.floating)):
+        return _number(value) if abs(value) < _exact_below(value) else None
+    if isinstance(value, bytes):
+        try:
+            return as_id(value.decode("utf-8"))
+        except UnicodeDecodeError:
+            return None
+    if isinstance(value, Decimal):
+        return _number(value)
+    return str(value) if isinstance(value, UUID) else None
+
+
+def ids(column: pl.Series) -> pl.Series:
+    """`as_id` of every value, as String."""
+    kind = column.dtype
+    if kind.is_float():
+        wide = column.cast(pl.Float64)
+        limit = 2.0 ** {pl.Float64: 53, pl.Float32: 24}.get(type(kind), 11)
+        exact = wide.set(~(wide.abs() < limit).fill_null(False), None)
+        if (exact.drop_nulls() % 1 == 0).all():
+            return exact.cast(pl.Int64).cast(pl.String)
+        return _each(exact, as_id)
+    if kind.is_integer():
+        return column.cast(pl.String)
+    if kind in (pl.String, pl.Categorical, pl.Enum):
+        name = column.cast(pl.String).str.strip_chars(SPACE)
+        name = name.str.replace(_WHOLE, "$1").str.replace(_ZERO, "0")
+        return name.set((name == "").fill_null(False), None)
+    if kind in (pl.Binary, pl.Object) or kind.is_decimal():
+        return _each(column, as_id)
+    return pl.Series(column.name, [None] * len(column), dtype=pl.String)
+
+
+def why_no_id(value: Any) -> str:
+    """What is wrong with a value that `as_id` refuses."""
+    if isinstance(value, (float, np.floating)) and math.isfinite(value):
+        return "a float too large to hold all digits of an id: read this column as text"
+    if is_nested(value):
+        return "a list or dict, not an id"
+    empty = is_missing(value) or (isinstance(value, str) and not value.strip(SPACE))
+    return "empty id" if empty else "not an id"
+
+
+def _exact_below(value: Any) -> float:
+    """Whole floats below it have all their digits."""
+    return 2.0 ** (np.finfo(value.dtype).nmant + 1) if isinstance(value, np.floating) else 2.0**53
+
+
+def _number(value: float | Decimal) -> str | None:
+    """Whole numbers without ".0"; None for NaN and infinity."""
+    if not math.isfinite(value):
+        return None
+    if isinstance(value, Decimal):
+        return str(int(value)) if value == int(value) else format(value, "f").rstrip("0")
+    value = float(value)
+    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+
+
+def _each(column: pl.Series, rule: Any) -> pl.Series:
+    return pl.Series(column.name, [rule(v) for v in column.to_list()], dtype=pl.String)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+# -- texts --------------------------------------------------------------------------------------------------------
+
+_NAMES = ("name", "title", "label", "text", "value")
+_TAGS = ("a|abbr|b|big|br|center|code|dd|div|dl|dt|em|font|form|h[1-6]|hr|i|iframe|img|input|label|li|link|meta|nobr|"
+         "noscript|ol|option|p|pre|s|script|section|select|small|span|strike|strong|style|sub|sup|table|tbody|td|th|"
+         "thead|tr|tt|u|ul")
+_BLOCK = re.compile(r"<(style|script)\b.*?(?:</\1\s*>|$)", re.IGNORECASE | re.DOTALL)
+_IMAGE = re.compile(r"<img\b[^<>]*?\balt=\"([^\"<>]*)\"[^<>]*>", re.IGNORECASE)
+_TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>", re.IGNORECASE)
+_OPEN_TAG = re.compile(rf"<(?:{_TAGS})\s[^<>]*$", re.IGNORECASE)
+_PAGE_CODE = r"aPageStart|getTime\(\)|P\.when\("
+_MARKED = f"[&<]|{_PAGE_CODE}"
+
+
+def text(value: Any) -> str | None:
+    """Readable text, None where nothing readable is left.
+
+    Lists at any depth are joined with spaces; of a dict its name (the first of name, title, label, text, value), else
+    all its values. HTML entities are unescaped; style and script blocks are dropped; known HTML tags are dropped and
+    their content kept (an image leaves its alt text), "<" otherwise stays. A text that is a page's own code instead of
+    words (Amazon 2018 has titles like "var aPageStart = (new Date()).getTime();") is unknown. White space and control
+    characters become single spaces.
+    """
+    plain = flat(value)
+    if plain is None:
+        return None
+    if re.search(_MARKED, plain):
+        plain = _without_markup(plain)
+    return re.sub(f"[{SPACE}]+", " ", plain).strip(" ") or None
+
+
+def texts(column: pl.Series) -> pl.Series:
+    """`text` of every value, as String."""
+    kind = column.dtype
+    if kind == pl.List(pl.String):
+        joined = column.list.drop_nulls().list.join(" ")
+    elif kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum, pl.Null):
+        joined = column.cast(pl.String)
+    else:
+        joined = _each(column, flat)
+    marked = joined.str.contains(_MARKED).fill_null(False)
+    if marked.any():
+        plain = [_without_markup(t) for t in joined.filter(marked).to_list()]
+        joined = joined.clone().scatter(marked.arg_true(), plain)
+    folded = joined.str.replace_all(f"[{SPACE}]+", " ").str.strip_chars(" ")
+    return folded.set((folded == "").fill_null(False), None)
+
+
+def flat(value: Any) -> str | None:
+    """Any value as one line of raw text, not yet cleaned; None where it is missing."""
+    if isinstance(value, str):
+        return _sound(value)
+    if is_missing(value):
+        return None
+    if isinstance(value, (bool, np.bool_)):
+        return str(bool(value)).lower()
+    if isinstance(value, (float, np.floating, Decimal)):
+        return _number(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if is_nested(value):
+        return " ".join(parts(value))
+    return str(value)
+
+
+def parts(value: Any) -> list[str]:
+    """The texts that a list or dict holds, raw; those that are missing are left out."""
+    if isinstance(value, Mapping):
+        named = next((value[n] for n in _NAMES if not is_missing(value.get(n))), None)
+        value = value.values() if named is None else [named]
+    return [t for v in value if (t := flat(v)) is not None]
+
+
+def is_nested(value: Any) -> bool:
+    """Whether it holds several values: a list, tuple, set, dict, array or series."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) > 0
+
+
+def is_missing(value: Any) -> bool:
+    """None, NaN, pandas' NA and NaT."""
+    return value is None or type(value).__name__ in ("NAType", "NaTType") or (
+        isinstance(value, (float, np.floating)) and math.isnan(value))
+
+
+def column_of(name: str, values: Iterable[Any]) -> pl.Series:
+    """A column of Python values of any kinds: String, or List(String) where any value is a list or dict."""
+    values = list(values)
+    if not any(is_nested(v) for v in values):
+        return pl.Series(name, [flat(v) for v in values], dtype=pl.String)
+    lists = [None if is_missing(v) else parts(v) if is_nested(v) else [flat(v)] for v in values]
+    return pl.Series(name, lists, dtype=pl.List(pl.String))
+
+
+def _sound(text: str) -> str:
+    """Half a surrogate pair, which UTF-8 can't hold, becomes the replacement character."""
+    if text.isascii() or not re.search("[\ud800-\udfff]", text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _without_markup(text: str) -> str:
+    text = html.unescape(text)
+    text = _OPEN_TAG.sub(" ", _TAG.sub(" ", _IMAGE.sub(r"\1", _BLOCK.sub(" ", text))))
+    # A script cut out above took its code along; what still looks like code is the text itself.
+    return "" if re.search(_PAGE_CODE, text) else text
+
+
+# -- times --------------------------------------------------------------------------------------------------------
+
+
+def times(column: pl.Series) -> pl.Series:
+    """Int64 per value, null where it can't be read as a time.
+
+    Integers in any unit are kept; numbers with fractions are multiplied by 1000 and rounded (seconds become
+    milliseconds, so no order is lost); dates and ISO 8601 text become epoch milliseconds, read as UTC where they name
+    no zone. One column has one unit; only the order of times is ever used.
+    """
+    if column.dtype in (pl.Date, pl.Datetime):
+        return column.cast(pl.Datetime("ms")).dt.epoch("ms")
+    if column.dtype in (pl.String, pl.Categorical, pl.Enum):
+        text = column.cast(pl.String).str.strip_chars(SPACE)
+        first = text.filter((text != "").fill_null(False)).head(1)
+        if first.cast(pl.Float64, strict=False).null_count():
+            return _iso(text)
+        whole, number = text.cast(pl.Int64, strict=False), text.cast(pl.Float64, strict=False)
+    elif column.dtype.is_integer():
+        return column.cast(pl.Int64, strict=False)
+    elif column.dtype.is_float() or column.dtype.is_decimal():
+        whole, number = _nulls(column), column.cast(pl.Float64, strict=False)
+    else:
+        return _nulls(column)
+    # Integers are never read by way of floats: nanoseconds since 1970 have more digits than a float keeps.
+    number = number.set(~number.is_finite().fill_null(False), None)
+    if (number % 1 != 0).any():
+        return pl.select(pl.coalesce(whole * 1000, (number * 1000).round().cast(pl.Int64, strict=False))).to_series()
+    return pl.select(pl.coalesce(whole, number.cast(pl.Int64, strict=False))).to_series()
+
+
+def whole_numbers(column: pl.Series) -> pl.Series:
+    """Int64 per value, null where it is no whole number."""
+    if column.dtype.is_integer():
+        return column.cast(pl.Int64, strict=False)
+    if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object, pl.Boolean) or column.dtype.is_temporal():
+        return _nulls(column)
+    if column.dtype in (pl.String, pl.Categorical, pl.Enum):
+        column = column.cast(pl.String).str.strip_chars(SPACE)
+    number = column.cast(pl.Float64, strict=False)
+    return number.set((number % 1 != 0).fill_null(True), None).cast(pl.Int64, strict=False)
+
+
+def is_empty(column: pl.Series) -> pl.Series:
+    """Boolean per value: null, NaN, or text of white space alone."""
+    if column.dtype == pl.String:
+        return column.is_null() | (column.str.strip_chars(SPACE) == "").fill_null(True)
+    return column.is_null() | column.is_nan().fill_null(True) if column.dtype.is_float() else column.is_null()
+
+
+def _nulls(column: pl.Series) -> pl.Series:
+    return pl.Series(column.name, [None] * len(column), dtype=pl.Int64)
+
+
+def _iso(text: pl.Series) -> pl.Series:
+    def milliseconds(value: str) -> int | None:
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            return None
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return round(moment.timestamp() * 1000)
+
+    known = {value: milliseconds(value) for value in text.drop_nulls().unique().to_list()}
+    return text.replace_strict(known, default=None, return_dtype=pl.Int64)

@@ -1,0 +1,361 @@
+"""Files of any known ending -> one `Table` each: CSV, JSON lines and Parquet, packed or not, whole or in parts.
+
+A path is a file, a folder of parts (as Spark and others write them) or a pattern such as `orders-*.csv`. Every broken
+line is a UserError that names file and line, or with on_error = "skip" is left out and counted.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import glob
+import gzip
+import io
+import json
+import re
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from laserrec.data.clean import column_of
+from laserrec.util.errors import UserError
+
+ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".inter", ".item")
+POLARS_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
+SKIP_HINT = 'Mend the line, or leave broken lines out: on_error "skip"'
+_JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
+_CHUNK_ROWS = 200_000
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How text files are read. Raises UserError for values that can't be."""
+
+    on_error: str = "raise"
+    """Broken lines: "raise", or "skip" to leave them out and count them."""
+    separator: str | None = None
+    """Of delimited text; None: a tab in .tsv, .inter and .item, else a comma."""
+    encoding: str = "utf-8"
+    """Any that Python knows, such as cp1252 or utf-16."""
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("raise", "skip"):
+            raise UserError(f"on_error is 'raise' or 'skip', not {self.on_error!r}")
+        if self.separator == "\\t":  # as shells hand it over
+            object.__setattr__(self, "separator", "\t")
+        if self.separator is not None and not (len(self.separator) == 1 and self.separator.isascii()):
+            raise UserError(f"separator is one character such as ; or , (\\t for a tab), not {self.separator!r}")
+        try:
+            name = codecs.lookup(self.encoding).name
+        except LookupError:
+            raise UserError(f"unknown encoding {self.encoding!r}; there are utf-8, cp1252, utf-16, latin-1 and all "
+                            "others that Python knows") from None
+        object.__setattr__(self, "encoding", "utf-8" if name in ("utf-8-sig", "ascii") else name)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A frame with the caller's columns, and where its rows come from."""
+
+    frame: pl.DataFrame
+    name: str
+    locate: Callable[[int], str] | None = None
+    """0-based row -> "file:line" for messages."""
+    skipped: int = 0
+    """Broken lines already left out."""
+
+    def where(self, row: int) -> str:
+        """The row's place, in words."""
+        return self.locate(row) if self.locate else f"{self.name}: row {row + 1}"
+
+
+def read_table(path: Path | str, options: FileOptions | None = None) -> Table:
+    """All columns: text files' values as text (JSON lists as lists of text), Parquet's in their own types.
+
+    Raises UserError for a missing or unreadable file, an unknown ending, and broken lines.
+    """
+    options = options or FileOptions()
+    return read_parts(path, lambda part: _read_file(part, options))
+
+
+def read_parts(path: Path | str, read: Callable[[Path], Table]) -> Table:
+    """The parts of `path`, each read by `read`, below each other."""
+    tables = [read(part) for part in parts_of(path)]
+    if len(tables) == 1:
+        return tables[0]
+    ends = list(accumulate(t.frame.height for t in tables))
+
+    def locate(row: int) -> str:
+        part = bisect_right(ends, row)
+        return tables[part].where(row - (ends[part - 1] if part else 0))
+
+    try:
+        frame = pl.concat([t.frame for t in tables], how="diagonal_relaxed")
+    except POLARS_ERRORS as error:
+        raise UserError(f"{path}: the parts' columns differ in type: {reason(error)}; write them with one schema"
+                        ) from None
+    return Table(frame, str(path), locate, sum(t.skipped for t in tables))
+
+
+def parts_of(path: Path | str) -> list[Path]:
+    """The files that make up one table, by name: the file itself, those in a folder or those that match a pattern.
+    Names that begin with _ or . are left out (Spark's _SUCCESS). Raises UserError where there are none."""
+    path = Path(path)
+    try:
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            below = ((p, p.relative_to(path).parts) for p in path.rglob("*"))
+            found = [p for p, names in below if not any(n.startswith(("_", ".")) for n in names)]
+        elif glob.has_magic(str(path)):
+            found = [Path(p) for p in glob.glob(str(path), recursive=True)]
+        else:
+            raise UserError(f"no such file: {path}")
+        files = sorted(p for p in found if p.is_file() and ending(p) in ENDINGS)
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {reason(error)}") from None
+    if not files:
+        raise UserError(f"{path}: no data files here; their names end in {', '.join(ENDINGS)} (text also .gz)")
+    if other := next((p for p in files if ending(p) != ending(files[0])), None):
+        raise UserError(f"{path}: the parts of one table end alike, and here are {files[0].name} and {other.name}; "
+                        "give one file or pattern")
+    return files
+
+
+def ending(path: Path) -> str:
+    """".csv" of orders.csv and orders.csv.gz."""
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def reason(error: BaseException) -> str:
+    """An error of polars or the system in one line."""
+    return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _read_file(path: Path, options: FileOptions) -> Table:
+    kind = ending(path)
+    if kind == ".parquet":
+        try:
+            return Table(pl.read_parquet(path), str(path))
+        except (*POLARS_ERRORS, OSError) as error:
+            raise UserError(f"{path} is not readable as Parquet: {reason(error)}; write it again") from None
+    if kind in _JSON_ENDINGS:
+        return _any_json(path, options)
+    if kind not in ENDINGS:
+        raise UserError(f"{path}: unknown ending; there are {', '.join(ENDINGS)}, text also with .gz")
+    tabs = kind in (".tsv", ".inter", ".item")
+    return _read_delimited(path, options.separator or ("\t" if tabs else ","), options)
+
+
+# -- lines --------------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, bytes]]:
+    """(1-based number, UTF-8 bytes) of every line that is not blank; .gz is unpacked on the way."""
+    number = 0
+    try:
+        with _open(path, encoding) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}:{number + 1}: the gzip data breaks off here ({error}); get the file again") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {reason(error)}") from None
+
+
+def _open(path: Path, encoding: str) -> Any:
+    file = (gzip.open if path.name.endswith(".gz") else open)(path, "rb")
+    if encoding == "utf-8":
+        return file
+    with file:
+        data = file.read()
+    try:
+        return io.BytesIO(data.decode(encoding).encode("utf-8"))
+    except UnicodeError as error:
+        before = data[: getattr(error, "start", 0)].decode(encoding, "ignore")
+        raise UserError(f"{path}:{before.count(chr(10)) + 1}: not {encoding} ({reason(error)}); "
+                        "set the file's own encoding") from None
+
+
+def not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
+    """What is wrong with a line that is not UTF-8, and what it may be instead."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return 'not UTF-8 but UTF-16, by its first bytes; set encoding "utf-16"'
+    return (f'not UTF-8 at byte {error.start + 1}; files from Excel or Windows often are in encoding "cp1252", set it '
+            "if yours is")
+
+
+def header_hint(columns: list[str]) -> str:
+    """For a header without the columns looked for: which separator or encoding it seems to have."""
+    if any("\x00" in name for name in columns):
+        return '. The file looks like UTF-16; set encoding "utf-16"'
+    found = next((s for s in (";", "\t", "|", ",") if s in columns[0]), None) if len(columns) == 1 else None
+    return f". The header looks separated by {found!r}; set separator {json.dumps(found)}" if found else ""
+
+
+def _nth_line(path: Path, encoding: str, row: int) -> int:
+    return next((number for number, _ in islice(lines(path, encoding), row, None)), 0)
+
+
+# -- JSON lines ---------------------------------------------------------------------------------------------------
+
+
+def read_json_lines(path: Path, options: FileOptions, make: Callable[[list[dict]], pl.DataFrame],
+                    row: Callable[[dict], Any] = lambda o: o) -> Table:
+    """`make` gets what `row` makes of each line's object, in chunks, so that memory holds the columns kept alone. A
+    ValueError of `row` says what is wrong with a line."""
+    skipped: list[str] = []
+    rows = _json_rows(path, row, options, skipped)
+    chunks = []
+    while chunk := list(islice(rows, _CHUNK_ROWS)):
+        chunks.append(make(chunk))
+    if not chunks:
+        raise UserError(skipped[0] if skipped else f"{path} is empty")
+    return Table(_stacked(chunks), str(path), lambda n: f"{path}:{_nth_line(path, options.encoding, n)}", len(skipped))
+
+
+def _any_json(path: Path, options: FileOptions) -> Table:
+    """All keys of all lines."""
+    def make(chunk: list[dict]) -> pl.DataFrame:
+        keys = dict.fromkeys(k for o in chunk for k in o)
+        return pl.DataFrame([column_of(k, [o.get(k) for o in chunk]) for k in keys])
+
+    return read_json_lines(path, options, make)
+
+
+def _stacked(chunks: list[pl.DataFrame]) -> pl.DataFrame:
+    """Below each other; a column that is lists in one chunk becomes lists in all."""
+    lists = {name for chunk in chunks for name, kind in chunk.schema.items() if isinstance(kind, pl.List)}
+    wrapped = [chunk.with_columns(pl.when(pl.col(c).is_not_null()).then(pl.concat_list(c)).alias(c)
+                                  for c in lists.intersection(chunk.columns) if chunk[c].dtype == pl.String)
+               for chunk in chunks]
+    return pl.concat(wrapped, how="diagonal")
+
+
+def _json_rows(path: Path, row: Callable[[dict], Any], options: FileOptions, skipped: list[str]) -> Iterator[Any]:
+    for number, line in lines(path, options.encoding):
+        try:
+            yield row(json_object(line))
+        except ValueError as error:
+            message = f"{path}:{number}: {_json_reason(error, line)}. {SKIP_HINT}"
+            if options.on_error == "raise":
+                raise UserError(message) from None
+            skipped.append(message)
+
+
+def _json_reason(error: ValueError, line: bytes) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return not_utf8(line, error)
+    # json knows only this line, so its own message would say "line 1".
+    return f"not JSON: {error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def json_object(line: bytes) -> dict:
+    """The object on one line. Raises ValueError that says what else it is."""
+    text = line.decode("utf-8-sig")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        if re.match(r"\s*\{\s*u?'", text):
+            raise ValueError("a Python literal as in the 2014 files, not JSON; convert the file with "
+                             "json.dumps(ast.literal_eval(line))") from None
+        if text.lstrip().startswith("["):
+            raise ValueError("a JSON array over several lines; write one object {...} a line (JSON lines)") from None
+        raise
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object {...}; write one object a line (JSON lines)")
+    return value
+
+
+# -- delimited text -----------------------------------------------------------------------------------------------
+
+
+def _read_delimited(path: Path, separator: str, options: FileOptions) -> Table:
+    """polars reads it; where polars gives up, a slow reading finds the lines at fault, which polars doesn't name."""
+    quote = None if ending(path) in (".inter", ".item") else '"'
+    records = _Records(path, separator, quote, options.encoding)
+    try:
+        source = path if options.encoding == "utf-8" else _open(path, options.encoding)
+        frame = pl.read_csv(source, separator=separator, infer_schema=False, quote_char=quote)
+        frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
+        return Table(frame, str(path), lambda n: f"{path}:{records.line_of(n)}")
+    except (*POLARS_ERRORS, OSError, EOFError, zlib.error):
+        rows, skipped, first = records.read(options.on_error)
+    header, *body = [fields for _, fields in rows]
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}:1: a column name stands twice in the header: {', '.join(header)}")
+    frame = pl.DataFrame([[f or None for f in fields] for fields in body], orient="row",
+                         schema=dict.fromkeys(header, pl.String))
+    if frame.is_empty() and first:
+        raise UserError(first)
+    return Table(frame, str(path), lambda n: f"{path}:{rows[n + 1][0]}", skipped)
+
+
+@dataclass(frozen=True)
+class _Records:
+    """The records of delimited text with their line numbers, read by the csv module."""
+
+    path: Path
+    separator: str
+    quote: str | None
+    encoding: str
+
+    def read(self, on_error: str) -> tuple[list[tuple[int, list[str]]], int, str | None]:
+        """Good records with the header first, the number of bad ones, and the first one's message."""
+        rows: list[tuple[int, list[str]]] = []
+        skipped, first = 0, None
+        for number, fields in self:
+            why = fields if isinstance(fields, str) else None
+            if why is None and rows and len(fields) != len(rows[0][1]):
+                header = rows[0][1]
+                why = f"{len(fields)} fields, the header has {len(header)}{header_hint(header)}"
+            if why is None:
+                rows.append((number, fields))
+                continue
+            message = f"{self.path}:{number}: {why}. {SKIP_HINT}"
+            if on_error == "raise" or not rows:
+                raise UserError(message)
+            skipped, first = skipped + 1, first or message
+        if not rows:
+            raise UserError(f"{self.path} is empty; its first line should name the columns")
+        return rows, skipped, first
+
+    def line_of(self, row: int) -> int:
+        """Line of a 0-based row; 0 where there is none."""
+        return next((number for number, _ in islice(self, row + 1, None)), 0)
+
+    def __iter__(self) -> Iterator[tuple[int, list[str] | str]]:
+        """(line number, fields) per record, or (line number, what is wrong)."""
+        bad: list[tuple[int, str]] = []
+        last = [0]
+
+        def text() -> Iterator[str]:
+            for number, line in lines(self.path, self.encoding):
+                last[0] = number
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    bad.append((number, not_utf8(line, error)))
+
+        options = {"quotechar": self.quote} if self.quote else {"quoting": csv.QUOTE_NONE}
+        reader = csv.reader(text(), delimiter=self.separator, **options)
+        while True:
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                yield last[0], str(error)
+                continue
+            yield from bad
+            bad.clear()
+            if fields is None:
+                return
+            yield last[0], fields

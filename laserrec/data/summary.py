@@ -1,0 +1,52 @@
+"""What `prepare` kept, left out and why, in sentences: the same in the CLI, in Python and in the report."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from laserrec.data.losses import LOUD, LossWarning
+
+NO_VALIDATION = ("No user has three interactions, so there is nothing to validate or test on: leave-one-out holds out "
+                 "two and needs one before them. Give longer histories, or train without validation.")
+_NAMES = ("users", "items", "interactions")
+
+
+def summary_lines(report: dict[str, Any]) -> list[str]:
+    """One sentence per fact of `prepare`'s report."""
+    read, kept = report["steps"][0], report["steps"][-1]
+    lines = [f"Kept {', '.join(f'{kept[name]:,} of {_count(read[name], name)}' for name in _NAMES)}."]
+    if count := report.get("skipped_lines"):
+        lines.append(f"Left out {_count(count, 'broken lines')}.")
+    for step in report["steps"][1:]:
+        if dropped := [_count(step["dropped"][name], name) for name in _NAMES if step["dropped"][name]]:
+            lines.append(f"Dropped {', '.join(dropped)}: {step['step']}.")
+    if why := report["unmatched"].get("why"):
+        lines.append(f"{report['unmatched']['items']:,} of {_count(read['items'], 'item ids')} of the interactions are "
+                     f"not among the items: {why}")
+    if count := report["untitled_items"]:
+        lines.append(f"Without a title: {_count(count, 'items')} of the metadata.")
+    if count := report.get("duplicate_item_rows"):
+        lines.append(f"Left out {_count(count, 'rows')} that repeat an item; each keeps its most frequent title.")
+    new = report["new_items"]
+    if any(new.values()):
+        lines.append(f"Kept as new items, without interactions: {new['never_bought']:,} that nobody bought, "
+                     f"{new['too_few_interactions']:,} bought too rarely to be learnt.")
+    if not report["interactions_per_split"]["validation"]:
+        lines.append(NO_VALIDATION)
+    return lines
+
+
+def warn_of_losses(report: dict[str, Any]) -> None:
+    """LossWarning with the whole summary, where more than a tenth of something was lost or nothing can be validated."""
+    read, kept = report["steps"][0], report["steps"][-1]
+    shares = [1 - kept[name] / read[name] for name in ("interactions", "users", "items")]
+    skipped = report.get("skipped_lines", 0)
+    shares.append(skipped / (skipped + read["interactions"]))
+    if max(shares) > LOUD or not report["interactions_per_split"]["validation"]:
+        warnings.warn(" ".join(summary_lines(report)), LossWarning, stacklevel=3)
+
+
+def _count(count: int, what: str) -> str:
+    """"1 user" or "2 users"."""
+    return f"{count:,} {what if count != 1 else what.removesuffix('s')}"

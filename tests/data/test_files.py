@@ -1,0 +1,171 @@
+"""Files in parts, with other separators and encodings, and files that can't be read."""
+
+import gzip
+import json
+
+import polars as pl
+import pytest
+
+from laserrec.config import DataConfig
+from laserrec.data.files import FileOptions, read_table
+from laserrec.data.prepare import prepare_source
+from laserrec.data.readers import read_tables
+from laserrec.data.tables import read_frame, write_frame
+from laserrec.util.errors import UserError
+
+ROWS = pl.DataFrame({"user_id": ["u", "v", "w"], "item_id": ["a", "b", "c"], "timestamp": [1, 2, 3]})
+TEXT = "user_id,item_id,timestamp\nu,ä,1\nv,b,2\n"
+
+
+def parts(folder, ending):
+    """ROWS as Spark leaves them: two parts and notes of its own."""
+    folder.mkdir()
+    for number, rows in enumerate((ROWS.head(2), ROWS.tail(1))):
+        path = folder / f"part-0000{number}-c000.snappy{ending}"
+        if ending == ".parquet":
+            rows.write_parquet(path)
+        elif ending.startswith(".csv"):
+            data = rows.write_csv().encode()
+            path.write_bytes(gzip.compress(data) if ending.endswith(".gz") else data)
+        else:
+            path.write_text(rows.write_ndjson(), encoding="utf-8")
+    (folder / "_SUCCESS").touch()
+    (folder / ".part-00000.crc").write_bytes(b"crc")
+    (folder / "_temporary").mkdir()
+    (folder / "_temporary" / "part-9.csv").write_text("broken")
+    return folder
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".csv", ".csv.gz", ".json"])
+def test_folders_of_parts_and_patterns_are_one_table(tmp_path, ending):
+    folder = parts(tmp_path / f"orders{ending}", ending)
+    for path in (folder, str(folder / "part-*"), str(tmp_path / "*" / f"*{ending}")):
+        assert read_frame(path).select(pl.all().cast(pl.String)).equals(ROWS.cast(pl.String)), path
+
+
+def test_a_row_of_a_part_is_named_by_its_file(tmp_path):
+    folder = parts(tmp_path / "orders", ".csv")
+    (folder / "part-00002.csv").write_text("user_id,item_id,timestamp\nx,d,4\ny,,5\n")
+    table = read_table(folder)
+    assert [table.where(n).rpartition("/")[2] for n in (0, 2, 4)] == [
+        "part-00000-c000.snappy.csv:2", "part-00001-c000.snappy.csv:2", "part-00002.csv:3"]
+    (tmp_path / "items.csv").write_text("item_id,title\na,A\n")
+    with pytest.raises(UserError, match=r"part-00002\.csv:3, column item_id: empty id"):
+        read_tables(folder, tmp_path / "items.csv")
+
+
+def test_a_folder_holds_both_tables_in_parts(tmp_path):
+    parts(tmp_path / "interactions.parquet", ".parquet")
+    (tmp_path / "items.csv").write_text("item_id,title\na,A\nb,B\nc,C\n")
+    loose = {"min_user_interactions": 1, "min_item_interactions": 1}
+    with pytest.warns(UserWarning, match="nothing to validate"):
+        report = prepare_source(tmp_path, tmp_path / "out", DataConfig(**loose))
+    assert report["table1"]["interactions"] == 3
+
+
+def test_parts_that_make_no_table(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no data files here"):
+        read_frame(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"no-\*\.csv: no data files here"):
+        read_frame(tmp_path / "no-*.csv")
+    with pytest.raises(UserError, match="can't be read: File name too long"):
+        read_frame(tmp_path / ("x" * 300))
+    folder = parts(tmp_path / "mixed", ".csv")
+    ROWS.write_parquet(folder / "part-9.parquet")
+    with pytest.raises(UserError, match=r"parts of one table end alike, and here are part-00000.* and part-9\.parquet"):
+        read_frame(folder)
+    folder = parts(tmp_path / "types", ".parquet")
+    ROWS.with_columns(item_id=pl.Series([["a"], ["b"], ["c"]])).write_parquet(folder / "part-9.parquet")
+    with pytest.raises(UserError, match="types: the parts' columns differ in type"):
+        read_frame(folder)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".jsonl"])
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-8-sig", "latin-1"])
+def test_encodings(tmp_path, ending, encoding):
+    text = TEXT if ending != ".jsonl" else '{"user_id": "u", "item_id": "ä"}\n{"user_id": "v", "item_id": "b"}\n'
+    data = text.encode(encoding)
+    path = tmp_path / f"x{ending}"
+    path.write_bytes(gzip.compress(data) if ending.endswith(".gz") else data)
+    assert read_frame(path, encoding=encoding)["item_id"].to_list() == ["ä", "b"]
+    if encoding != "utf-8-sig":
+        wanted = 'UTF-16, by its first bytes; set encoding "utf-16"' if encoding == "utf-16" else 'encoding "cp1252"'
+        with pytest.raises(UserError, match=rf"x{ending}:\d: not UTF-8.*{wanted}"):
+            read_frame(path)
+
+
+def test_utf16_without_its_mark_is_recognised(tmp_path):
+    (tmp_path / "x.csv").write_bytes("user_id,item_id\nu,a\n".encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"no column for item_id, user_id.*looks like UTF-16; set encoding"):
+        read_tables(tmp_path / "x.csv", tmp_path / "x.csv")
+
+
+def test_an_encoding_that_does_not_fit_names_the_line(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"user_id,item_id\nu,a\nv,\x81\n")
+    with pytest.raises(UserError, match=r"x\.csv:3: not cp1252"):
+        read_frame(tmp_path / "x.csv", encoding="cp1252")
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_separators(tmp_path, separator):
+    (tmp_path / "x.csv").write_text(TEXT.replace(",", separator), encoding="utf-8")
+    (tmp_path / "items.csv").write_text("item_id,title\nb,B\n")
+    assert read_frame(tmp_path / "x.csv", separator=separator)["item_id"].to_list() == ["ä", "b"]
+    with pytest.raises(UserError) as error:
+        read_tables(tmp_path / "x.csv", tmp_path / "items.csv")
+    assert f"The header looks separated by {separator!r}; set separator {json.dumps(separator)}" in str(error.value)
+
+
+def test_decimal_commas_do_not_hide_the_separator(tmp_path):
+    (tmp_path / "x.csv").write_text("user_id;item_id;price\nu;a;1,5\n")
+    with pytest.raises(UserError, match=r"x\.csv:2: 2 fields, the header has 1\. The header looks separated by ';'"):
+        read_frame(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"separator": "::"}, "separator is one character"), ({"encoding": "klingon"}, "unknown encoding 'klingon'"),
+    ({"on_error": "ignore"}, "on_error is 'raise' or 'skip'"),
+])
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(UserError, match=message):
+        FileOptions(**options)
+
+
+def test_a_tab_may_be_written_as_shells_do():
+    assert FileOptions(separator="\\t").separator == "\t"
+
+
+def test_json_lists_stay_lists(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"user_id": 1, "items": "a"}\n{"user_id": 2.0, "items": ["b", 7]}\n{"user_id": "3"}\n')
+    assert read_frame(path).rows() == [("1", ["a"]), ("2", ["b", "7"]), ("3", None)]
+    (tmp_path / "array.json").write_text('[{"user_id": 1},\n{"user_id": 2}]\n')
+    with pytest.raises(UserError, match=r"array\.json:1: a JSON array .*one object"):
+        read_frame(tmp_path / "array.json")
+
+
+def test_a_column_that_is_lists_in_a_later_chunk_is_lists_in_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("laserrec.data.files._CHUNK_ROWS", 1)
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"items": "a"}\n{"items": ["b", "c"]}\n{"items": null}\n{"other": 1}\n')
+    assert read_frame(path)["items"].to_list() == [["a"], ["b", "c"], None, None]
+
+
+def test_a_damaged_parquet_file(tmp_path):
+    ROWS.write_parquet(tmp_path / "x.parquet")
+    data = (tmp_path / "x.parquet").read_bytes()
+    (tmp_path / "x.parquet").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"x\.parquet is not readable as Parquet"):
+        read_frame(tmp_path / "x.parquet")
+
+
+def test_frames_are_written_or_refused(tmp_path):
+    for name in ("x.csv", "x.parquet"):
+        write_frame(tmp_path / name, ROWS)
+        assert read_frame(tmp_path / name).height == 3
+    with pytest.raises(UserError, match=r"is not one of \.csv, \.parquet"):
+        write_frame(tmp_path / "x.xlsx", ROWS)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="can't be written"):
+        write_frame(tmp_path / "file" / "x.csv", ROWS)
