@@ -155,7 +155,8 @@ def sections() -> str:
 
 # -- the pages in order ---------------------------------------------------------------------------------------------
 
-_GUIDES = ("concepts", "data", "python", "watching", "serving", "sharing", "scaling", "reproducing", "method", "code")
+_GUIDES = ("concepts", "data", "troubleshooting", "python", "watching", "serving", "sharing", "scaling", "reproducing",
+           "method", "code")
 
 
 def guides() -> str:

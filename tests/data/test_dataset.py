@@ -68,7 +68,7 @@ def test_a_folder_that_is_none_is_refused(data, tmp_path):
         Dataset.load(tmp_path)
     meta = (tmp_path / "out" / "meta.json").read_text()
     (tmp_path / "out" / "meta.json").write_text(meta.replace('"format": 2', '"format": 1'))
-    with pytest.raises(UserError, match="another version of laserrec .* prepare the data again"):
+    with pytest.raises(UserError, match=r"another version of laserrec .* prepare the data again"):
         Dataset.load(tmp_path / "out")
     (tmp_path / "out" / "users.parquet").unlink()
     with pytest.raises(UserError, match=r"\(users\.parquet missing\)"):
