@@ -255,18 +255,6 @@ def times(column: pl.Series) -> pl.Series:
     return pl.select(pl.coalesce(whole, number.cast(pl.Int64, strict=False))).to_series()
 
 
-def whole_numbers(column: pl.Series) -> pl.Series:
-    """Int64 per value, null where it is no whole number."""
-    if column.dtype.is_integer():
-        return column.cast(pl.Int64, strict=False)
-    if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object, pl.Boolean) or column.dtype.is_temporal():
-        return _nulls(column)
-    if column.dtype in (pl.String, pl.Categorical, pl.Enum):
-        column = column.cast(pl.String).str.strip_chars(SPACE)
-    number = column.cast(pl.Float64, strict=False)
-    return number.set((number % 1 != 0).fill_null(True), None).cast(pl.Int64, strict=False)
-
-
 def is_empty(column: pl.Series) -> pl.Series:
     """Boolean per value: null, NaN, or text of white space alone."""
     if column.dtype == pl.String:

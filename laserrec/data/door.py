@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from laserrec.data.clean import as_id, ids, is_missing, is_nested, why_no_id
-from laserrec.data.losses import Losses, LossWarning, mismatch
+from laserrec.data.losses import Losses, LossWarning, likely_cause, two_of
 from laserrec.data.raw import no_column, time_and_order, to_polars
 from laserrec.util.errors import UserError
 
@@ -81,9 +81,10 @@ def _refused(user: Any, items: list, missing: list, index: Mapping[str, int]) ->
     if None in missing:
         return UserError(f"history of user {user!r}: place {items.index(None) + 1} holds no item id; leave it out, or "
                          'all such with unknown = "drop"')
-    why = mismatch(missing, index) if len(missing) == len(items) else f"the catalogue's are like {next(iter(index))!r}."
-    return UserError(f"history of user {user!r}: {len(missing)} unknown item ids, first {missing[:3]}; {why} Add them "
-                     'with add_items, or leave them out with unknown = "drop"')
+    cause = likely_cause(missing, index) if len(missing) == len(items) else ""
+    advice = "Write both sides alike" if cause else 'Add them with add_items, or leave them out with unknown = "drop"'
+    return UserError(f"{cause + ': ' if cause else ''}history of user {user!r}: {len(missing)} unknown item ids, first "
+                     f"{missing[:3]}; the catalogue's are like {two_of(index)}. {advice}")
 
 
 def _users(given: list) -> tuple[list, pl.DataType]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -62,12 +62,13 @@ class Losses:
 def mismatch(theirs: Iterable[str], ours: Iterable[str]) -> str:
     """Why ids of the caller's are not among the catalogue's: the likeliest cause if there is one, then two of each."""
     theirs, ours = list(islice(dict.fromkeys(theirs), _LOOKED_AT)), list(ours)
-    cause = _cause(theirs, ours)
-    return f"{cause + '; ' if cause else ''}yours are like {_two(theirs)}, the catalogue's like {_two(ours)}."
+    cause = likely_cause(theirs, ours)
+    return f"{cause + '; ' if cause else ''}yours are like {two_of(theirs)}, the catalogue's like {two_of(ours)}."
 
 
-def _two(ids: list[str]) -> str:
-    return " and ".join(map(repr, ids[:2])) or "none"
+def two_of(ids: Iterable[str]) -> str:
+    """Two examples."""
+    return " and ".join(map(repr, islice(ids, 2))) or "none"
 
 
 _FORMS: tuple[tuple[str, Callable[[str], str]], ...] = (
@@ -79,7 +80,7 @@ _FORMS: tuple[tuple[str, Callable[[str], str]], ...] = (
 )
 
 
-def _cause(theirs: list[str], ours: list[str]) -> str:
+def likely_cause(theirs: Sequence[str], ours: Collection[str]) -> str:
     """A cause that explains at least half of `theirs`, else nothing."""
     def most(explained: Iterable[bool]) -> bool:
         return 2 * sum(explained) >= max(1, len(theirs))

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from laserrec.data.clean import column_of, ids, is_empty, texts, times, whole_numbers, why_no_id
+from laserrec.data.clean import column_of, ids, is_empty, texts, times, why_no_id
 from laserrec.data.files import POLARS_ERRORS, SKIP_HINT, FileOptions, Table, header_hint, reason
 from laserrec.util.errors import UserError
 
@@ -35,7 +35,7 @@ def from_frames(interactions: Any, items: Any, columns: Mapping[str, str] | None
                 on_error: str = "raise") -> Raw:
     """Polars or pandas frames or Arrow tables in memory.
 
-    interactions: user_id, item_id and optionally timestamp, position (whole numbers, small = old). items: item_id,
+    interactions: user_id, item_id and optionally timestamp, position (numbers, small = old). items: item_id,
     title and optionally brand, category (text or lists of text). `columns` maps these names to the frames' own, as
     {"user_id": "customer"}; "interactions.item_id" and "items.item_id" where one name does not fit both.
     Raises UserError for a missing column (it lists those that exist) and for an empty id, an unreadable time or
@@ -139,15 +139,15 @@ def _checked_interactions(table: Table, on_error: str) -> tuple[pl.DataFrame, in
 
 def time_and_order(frame: pl.DataFrame) -> tuple[pl.Series, pl.Series, list[tuple[str, pl.Series, str]]]:
     """`timestamp` (all null where there are none) and `order` Int64 of a table's rows, and what is wrong with them."""
-    problems = []
+    why, problems = "neither a number nor an ISO 8601 date", []
     time = pl.Series("timestamp", [None] * frame.height, dtype=pl.Int64)
     order = pl.int_range(frame.height, eager=True, dtype=pl.Int64).alias("order")
     if "timestamp" in frame.columns and not is_empty(frame["timestamp"]).all():
         time = times(frame["timestamp"])
-        problems.append(("timestamp", time.is_null(), "neither a number nor an ISO 8601 date"))
+        problems.append(("timestamp", time.is_null(), why))
     if "position" in frame.columns:
-        order = whole_numbers(frame["position"]).alias("order")
-        problems.append(("position", order.is_null(), "not a whole number"))
+        order = times(frame["position"]).alias("order")
+        problems.append(("position", order.is_null(), why))
     return time, order, problems
 
 

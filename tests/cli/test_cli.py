@@ -90,6 +90,21 @@ def test_prepare_says_what_it_made_and_dropped(run, settings, tmp_path):
     assert "Dropped 1 user, 1 interaction: k-core" in out and out.count("Dropped") == 1
 
 
+def test_prepare_reads_what_excel_writes_and_tells_losses_once(run, settings, tmp_path):
+    write_raw(tmp_path)
+    for name in ("orders", "goods"):
+        text = (tmp_path / f"{name}.csv").read_text(encoding="utf-8").replace(",", ";").replace("i1;", "Bär;")
+        (tmp_path / f"{name}.csv").write_text(text, encoding="cp1252")
+    with open(tmp_path / "orders.csv", "a", encoding="cp1252") as file:
+        file.writelines(f"u{n};unknown;{n}\n" for n in range(30))
+    call = ("prepare", tmp_path / "orders.csv", tmp_path / "data", "--items", tmp_path / "goods.csv", "--columns",
+            "user_id=customer", "item_id=sku", "--config", settings, "--separator", ";")
+    assert "not UTF-8" in run(*call)[2]
+    code, out, err = run(*call, "--encoding", "cp1252")
+    assert code == 0 and "Dropped 1 item, 30 interactions" in out.replace("Dropped 30 users, ", "Dropped "), (out, err)
+    assert "Warning" not in err
+
+
 def test_from_a_data_folder_to_recommendations(run, settings, tmp_path):
     write_raw(tmp_path)
     data, ids, model = tmp_path / "data", tmp_path / "ids", tmp_path / "model"

@@ -94,6 +94,10 @@ def test_unknown_items():
         assert rows([["nope", "a", "b", "nada"]], unknown="drop") == [[0, 1]]
     with pytest.raises(UserError, match=r"user 0: 2 unknown item ids, first .'nope', 'nada'.*like 'a'.*add_items"):
         rows([["nope", "a", "nada"]])
+    with pytest.raises(UserError, match=r"^upper and lower case differ: history of user 'u': 2 .*'A', 'B'.*'a' and"):
+        rows({"u": ["A", "B"]})
+    with pytest.raises(UserError, match=r"unknown item ids.*the catalogue's are like none"):
+        read_histories([["a"]], {})
     with pytest.raises(UserError, match=r"user 0: place 2 holds no item id"):
         rows([["a", None]])
 

@@ -3,12 +3,14 @@
 import gzip
 import json
 
+import pandas as pd
 import polars as pl
 import pytest
 
 from laserrec.config import DataConfig
 from laserrec.data.files import FileOptions, read_table
 from laserrec.data.prepare import prepare_source
+from laserrec.data.raw import from_frames
 from laserrec.data.readers import read_tables
 from laserrec.data.tables import read_frame, write_frame
 from laserrec.util.errors import UserError
@@ -143,6 +145,20 @@ def test_json_lists_stay_lists(tmp_path):
     (tmp_path / "array.json").write_text('[{"user_id": 1},\n{"user_id": 2}]\n')
     with pytest.raises(UserError, match=r"array\.json:1: a JSON array .*one object"):
         read_frame(tmp_path / "array.json")
+
+
+def test_nested_values_mean_the_same_in_json_and_in_frames(tmp_path):
+    rows = [{"item_id": "a", "title": "A", "category": [["Tools", "Drills"]]},
+            {"item_id": "b", "title": "B", "category": {"id": 5, "name": "Saws"}},
+            {"item_id": "c", "title": "C", "category": "Nails &amp; screws"}]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ROWS.write_csv(tmp_path / "a.csv")
+    raw = read_tables(tmp_path / "a.csv", tmp_path / "items.jsonl")
+    assert raw.items["category"].to_list() == ["Tools Drills", "Saws", "Nails & screws"]
+    assert from_frames(ROWS, pd.DataFrame(rows)).items.equals(raw.items)
+    (tmp_path / "a.jsonl").write_text('{"user_id": "u", "item_id": "a"}\n{"user_id": "v", "item_id": {"id": ["a"]}}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:1, column item_id: a list or dict, not an id"):
+        read_tables(tmp_path / "a.jsonl", tmp_path / "items.jsonl")
 
 
 def test_a_column_that_is_lists_in_a_later_chunk_is_lists_in_all(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def test_pandas_and_polars_frames_give_the_same():
 @pytest.mark.parametrize(("columns", "message"), [
     ({"timestamp": ["5", "soon"]}, r"row 2, column timestamp: neither.*'soon'.*on_error .skip"),
     ({"timestamp": [5, None]}, r"row 2, column timestamp"),
-    ({"position": [0, 1.5]}, r"row 2, column position: not a whole number"),
+    ({"position": ["0", "first"]}, r"row 2, column position: neither a number"),
     ({"user_id": ["u", " "]}, r"row 2, column user_id: empty id"),
     ({"item_id": [None, "a"]}, r"row 1, column item_id: empty id"),
 ])
@@ -63,6 +63,7 @@ def test_a_wholly_empty_timestamp_column_means_no_timestamps():
 def test_position_becomes_the_order():
     raw = from_frames(acts(position=["7", "3"]), ITEMS)
     assert raw.interactions["order"].to_list() == [7, 3]
+    assert from_frames(acts(position=[0.0, 1.5]), ITEMS).interactions["order"].to_list() == [0, 1500]
 
 
 def test_column_map_for_both_tables_and_for_one():
