@@ -6,7 +6,8 @@ Data folder (written by `laserrec prepare`, read by everything else):
   users.parquet         user Int32 (rows 0..n_users - 1), user_id String
   interactions.parquet  user Int32, item Int32, position Int32 (0 = the user's oldest), timestamp Int64 or null,
                         split String: "train" | "validation" | "test"; sorted by (user, position)
-  meta.json             format, settings, sha256 of the three files, Table 1's columns
+  new_items.parquet     item_id, title, brand, category String: titled items without interactions, if there are any
+  meta.json             format, settings, sha256 of the first three files, Table 1's columns
   report.json           what was dropped and why
 """
 
@@ -22,12 +23,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from laserrec.data.files import POLARS_ERRORS, reason
 from laserrec.data.histories import Histories
+from laserrec.data.raw import ITEM_SCHEMA
 from laserrec.util.errors import UserError
 from laserrec.util.io import read_json
 
 FORMAT = 2
 """Of data folders; in format 1 items and users were numbered from 1."""
+NEW_ITEMS = "new_items.parquet"
 SPLITS = ("train", "validation", "test")
 
 
@@ -74,6 +78,12 @@ class Dataset:
         """sha256 over the folder's three tables."""
         return self.meta["sha256"]
 
+    @cached_property
+    def new_items(self) -> pl.DataFrame:
+        """item_id, title, brand, category of titled items without interactions, to add behind the trained ones."""
+        file = self.folder / NEW_ITEMS if self.folder else None
+        return _read(file) if file and file.is_file() else pl.DataFrame(schema=ITEM_SCHEMA)
+
     @staticmethod
     def load(folder: Path | str) -> Dataset:
         """Read a data folder; UserError if it is not one."""
@@ -86,7 +96,7 @@ class Dataset:
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise UserError(f"{folder} was written by another version of laserrec (its format is not {FORMAT}); "
                             "prepare the data again")
-        tables = [pl.read_parquet(folder / f"{name}.parquet") for name in ("items", "users", "interactions")]
+        tables = [_read(folder / f"{name}.parquet") for name in ("items", "users", "interactions")]
         return Dataset(*tables, meta=meta, folder=folder)
 
     @cached_property
@@ -135,3 +145,10 @@ def _by_user(interactions: pl.DataFrame) -> tuple[np.ndarray, Histories]:
     users, counts = np.unique(interactions["user"].to_numpy(), return_counts=True)
     items = torch.as_tensor(interactions["item"].to_numpy().astype(np.int64))
     return users, Histories(items, torch.as_tensor(counts.cumsum(), dtype=torch.long))
+
+
+def _read(file: Path) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(file)
+    except (*POLARS_ERRORS, OSError) as error:
+        raise UserError(f"{file} is damaged: {reason(error)}; prepare the data again") from None

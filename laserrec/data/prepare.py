@@ -15,7 +15,7 @@ from pathlib import Path
 import polars as pl
 
 from laserrec.config import DataConfig, Split
-from laserrec.data.dataset import FORMAT
+from laserrec.data.dataset import FORMAT, NEW_ITEMS
 from laserrec.data.files import FileOptions
 from laserrec.data.losses import LOUD, mismatch
 from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA
@@ -24,8 +24,6 @@ from laserrec.data.summary import warn_of_losses
 from laserrec.util.errors import UserError
 from laserrec.util.io import json_text, new_folder, parquet_bytes, write_bytes
 
-NEW_ITEMS = "new_items.parquet"
-"""item_id, title, brand, category of items to add behind the trained ones; only there if it has rows."""
 _TABLES = ("items", "users", "interactions")
 
 

@@ -6,13 +6,13 @@ are the same wherever it stands and are computed once.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
 
 from laserrec.config import Layout, PromptConfig, Template
+from laserrec.data.clean import text
 
 _ROLE = "You are an intelligent recommendation assistant. "
 _LISTED = "In chronological order, the user has browsed the following items:"
@@ -31,14 +31,10 @@ _CHARACTERS_PER_TOKEN = 64
 
 
 def item_line(row: dict, attributes: Sequence[str]) -> str:
-    """`Title (brand: X, category: Y)`; unknown attributes are left out, white space is folded."""
-    title = _clean(row.get("title")) or "untitled"
-    known = [f"{name}: {text}" for name in attributes if (text := _clean(row.get(name)))]
+    """`Title (brand: X, category: Y)`; unknown attributes are left out."""
+    title = text(row.get("title")) or "untitled"
+    known = [f"{name}: {value}" for name in attributes if (value := text(row.get(name)))]
     return f"{title} ({', '.join(known)})" if known else title
-
-
-def _clean(value: object) -> str:
-    return " ".join(html.unescape(str(value)).split()) if value is not None else ""
 
 
 class PromptEncoder:

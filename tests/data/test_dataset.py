@@ -70,6 +70,10 @@ def test_a_folder_that_is_none_is_refused(data, tmp_path):
     (tmp_path / "out" / "meta.json").write_text(meta.replace('"format": 2', '"format": 1'))
     with pytest.raises(UserError, match=r"another version of laserrec .* prepare the data again"):
         Dataset.load(tmp_path / "out")
+    (tmp_path / "out" / "meta.json").write_text(meta)
+    (tmp_path / "out" / "users.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"users\.parquet is damaged: .*prepare the data again"):
+        Dataset.load(tmp_path / "out")
     (tmp_path / "out" / "users.parquet").unlink()
     with pytest.raises(UserError, match=r"\(users\.parquet missing\)"):
         Dataset.load(tmp_path / "out")

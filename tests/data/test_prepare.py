@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laserrec.config import DataConfig
-from laserrec.data.dataset import Dataset
+from laserrec.data.dataset import NEW_ITEMS, Dataset
 from laserrec.data.losses import LossWarning
-from laserrec.data.prepare import NEW_ITEMS, k_core, prepare, prepare_source
+from laserrec.data.prepare import k_core, prepare, prepare_source
 from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, from_frames
 from laserrec.data.summary import NO_VALIDATION, summary_lines
 from laserrec.util.errors import UserError
@@ -177,14 +177,16 @@ def test_items_without_interactions_are_kept_as_new_ones(tmp_path):
     config = loose(min_item_interactions=2)
     report = prepare(acts(*rows), items, config, tmp_path / "out")
     assert report["new_items"] == {"never_bought": 2, "too_few_interactions": 1}
-    new = pl.read_parquet(tmp_path / "out" / NEW_ITEMS)
+    new = Dataset.load(tmp_path / "out").new_items
     assert dict(new.schema) == ITEM_SCHEMA and new["item_id"].to_list() == ["c", "y", "z"]
     assert Dataset.load(tmp_path / "out").items["item_id"].to_list() == ["a", "b"]
     assert prepare(acts(*rows), items, config, tmp_path / "out")["reused"] is True
     first = Dataset.load(tmp_path / "out").meta
+    assert (tmp_path / "out" / NEW_ITEMS).is_file()
     report = prepare(acts(*rows), items.filter(pl.col("item_id").is_in(["a", "b"])), config, tmp_path / "out",
                      overwrite=True)
     assert not report["reused"] and not (tmp_path / "out" / NEW_ITEMS).exists()
+    assert Dataset.load(tmp_path / "out").new_items.rows() == []
     second = Dataset.load(tmp_path / "out").meta
     assert first["sha256"] == second["sha256"] and "new_items_sha256" in first and "new_items_sha256" not in second
 
