@@ -142,12 +142,13 @@ def _clean(acts: pl.DataFrame, items: pl.DataFrame,
 def _why_nothing(steps: list[dict], ids: pl.DataFrame, items: pl.DataFrame) -> str:
     """The step that took the most, and what to do."""
     worst = max(steps[1:], key=lambda step: step["dropped"]["interactions"])
+    share = f"{worst['dropped']['interactions']:,} of {steps[0]['interactions']:,} interactions"
     if worst["step"].startswith("k-core"):
-        return (f"{worst['step']} took the last of {steps[0]['interactions']:,} interactions; lower "
-                "data.min_user_interactions and data.min_item_interactions, or bring more data")
-    if not ids.join(items, "item_id", "semi").height:
-        return f"no item id of the interactions is among the items: {mismatch(ids['item_id'], items['item_id'])}"
-    return f"of {steps[0]['interactions']:,} interactions {worst['dropped']['interactions']:,} went: {worst['step']}"
+        return (f"{worst['step']} took the last {share}; lower data.min_user_interactions and "
+                "data.min_item_interactions, or bring more data")
+    if unmatched := ids.join(items, "item_id", "anti")["item_id"].unique().sort().to_list():
+        return f"{share} have an item that is not among the items: {mismatch(unmatched, items['item_id'].sort())}"
+    return f"{share} went: {worst['step']}"
 
 
 def _new_items(acts: pl.DataFrame, items: pl.DataFrame, kept: pl.DataFrame) -> tuple[pl.DataFrame, dict]:

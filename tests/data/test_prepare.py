@@ -121,9 +121,9 @@ def test_of_duplicates_the_first_by_position_stays_whatever_the_rows_order(tmp_p
 def test_nothing_left_is_an_error_with_its_cause(tmp_path):
     with pytest.raises(UserError, match=r"nothing is left after cleaning: k-core.*; lower data\.min_user"):
         prepare(acts(("u", "a", 1)), goods(a="A"), DataConfig(), tmp_path / "out")
-    with pytest.raises(UserError, match=r"no item id .* among the items: leading zeros.*like '7'.*like '07'"):
+    with pytest.raises(UserError, match=r"1 of 1 interactions have an item that .*: leading zeros.*like '7'.*'07'"):
         prepare(acts(("u", "7", 1)), goods(**{"07": "A"}), LOOSE, tmp_path / "out")
-    with pytest.raises(UserError, match="of 1 interactions 1 went: item has no title"):
+    with pytest.raises(UserError, match="1 of 1 interactions went: item has no title"):
         prepare(acts(("u", "a", 1)), goods(a=None), LOOSE, tmp_path / "out")
     with pytest.raises(UserError, match="no interactions at all"):
         prepare(acts(), goods(a="A"), DataConfig(), tmp_path / "out")
