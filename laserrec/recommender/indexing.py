@@ -1,4 +1,4 @@
-"""An index of a fitted model's items: which vectors, and random users' as the queries that its recall is measured with."""
+"""An index of a fitted model's items, measured with the vectors of random users."""
 
 from __future__ import annotations
 

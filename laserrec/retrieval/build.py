@@ -32,9 +32,9 @@ def fill_index(vectors: Float[Tensor, "items d"], rows: Int[Tensor, "live"], kin
 
 def build_index(vectors: Float[Tensor, "items d"], rows: Int[Tensor, "live"], kind: IndexKind, folder: Path | str,
                 queries: Float[np.ndarray, "queries d"], k: int = 10, **place: Any) -> dict[str, Any]:
-    """Build, save into `folder` (`save_index`) and measure. vectors: of the whole catalogue; rows: of the items that can
-    be recommended. Returns {kind, items, width, seconds, bytes, recall@k, queries}; bytes: on this disk. Raises
-    UserError for a folder or a collection that holds something else, and as `fill_index`."""
+    """Build, save into `folder` (`save_index`) and measure. vectors: of the whole catalogue; rows: of the items that
+    can be recommended. Returns {kind, items, width, seconds, bytes, recall@k, queries}; bytes: on this disk. Raises
+    UserError for a folder that holds something else, and as `fill_index`."""
     if kind == IndexKind.QDRANT and not place.get("url"):
         raise UserError("an index of kind qdrant is kept on a server; give its url, or use kind exact or usearch")
     start = time.monotonic()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from laserrec.retrieval.index import Found, IndexKind, Rows, checked, nothing, numbers
+from laserrec.retrieval.index import Found, IndexKind, Rows, checked, nothing, row_array
 from laserrec.retrieval.top import top
 from laserrec.util import checkpoint
 from laserrec.util.errors import UserError
@@ -41,7 +41,7 @@ class ExactIndex:
         self._vectors = np.concatenate([self._vectors[kept], vectors])[order]
 
     def remove(self, rows: Rows) -> None:
-        kept = ~np.isin(self._rows, numbers(rows))
+        kept = ~np.isin(self._rows, row_array(rows))
         self._rows, self._vectors = self._rows[kept], self._vectors[kept]
 
     def search(self, queries: Float[np.ndarray, "queries d"], k: int, allowed: Rows | None = None,
@@ -50,7 +50,7 @@ class ExactIndex:
         rows, scores = nothing(len(queries), k)
         own, barred = torch.from_numpy(self._rows), None
         if allowed is not None:
-            barred = torch.from_numpy(~np.isin(self._rows, numbers(allowed)))
+            barred = torch.from_numpy(~np.isin(self._rows, row_array(allowed)))
         step = rows_at_once(len(self), max(1, len(queries)))
         for at in range(0, len(queries), step):
             products = torch.from_numpy(queries[at : at + step] @ self._vectors.T)
@@ -58,7 +58,7 @@ class ExactIndex:
                 products[:, barred] = -torch.inf
             for query, line in enumerate(products, at):
                 if excluded is not None:
-                    line[self._columns(numbers(excluded[query]))] = -torch.inf
+                    line[self._columns(row_array(excluded[query]))] = -torch.inf
                 found, best = top(line, own, k)
                 rows[query, : len(found)], scores[query, : len(found)] = found, best
         return rows, scores

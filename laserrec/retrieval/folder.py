@@ -1,7 +1,7 @@
-"""The folder of an index: its files, and index.json, which tells what it is, of which catalogue, and what its files are.
+"""The folder of an index: its files, and index.json: what it is, of which catalogue, and its files' checksums.
 
-A folder may come from a stranger or from a bad disk. Its JSON is read against a schema, sizes and checksums are compared
-and links refused before a library sees a file, and nothing in it is a pickle.
+A folder may come from a stranger or from a bad disk. Its JSON is read against a schema, sizes and checksums are
+compared and links refused before a library sees a file, and nothing in it is a pickle.
 """
 
 from __future__ import annotations

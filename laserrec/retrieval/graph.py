@@ -22,8 +22,8 @@ from laserrec.retrieval.index import (
     checked,
     library,
     nothing,
-    numbers,
     past_excluded,
+    row_array,
 )
 from laserrec.util.errors import UserError
 
@@ -58,7 +58,7 @@ class UsearchIndex:
 
     def _held(self, rows: Rows) -> Int[np.ndarray, "held"]:
         """Those of `rows` that are in the index."""
-        rows = np.unique(numbers(rows)).astype(np.uint64)
+        rows = np.unique(row_array(rows)).astype(np.uint64)
         return rows[self._index.contains(rows)] if len(rows) else rows
 
     def search(self, queries: Float[np.ndarray, "queries d"], k: int, allowed: Rows | None = None,
@@ -94,7 +94,10 @@ class UsearchIndex:
         """shared: the file is mapped and can't be changed. Raises UserError for a file that `check_file` refuses."""
         index, file = cls(d), folder / _FILE
         check_file(file, d, items)
-        (index._index.view if shared else index._index.load)(str(file))
+        try:
+            (index._index.view if shared else index._index.load)(str(file))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{file} can't be opened by usearch: {error}; build the index again") from None
         return index
 
 
@@ -102,7 +105,8 @@ def check_file(file: Path, d: int, items: int) -> None:
     """Raises UserError unless this is a whole graph of `items` vectors of width d in which every link leads to a node
     of its layer. Layout (usearch 2): vectors; 64 bytes of head; size, links a node, links at layer 0, layers, entry;
     each node's layer; the nodes: key, layer, and per layer a count and that many links."""
-    fault = _fault(np.memmap(file, dtype=np.uint8, mode="r") if file.stat().st_size else np.zeros(0, np.uint8), d, items)
+    empty = not file.stat().st_size  # can't be mapped
+    fault = _fault(np.zeros(0, np.uint8) if empty else np.memmap(file, dtype=np.uint8, mode="r"), d, items)
     if fault:
         raise UserError(f"{file} is damaged or of another version of usearch: {fault}; build the index again")
 
@@ -114,8 +118,8 @@ def _fault(data: np.ndarray, d: int, items: int) -> str | None:
     if width != 4 * d or len(data) < head + 104 + 2 * size:
         return "its sizes don't fit"
     model = np.frombuffer(library("usearch.index", "usearch").Index(ndim=d, metric="ip", dtype="f32").save(), np.uint8)
-    # Bytes 7 to 12 are the library's version, which it looks at itself; 13 to 16 the types of what is stored.
-    if not all((data[head + a : head + b] == model[8 + a : 8 + b]).all() for a, b in ((0, 7), (13, 17))):
+    # Bytes 7 to 12 are the library's version, which it looks at itself, and 17 to 40 the counts.
+    if not all((data[head + a : head + b] == model[8 + a : 8 + b]).all() for a, b in ((0, 7), (13, 17), (41, 64))):
         return "its head is not that of such an index"
     present, deleted, dimensions = _numbers(data, head + 17, "<u8", 3)
     nodes, links, base_links, top, entry = _numbers(data, head + 64, "<u8", 5)

@@ -1,6 +1,6 @@
 """Items with the largest inner products, found by one of several indexes behind one interface.
 
-An index holds vectors under whole numbers (rows of the catalogue, from 0) and answers `search` with the best first: rows
+An index holds vectors under the rows of a catalogue (from 0) and answers `search` with the best first: rows
 Int64[queries k], -1 where there are fewer, and products Float32[queries k], -inf there.
 """
 
@@ -92,11 +92,11 @@ def check_unit(rows: Int[np.ndarray, "n"], vectors: Float[np.ndarray, "n d"], ki
     lengths = np.linalg.norm(vectors, axis=1)
     wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _UNIT))
     if len(wrong):
-        raise UserError(f"an index of kind {kind} needs vectors of length 1 and that of row {rows[wrong[0]]} has length "
-                        f"{lengths[wrong[0]]:.3g}; scale the vectors, or use kind {IndexKind.EXACT}, which takes any")
+        raise UserError(f"an index of kind {kind} needs vectors of length 1 and that of row {rows[wrong[0]]} has "
+                        f"length {lengths[wrong[0]]:.3g}; scale them, or use kind {IndexKind.EXACT}, which takes any")
 
 
-def numbers(rows: Rows) -> Int[np.ndarray, "n"]:
+def row_array(rows: Rows) -> Int[np.ndarray, "n"]:
     return np.asarray(rows if isinstance(rows, np.ndarray) else list(rows), dtype=np.int64)
 
 
@@ -109,7 +109,7 @@ def past_excluded(nearest: Callable[[np.ndarray, int], Found], queries: Float[np
                   k: int, excluded: Sequence[Rows] | None) -> Found:
     """For an index that knows no exclusion. nearest: (queries, count) -> the best of all `size` rows. It is asked for
     ever more until k that are not excluded are left, so that many excluded rows cost only where they are found."""
-    gone = [np.zeros(0, np.int64)] * len(queries) if excluded is None else [numbers(rows) for rows in excluded]
+    gone = [np.zeros(0, np.int64)] * len(queries) if excluded is None else [row_array(rows) for rows in excluded]
     rows, scores = nothing(len(queries), k)
     left, count = np.arange(len(queries)), min(size, k + min(k, max(map(len, gone), default=0)))
     while len(left) and count:

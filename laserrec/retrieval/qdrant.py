@@ -13,15 +13,25 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from laserrec.retrieval.index import Found, IndexKind, Rows, check_unit, checked, library, nothing, numbers, past_excluded
+from laserrec.retrieval.index import (
+    Found,
+    IndexKind,
+    Rows,
+    check_unit,
+    checked,
+    library,
+    nothing,
+    past_excluded,
+    row_array,
+)
 from laserrec.util.errors import UserError
 
 _AT_ONCE = 1000
 
 
 class QdrantIndex:
-    """Parameters: `d`: width of the vectors; `url`: of the server; `collection`: its name there, made if it isn't there;
-    `mark`: kept with a collection that is made here, to know it again."""
+    """Parameters: `d`: width of the vectors; `url`: of the server; `collection`: its name there, made if it isn't
+    there; `mark`: kept with a collection that is made here, to know it again."""
 
     kind, files = IndexKind.QDRANT, ()
 
@@ -39,7 +49,7 @@ class QdrantIndex:
         self.mark = str((found.metadata or {}).get("laserrec", ""))
         width = getattr(found.params.vectors, "size", None)
         if width != d:
-            raise UserError(f"collection {collection!r} at {url} is for vectors of width {width}, not {d}; name another")
+            raise UserError(f"collection {collection!r} at {url} has vectors of width {width}, not {d}; name another")
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
@@ -48,8 +58,8 @@ class QdrantIndex:
             yield
         except (errors.ApiException, OSError, ValueError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"the Qdrant server at {self.url} doesn't answer as it should: {first}; look at the url and "
-                            "at the server") from None
+            raise UserError(f"the Qdrant server at {self.url} doesn't answer as it should: {first}; look at the url "
+                            "and at the server") from None
 
     def __len__(self) -> int:
         with self._asking():
@@ -65,7 +75,7 @@ class QdrantIndex:
                 self._client.upsert(self.collection, wait=True, points=batch)
 
     def remove(self, rows: Rows) -> None:
-        points = self._models.PointIdsList(points=numbers(rows).tolist())
+        points = self._models.PointIdsList(points=row_array(rows).tolist())
         with self._asking():
             self._client.delete(self.collection, points_selector=points, wait=True)
 
@@ -74,7 +84,7 @@ class QdrantIndex:
         queries, models = checked(queries, self.d, k), self._models
         only = None
         if allowed is not None:
-            only = models.Filter(must=[models.HasIdCondition(has_id=numbers(allowed).tolist())])
+            only = models.Filter(must=[models.HasIdCondition(has_id=row_array(allowed).tolist())])
 
         def nearest(some: np.ndarray, count: int) -> Found:
             rows, scores = nothing(len(some), count)

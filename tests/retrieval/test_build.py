@@ -28,7 +28,7 @@ def test_it_finds_the_best_rows(vectors, live, queries, kind, server, tmp_path):
 def test_vectors_of_any_length(vectors, live, queries, tmp_path):
     long = vectors * 3
     assert build_index(long, live, IndexKind.EXACT, tmp_path / "index", queries, 4)["recall@4"] == 1
-    with pytest.raises(UserError, match="length 3; scale the vectors, or use kind exact"):
+    with pytest.raises(UserError, match="length 3; scale them, or use kind exact"):
         build_index(long, live, IndexKind.USEARCH, tmp_path / "other", queries, 4)
     assert not (tmp_path / "other").exists()
 
@@ -39,7 +39,7 @@ def test_a_collection_of_something_else_is_refused_and_a_begun_one_completed(vec
     assert len(begun) == 5 and len(fill_index(vectors, live, IndexKind.QDRANT, url=server)) == 28
     with pytest.raises(UserError, match="collection 'items' at http://qdrant holds 28 items of something else"):
         fill_index(vectors, live[1:], IndexKind.QDRANT, url=server)
-    with pytest.raises(UserError, match="is for vectors of width 8, not 7"):
+    with pytest.raises(UserError, match="has vectors of width 8, not 7"):
         make_index(IndexKind.QDRANT, 7, url=server)
 
 
@@ -48,6 +48,6 @@ def test_a_server_is_for_qdrant_and_qdrant_needs_one(vectors, live, queries, ser
         build_index(vectors, live, IndexKind.EXACT, tmp_path / "x", queries, url="http://localhost:6333")
     with pytest.raises(UserError, match="kept on a server; give its url"):
         build_index(vectors, live, IndexKind.QDRANT, tmp_path / "x", queries)
-    with pytest.raises(UserError, match="the Qdrant server at http://nobody doesn't answer as it should: .*refused"):
+    with pytest.raises(UserError, match=r"the Qdrant server at http://nobody doesn't answer as it should: .*refused"):
         build_index(vectors, live, IndexKind.QDRANT, tmp_path / "x", queries, url="http://nobody")
     assert not (tmp_path / "x").exists()

@@ -181,19 +181,19 @@ def test_a_forged_file_under_a_fitting_checksum(stored):
 
 
 def test_every_link_of_a_graph_is_looked_at(tmp_path):
-    """Behind the head, a large number is refused wherever it stands, but for the places that no link uses."""
+    """A link to node 40 of 40 (there is none), in each used place of each list of the lowest layer."""
     index, angle = make_index(IndexKind.USEARCH, 2), torch.linspace(0, 3, 40)
     index.add(np.arange(40), torch.stack([angle.cos(), angle.sin()], dim=1).numpy())
     index.write(tmp_path)
     file = tmp_path / "graph.usearch"
     graph.check_file(file, 2, 40)
-    data, refused = file.read_bytes(), 0
-    for at in np.random.default_rng(0).choice(np.arange(8 + 40 * 8 + 64, len(data) - 4, 2), 200, replace=False):
-        file.write_bytes(data[:at] + b"\xf0\xff\xff\x7e" + data[at + 4 :])
-        try:
-            graph.check_file(file, 2, 40)
-            assert data[at : at + 4] == b"\0\0\0\0"
-        except UserError as error:
-            assert "graph.usearch is damaged or of another version of usearch: " in str(error)
-            refused += 1
-    assert refused > 50
+    data, levels = file.read_bytes(), 8 + 40 * 8 + 64 + 40
+    start = levels + 2 * 40
+    for level in np.frombuffer(data[levels:start], "<i2").tolist():
+        count = int.from_bytes(data[start + 10 : start + 14], "little")
+        for at in {start + 10, start + 14, start + 10 + 4 * count}:
+            file.write_bytes(data[:at] + (40 if at > start + 10 else 65).to_bytes(4, "little") + data[at + 4 :])
+            with pytest.raises(UserError, match=r"graph.usearch is damaged or of .* links of layer 0 lead nowhere"):
+                graph.check_file(file, 2, 40)
+        start += 14 + 4 * 64 + level * (4 + 4 * 32)
+    assert start == len(data)
