@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from laserrec.retrieval.folder import catalogue_sha256, make_index, save_index
+from laserrec.retrieval.folder import catalogue_sha256, index_folder, make_index
 from laserrec.retrieval.index import Index, IndexKind, recall_against_exact
 from laserrec.util.errors import UserError
 
@@ -32,14 +32,15 @@ def fill_index(vectors: Float[Tensor, "items d"], rows: Int[Tensor, "live"], kin
 
 def build_index(vectors: Float[Tensor, "items d"], rows: Int[Tensor, "live"], kind: IndexKind, folder: Path | str,
                 queries: Float[np.ndarray, "queries d"], k: int = 10, **place: Any) -> dict[str, Any]:
-    """Build, save into `folder` (`save_index`) and measure. vectors: of the whole catalogue; rows: of the items that
+    """Build into `folder` and measure. vectors: of the whole catalogue; rows: of the items that
     can be recommended. Returns {kind, items, width, seconds, bytes, recall@k, queries}; bytes: on this disk. Raises
     UserError for a folder that holds something else, and as `fill_index`."""
     if kind == IndexKind.QDRANT and not place.get("url"):
         raise UserError("an index of kind qdrant is kept on a server; give its url, or use kind exact or usearch")
     start = time.monotonic()
-    index = fill_index(vectors, rows, kind, **place)
-    save_index(index, folder, catalogue_sha256(vectors, rows))
+    with index_folder(folder) as write:
+        index = fill_index(vectors, rows, kind, **place)
+        write(index, catalogue_sha256(vectors, rows))
     seconds = time.monotonic() - start
     exact = index if kind == IndexKind.EXACT else fill_index(vectors, rows, IndexKind.EXACT)
     return {"kind": str(kind), "items": len(index), "width": index.d, "seconds": round(seconds, 2),

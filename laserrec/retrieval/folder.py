@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,13 +53,24 @@ def make_index(kind: IndexKind, d: int, **place: Any) -> Index:
 
 
 def save_index(index: Index, folder: Path | str, catalogue: str = "") -> None:
-    """Write a folder that `load_index` reads; an index that is there is replaced, at once and as a whole. Raises
-    UserError for a folder that holds something else."""
+    """Write a folder that `load_index` reads, as `index_folder` does."""
+    with index_folder(folder) as write:
+        write(index, catalogue)
+
+
+@contextlib.contextmanager
+def index_folder(folder: Path | str) -> Iterator[Callable[[Index, str], None]]:
+    """Yields what writes an index, with `catalogue_sha256`, into a new folder. When the block ends, an index that was in
+    `folder` is replaced by it. Raises UserError at the start for a folder that holds something else."""
     with new_folder(folder, replace=(_NOTE,) if _is_index(Path(folder)) else ()) as new:
-        place = index.write(new)
-        write_json(new / _NOTE, {"format": _FORMAT, "kind": str(index.kind), "d": index.d, "items": len(index),
-                                 "catalogue": catalogue, "files": manifest.describe(new, _KINDS[index.kind].files),
-                                 **place})
+
+        def write(index: Index, catalogue: str) -> None:
+            place = index.write(new)
+            write_json(new / _NOTE, {"format": _FORMAT, "kind": str(index.kind), "d": index.d, "items": len(index),
+                                     "catalogue": catalogue, "files": manifest.describe(new, _KINDS[index.kind].files),
+                                     **place})
+
+        yield write
 
 
 def load_index(folder: Path | str, shared: bool = False) -> Index:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from laserrec.retrieval import build
 from laserrec.retrieval.build import build_index, fill_index
 from laserrec.retrieval.folder import load_index, make_index
 from laserrec.retrieval.index import IndexKind
@@ -51,3 +52,10 @@ def test_a_server_is_for_qdrant_and_qdrant_needs_one(vectors, live, queries, ser
     with pytest.raises(UserError, match=r"the Qdrant server at http://nobody doesn't answer as it should: .*refused"):
         build_index(vectors, live, IndexKind.QDRANT, tmp_path / "x", queries, url="http://nobody")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_holds_something_else_is_told_before_the_work(vectors, live, queries, tmp_path, monkeypatch):
+    (tmp_path / "letter").touch()
+    monkeypatch.setattr(build, "fill_index", lambda *args, **more: pytest.fail("began"))
+    with pytest.raises(UserError, match="is not empty and is not replaced"):
+        build_index(vectors, live, IndexKind.EXACT, tmp_path, queries)
