@@ -60,8 +60,8 @@ def save_index(index: Index, folder: Path | str, catalogue: str = "") -> None:
 
 @contextlib.contextmanager
 def index_folder(folder: Path | str) -> Iterator[Callable[[Index, str], None]]:
-    """Yields what writes an index, with `catalogue_sha256`, into a new folder. When the block ends, an index that was in
-    `folder` is replaced by it. Raises UserError at the start for a folder that holds something else."""
+    """Yields what writes an index, with its `catalogue_sha256`, into a new folder, which replaces an index in `folder`
+    when the block ends. Raises UserError at the start for a folder that holds something else."""
     with new_folder(folder, replace=(_NOTE,) if _is_index(Path(folder)) else ()) as new:
 
         def write(index: Index, catalogue: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ _PROBES, _SAME = 64, 0.99
 come: it may keep fewer bits."""
 
 
+@runtime_checkable
 class Request(Protocol):
     """The k best items for one history; item rows in any integer array or tensor."""
 
@@ -40,6 +41,7 @@ class Request(Protocol):
     """Rows that may not be recommended; None: no further ones."""
 
 
+@runtime_checkable
 class AppliedTerm(Protocol):
     """A score term, applied to the histories of one batch: what `term.on(histories)` returns."""
 

@@ -100,12 +100,12 @@ def write_parquet(path: Path | str, frame: pl.DataFrame) -> None:
     write_bytes(path, parquet_bytes(frame))
 
 
-def parquet_bytes(frame: pl.DataFrame) -> bytes:
+def parquet_bytes(frame: pl.DataFrame, metadata: dict[str, str] | None = None) -> bytes:
     """The same frame gives the same bytes (under one polars version): what shapes them is fixed here, and the
-    frame's chunks, which depend on how it was made, are merged first."""
+    frame's chunks, which depend on how it was made, are merged first. metadata: kept in the file's footer."""
     buffer = io.BytesIO()
     frame.rechunk().write_parquet(buffer, compression="zstd", compression_level=3, statistics=True,
-                                  row_group_size=1_000_000)
+                                  row_group_size=1_000_000, metadata=metadata)
     return buffer.getvalue()
 
 
