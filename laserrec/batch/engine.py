@@ -36,7 +36,7 @@ from laserrec.recommender.recommender import LaserRecommender
 from laserrec.retrieval.folder import index_kind
 from laserrec.util.errors import UserError
 from laserrec.util.interrupt import DeferredInterrupt
-from laserrec.util.io import parquet_bytes, read_json, write_bytes, write_json
+from laserrec.util.io import clean, parquet_bytes, read_json, write_bytes, write_json
 from laserrec.util.memory import rows_at_once
 from laserrec.util.progress import Progress
 
@@ -136,6 +136,7 @@ def plan(job: Job, shard: tuple[int, int] = (1, 1)) -> Plan:
                 "exclude": exclusion_digest(job)}
     parts = source.parts(job.settings.chunk)
     _claim(job.out, manifest)
+    clean(job.out)
     own = [part for part in parts if part.number % shard[1] == shard[0] - 1]
     todo = [part for part in own if not part_file(job.out, part.number).is_file()]
     return Plan(source, manifest, len(parts), len(own), todo)

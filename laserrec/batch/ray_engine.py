@@ -230,8 +230,8 @@ def _check_address(address: str, advice: str) -> None:
 
 
 def _share(ray: Any, cluster: Cluster, device: str, parts: int) -> _Share:
-    """As many CPUs as all workers of the smallest machine can have alike. Raises UserError for more workers than CPUs or
-    GPUs."""
+    """As many CPUs as all workers of the smallest machine can have alike. Raises UserError for more workers than CPUs
+    or GPUs."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     machines, gpus = [int(r["CPU"]) for r in alive], sum(r.get("GPU", 0) for r in alive)
     if not machines:
