@@ -190,9 +190,10 @@ class Worker:
             model = LaserRecommender.from_pretrained(job.model, device=job.device)
             model.use_index(job.index)
         self.model = model
-        names = model.items["item_id"].to_list()
-        self.known = {name: row for row, name in enumerate(names) if row not in model.removed}
-        self._all, self._own = self._exclusions()
+        names, removed = model.items["item_id"].to_list(), model.removed
+        self.known = {name: row for row, name in enumerate(names) if row not in removed}
+        """Item id -> row, of items that can be recommended."""
+        self._excluded, self._excluded_by_user = self._exclusions()
 
     def write(self, part: Part) -> None:
         """Recommend for a part's users; whole or not at all. Raises UserError for unknown items, if they shall stop
@@ -223,11 +224,12 @@ class Worker:
 
     def _barred(self, user: Any) -> np.ndarray | None:
         """Rows that this user is not recommended."""
-        own = self._own.get(as_id(user) or "", self._all) if self._own else self._all
-        return np.concatenate([own, self._all]) if len(own) else None
+        own = self._excluded_by_user.get(as_id(user) or "", self._excluded[:0])
+        rows = np.concatenate([self._excluded, own])
+        return rows if len(rows) else None
 
     def _exclusions(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Rows that nobody is recommended, and rows by user."""
+        """Rows that nobody is recommended, and further rows by user."""
         names, own = list(self.job.settings.exclude), {}
         if self.job.exclude_file is not None:
             frame = read_table(self.job.exclude_file).frame

@@ -203,7 +203,7 @@ def _start(ray: Any, cluster: Cluster) -> None:
             raise UserError(f"no Ray can be joined at {cluster.address}: {first}; {advice}") from None
         return
     # Workers import the package from where this process has it, an uninstalled checkout too.
-    home, before = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
+    home, before = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = home if not before else home + os.pathsep + before
     try:
         ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cluster.workers or 1), include_dashboard=False,

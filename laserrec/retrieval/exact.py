@@ -34,15 +34,9 @@ class ExactIndex:
         return len(self._rows)
 
     def add(self, rows: Int[np.ndarray, "n"], vectors: Float[np.ndarray, "n d"]) -> None:
-        vectors, kept = checked(vectors, self.d), ~np.isin(self._rows, rows)
-        joined = np.concatenate([self._rows[kept], np.asarray(rows, dtype=np.int64)])
-        order = np.argsort(joined, kind="stable")
-        self._rows = joined[order]
-        self._vectors = np.concatenate([self._vectors[kept], vectors])[order]
-
-    def remove(self, rows: Rows) -> None:
-        kept = ~np.isin(self._rows, row_array(rows))
-        self._rows, self._vectors = self._rows[kept], self._vectors[kept]
+        joined = np.concatenate([self._rows, row_array(rows)])
+        order = np.argsort(joined)
+        self._rows, self._vectors = joined[order], np.concatenate([self._vectors, checked(vectors, self.d)])[order]
 
     def search(self, queries: Float[np.ndarray, "queries d"], k: int, allowed: Rows | None = None,
                excluded: Sequence[Rows] | None = None) -> Found:

@@ -49,23 +49,14 @@ class UsearchIndex:
     def add(self, rows: Int[np.ndarray, "n"], vectors: Float[np.ndarray, "n d"]) -> None:
         vectors = checked(vectors, self.d)
         check_unit(rows, vectors, self.kind)
-        self.remove(rows)
         self._index.add(np.asarray(rows, dtype=np.uint64), vectors, threads=1)  # or the graph depends on timing
-
-    def remove(self, rows: Rows) -> None:
-        for row in self._held(rows).tolist():
-            self._index.remove(row)
-
-    def _held(self, rows: Rows) -> Int[np.ndarray, "held"]:
-        """Those of `rows` that are in the index."""
-        rows = np.unique(row_array(rows)).astype(np.uint64)
-        return rows[self._index.contains(rows)] if len(rows) else rows
 
     def search(self, queries: Float[np.ndarray, "queries d"], k: int, allowed: Rows | None = None,
                excluded: Sequence[Rows] | None = None) -> Found:
         queries = checked(queries, self.d, k)
         if allowed is not None:  # the graph knows no filters; the allowed rows are few, and are compared one by one
-            few, own = ExactIndex(self.d), self._held(allowed)
+            few, own = ExactIndex(self.d), np.unique(row_array(allowed)).astype(np.uint64)
+            own = own[self._index.contains(own)] if len(own) else own
             if len(own):
                 few.add(own.astype(np.int64), self._index.get(own))
             return few.search(queries, k, None, excluded)
@@ -123,7 +114,7 @@ def _fault(data: np.ndarray, d: int, items: int) -> str | None:
         return "its head is not that of such an index"
     present, deleted, dimensions = _numbers(data, head + 17, "<u8", 3)
     nodes, links, base_links, top, entry = _numbers(data, head + 64, "<u8", 5)
-    if (present, present + deleted, dimensions, nodes) != (items, size, d, size):
+    if (present, deleted, dimensions, nodes, size) != (items, 0, d, items, items):
         return "its counts don't fit"
     if (links, base_links) != (_CONNECTIVITY, 2 * _CONNECTIVITY):
         return "its connectivity is another"
@@ -142,10 +133,9 @@ def _fault(data: np.ndarray, d: int, items: int) -> str | None:
         if not _links_lead(data, there, base_links if level == 0 else links, levels, level):
             return f"links of layer {level} lead nowhere"
     keys = np.concatenate([_gathered(data, part, 10) for part in _parts(starts)])
-    own = keys[:, :8].copy().view("<u8")[:, 0]
-    kept = own[own != np.uint64(2**64 - 1)]
-    if len(kept) != items or len(np.unique(kept)) != items or (items and kept.max() >= 2**63):
-        return "its keys don't fit"
+    rows = np.unique(keys[:, :8].copy().view("<i8"))
+    if len(rows) != items or rows[0] < 0:
+        return "its rows don't fit"
     return None if (keys[:, 8:].copy().view("<i2")[:, 0] == levels).all() else "its layers don't fit"
 
 

@@ -44,11 +44,8 @@ class Index(Protocol):
     def __len__(self) -> int: ...
 
     def add(self, rows: Int[np.ndarray, "n"], vectors: Float[np.ndarray, "n d"]) -> None:
-        """Add vectors; a row that is there already gets the new vector. Raises UserError for vectors that are not of
-        unit length, except for kind exact, which takes any."""
-
-    def remove(self, rows: Rows) -> None:
-        """Forget these rows; unknown ones are passed over."""
+        """Add vectors under rows that are not there yet. Raises UserError for vectors that are not of unit length,
+        except for kind exact, which takes any."""
 
     def search(self, queries: Float[np.ndarray, "queries d"], k: int, allowed: Rows | None = None,
                excluded: Sequence[Rows] | None = None) -> Found:

@@ -74,11 +74,6 @@ class QdrantIndex:
             with self._asking():
                 self._client.upsert(self.collection, wait=True, points=batch)
 
-    def remove(self, rows: Rows) -> None:
-        points = self._models.PointIdsList(points=row_array(rows).tolist())
-        with self._asking():
-            self._client.delete(self.collection, points_selector=points, wait=True)
-
     def search(self, queries: Float[np.ndarray, "queries d"], k: int, allowed: Rows | None = None,
                excluded: Sequence[Rows] | None = None) -> Found:
         queries, models = checked(queries, self.d, k), self._models

@@ -113,7 +113,7 @@ def test_excluded_items(model, folder, tmp_path):
     rows = many(6)
     file, everyone = listed(tmp_path / "h.parquet", rows), BatchSettings(N, chunk=2, exclude=("i3", "nope"))
     own = tmp_path / "own.csv"
-    own.write_text("user_id,item_id\n101,i4\n101,i5\n105,i6\n999,i7\n")
+    own.write_text("user_id,item_id\n101,i4\n101,i5\n104,nope\n105,i6\n999,i7\n")
     done(Job(folder, file, tmp_path / "all", everyone), model)
     done(Job(folder, file, tmp_path / "own", everyone, exclude_file=own), model)
     found = {name: dict(result(tmp_path / name).group_by("user_id").agg("item_id").iter_rows())

@@ -5,7 +5,7 @@ import pytest
 
 from laserrec.retrieval import build
 from laserrec.retrieval.build import build_index, fill_index
-from laserrec.retrieval.folder import load_index, make_index
+from laserrec.retrieval.folder import catalogue_sha256, load_index, make_index
 from laserrec.retrieval.index import IndexKind
 from laserrec.util.errors import UserError
 
@@ -35,8 +35,8 @@ def test_vectors_of_any_length(vectors, live, queries, tmp_path):
 
 
 def test_a_collection_of_something_else_is_refused_and_a_begun_one_completed(vectors, live, server):
-    begun = fill_index(vectors, live, IndexKind.QDRANT, url=server)
-    begun.remove(live[5:].tolist())  # as if it had been killed there
+    begun = make_index(IndexKind.QDRANT, 8, url=server, mark=catalogue_sha256(vectors, live))
+    begun.add(live[:5].numpy(), vectors[live[:5]].numpy())
     assert len(begun) == 5 and len(fill_index(vectors, live, IndexKind.QDRANT, url=server)) == 28
     with pytest.raises(UserError, match="collection 'items' at http://qdrant holds 28 items of something else"):
         fill_index(vectors, live[1:], IndexKind.QDRANT, url=server)
