@@ -76,6 +76,9 @@ class Job:
     exclude_file: Path | None = None
     """A table of items not to be recommended: user_id and item_id, or item_id alone for all users."""
     device: str = "auto"
+    backbone: str | None = None
+    """The LLM, where it is not what the model names."""
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,8 @@ class Worker:
     def __init__(self, job: Job, source: Source, model: LaserRecommender | None = None):
         self.job, self.source = job, source
         if model is None:
-            model = LaserRecommender.from_pretrained(job.model, device=job.device)
+            model = LaserRecommender.from_pretrained(job.model, job.backbone, device=job.device,
+                                                     trust_remote_code=job.trust_remote_code)
             model.use_index(job.index)
         self.model = model
         names, removed = model.items["item_id"].to_list(), model.removed

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import App, Parameter
-from rich.console import Console
+from cyclopts import App
 
+from laserrec.cli.options import OPENING, Index, JsonFile, Model, Opening, Quiet, Switch, finish, item_ids, say
 from laserrec.util.errors import UserError
-from laserrec.util.io import write_json
 
 batch_app = App(name="batch")
-out_console = Console()
 
 
 @batch_app.default
-def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen: bool = False,
-          exclude: Annotated[tuple[str, ...], Parameter(negative="")] = (), exclude_file: Path | None = None,
-          chunk: int = 4096, unknown: Literal["drop", "error"] = "drop", shard: str = "1/1",
-          engine: Literal["local", "ray"] = "local", workers: int | None = None, num_gpus: float | None = None,
-          address: str | None = None, index: Path | None = None, device: str = "auto", quiet: bool = False,
-          json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
+def batch(model: Model, histories: Path, out: Path, *, k: int = 10, exclude_seen: Switch = False,
+          exclude: str | None = None, exclude_file: Path | None = None, chunk: int = 4096,
+          unknown: Literal["drop", "error"] = "drop", shard: str = "1/1", engine: Literal["local", "ray"] = "local",
+          workers: int | None = None, num_gpus: float | None = None, address: str | None = None, index: Index = None,
+          opening: Opening = OPENING, quiet: Quiet = False, json_file: JsonFile = None) -> None:
     """Recommend for every user of a file, in bounded memory. Run again to resume.
 
     Examples:
@@ -34,8 +31,6 @@ def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen:
 
     Parameters
     ----------
-    model
-        A model folder, or ORG/NAME[@REVISION] on the Hugging Face Hub.
     histories
         A file, a folder of parts or a pattern, Parquet (read part by part), CSV or JSON lines: user_id and a list of
         item ids, or user_id and item_id with a user's rows together, ordered by timestamp if there is one.
@@ -46,7 +41,7 @@ def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen:
     exclude_seen
         Never recommend what stands in the history.
     exclude
-        An item id that nobody is recommended; may be repeated.
+        Item ids that nobody is recommended, separated by commas.
     exclude_file
         A table of items not to be recommended: user_id and item_id, or item_id alone for all users.
     chunk
@@ -64,14 +59,6 @@ def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen:
     address
         A running Ray cluster that this machine is part of: auto or host:port. Default: one is started here for
         the run.
-    index
-        Folder that laserrec index build made of MODEL; else users are compared with all items.
-    device
-        auto (a GPU where there is one), cpu, cuda, cuda:N or mps.
-    quiet
-        No progress.
-    json_file
-        Write the numbers to this file.
     """
     from laserrec.batch import engine as work
     from laserrec.recommender.hub import local_folder
@@ -80,9 +67,10 @@ def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen:
         raise UserError("--workers, --num-gpus and --address are for --engine ray")
     if (workers is not None and workers < 1) or (num_gpus is not None and num_gpus < 0):
         raise UserError(f"workers is {workers} and num_gpus is {num_gpus}; give at least 1 worker and 0 GPUs")
-    settings, share = work.BatchSettings(k, exclude_seen, chunk, unknown, exclude), _shard(shard)
+    share, excluded = _shard(shard), () if exclude is None else tuple(item_ids(exclude))
+    settings = work.BatchSettings(k, exclude_seen, chunk, unknown, excluded)
     _ = work.Source(histories).n_users  # mistakes are told before a model is fetched or Ray is started
-    job = work.Job(local_folder(model), histories, out, settings, index, exclude_file, device)
+    job = work.Job(local_folder(model), histories, out, settings, index, exclude_file, **vars(opening))
     if engine == "ray":
         from laserrec.batch import ray_engine
 
@@ -94,9 +82,8 @@ def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen:
             f"{result['unknown_items']:,} of {result['items']:,} items unknown", f"{result['parts']} parts in {out}"]
     if result["parts_missing"]:
         said.append(f"{result['parts_missing']} parts are left to other shards")
-    out_console.print(", ".join(said), highlight=False)
-    if json_file is not None:
-        write_json(json_file, result)
+    say(", ".join(said))
+    finish(result, json_file)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import App, Parameter
-from rich.console import Console
+from cyclopts import App
 
+from laserrec.cli.options import OPENING, JsonFile, Model, Opening, finish, say
 from laserrec.util.errors import UserError
-from laserrec.util.io import write_json
 
 index_app = App(name="index", help="Indexes of item vectors, for catalogues too large to compare with all.")
-out_console = Console()
 
 
 @index_app.command
-def build(model: Path, out: Path, *, kind: Literal["exact", "usearch", "qdrant"] = "usearch", url: str | None = None,
-          collection: str | None = None, queries: int = 200, device: str = "auto",
-          json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
+def build(model: Model, out: Path, *, kind: Literal["exact", "usearch", "qdrant"] = "usearch", url: str | None = None,
+          collection: str | None = None, queries: int = 200, opening: Opening = OPENING, json_file: JsonFile = None
+          ) -> None:
     """Build an index of all items and measure how much of the exact top 10 it finds.
 
     Example: laserrec index build runs/model runs/index --kind usearch
@@ -28,8 +26,6 @@ def build(model: Path, out: Path, *, kind: Literal["exact", "usearch", "qdrant"]
 
     Parameters
     ----------
-    model
-        A model folder, or ORG/NAME[@REVISION] on the Hugging Face Hub.
     out
         The index's folder. An index that is there is replaced once the new one is complete.
     kind
@@ -40,21 +36,14 @@ def build(model: Path, out: Path, *, kind: Literal["exact", "usearch", "qdrant"]
         The collection's name on that server, one for each model. Default: items.
     queries
         Random histories that the recall is measured with.
-    device
-        auto (a GPU where there is one), cpu, cuda, cuda:N or mps.
-    json_file
-        Write the numbers to this file.
     """
     from laserrec.recommender.indexing import build_index
-    from laserrec.recommender.recommender import LaserRecommender
     from laserrec.retrieval.index import IndexKind
 
     if queries < 1:
         raise UserError(f"queries is {queries}; it must be at least 1")
-    loaded = LaserRecommender.from_pretrained(model, device=device)
-    result = build_index(loaded, IndexKind(kind), out, url, queries, collection=collection)
-    out_console.print(f"{result['items']:,} items, {result['width']} wide, in {result['seconds']:.1f} s, "
-                      f"{result['bytes'] / 2**20:.1f} MiB; recall@10 against exact {result['recall@10']:.3f} over "
-                      f"{result['queries']} random histories", highlight=False)
-    if json_file is not None:
-        write_json(json_file, result)
+    result = build_index(opening.open(model), IndexKind(kind), out, url, queries, collection=collection)
+    say(f"{result['items']:,} items, {result['width']} wide, in {result['seconds']:.1f} s, "
+        f"{result['bytes'] / 2**20:.1f} MiB; recall@10 against exact {result['recall@10']:.3f} over "
+        f"{result['queries']} random histories")
+    finish(result, json_file)
