@@ -67,7 +67,7 @@ def test_what_was_removed_is_not_in_it(pair, tmp_path):
 
 
 def test_vectors_that_are_no_unit_vectors_name_the_exact_kind(pair, tmp_path):
-    with pytest.raises(UserError, match="kind usearch needs vectors of length 1 .*; scale them, or use kind exact"):
+    with pytest.raises(UserError, match=r"kind usearch needs vectors of length 1 .*; scale them, or use kind exact"):
         build_index(pair[0], IndexKind.USEARCH, tmp_path / "index", queries=5)
     assert not (tmp_path / "index").exists()
 
