@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 def kill_at_every_step(work: Callable[[], None], look: Callable[[int], None], every: int = 1) -> int:
     """Run `work` in a forked process that dies just before its n-th file system call, for n = 1, 1 + every, ... until
-    it gets to its end; `look(n)` after each death, whose assertions are the caller's. Returns the number of deaths."""
+    it gets to its end; `look(n)` after each death, whose assertions are the caller's. Returns the number of deaths.
+    `work` must not need threads, which a fork leaves behind (polars, Ray)."""
     step = 1
     while _died(work, step):
         look(step)

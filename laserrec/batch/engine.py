@@ -1,202 +1,179 @@
-"""`laserrec batch`: a file of histories -> a folder of recommendations, chunk by chunk.
+"""`laserrec batch`: histories -> a folder of recommendations, part by part.
 
-  OUT/manifest.json            what goes in: the input's size and digest, the model, the index, the settings
-  OUT/part-000000.parquet      user_id, item_id, score, rank of one chunk of users, in the input's order
-  OUT/skipped/part-...parquet  user_id, reason: users for whom nothing can be recommended
-  OUT/done.json                numbers of the finished run
+  OUT/manifest.json         what goes in: digests of the input, the model, the index, the settings
+  OUT/part-000000.parquet   user_id, item_id, score, rank of one part's users, in the input's order
+  OUT/done.json             numbers of the finished run
+
+Every user of the input is in exactly one part. A user who can't be answered, because no item of the history is known or
+because nothing is left to recommend, has one row in which item_id, score and rank are null. A part's footer holds what
+was lost in it.
 
 Each part is written to a temporary name and renamed; which parts are there says what is done. A killed run goes on with
-the missing parts, and every user is in exactly one part. A part depends on its users alone, so that it doesn't matter
-who writes it: this module's loop, other shards, or the workers of `laserrec.batch.ray_engine`.
+the missing parts. A part depends on its users alone, so that it doesn't matter who writes it: this module's loop, other
+shards, or the workers of `laserrec.batch.ray_engine`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from laserrec.batch.source import Part, Source, digest_of_ends
+from laserrec.data.clean import as_id
+from laserrec.data.door import Asked, read_histories
+from laserrec.data.files import parts_of, read_table
+from laserrec.data.losses import Losses
 from laserrec.recommender.folder import model_identity
+from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender
+from laserrec.retrieval.folder import index_kind
 from laserrec.util.errors import UserError
 from laserrec.util.interrupt import DeferredInterrupt
-from laserrec.util.io import read_json, write_json, write_parquet
+from laserrec.util.io import clean, parquet_bytes, read_json, write_bytes, write_json
+from laserrec.util.memory import rows_at_once
 from laserrec.util.progress import Progress
 
-_DIGEST_BYTES = 1 << 20
+_FORMAT, _LOST = 2, "laserrec"
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """What decides the output."""
+    """What decides the output. Raises UserError for values that can't be."""
 
     k: int = 10
     exclude_seen: bool = False
     chunk: int = 4096
     """Users per part."""
-    unknown: str = "skip"
-    """Items that the model doesn't know: "skip" leaves them out of the history, "error" stops."""
+    unknown: str = "drop"
+    """Items of a history that the model doesn't know: "drop" leaves them out, "error" stops."""
+    exclude: tuple[str, ...] = ()
+    """Item ids that nobody is recommended."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.chunk < 1:
+            raise UserError(f"k is {self.k} and chunk is {self.chunk}; both must be at least 1")
+        if self.unknown not in ("error", "drop"):
+            raise UserError(f'unknown is "error" or "drop", not {self.unknown!r}')
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part's number, and its rows [first, end) of the input."""
+class Job:
+    """All that a run, or a worker on another machine, is told."""
 
-    number: int
-    first: int
-    end: int
-
-
-class HistoryFile:
-    """A Parquet file with a row per user (user_id, items: a list) or per interaction (user_id, item_id; a user's rows
-    together, oldest first). Raises UserError for another shape. Opening it reads no rows; the users are found, and
-    what is wrong with them is told, when they are first asked for."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        try:
-            self._rows = pl.scan_parquet(file)
-            schema = self._rows.collect_schema()
-            self.n_rows = self._rows.select(pl.len()).collect().item()
-        except FileNotFoundError:
-            raise UserError(f"no such file: {file}") from None
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise UserError(f"{file} is not a Parquet file: {str(error).splitlines()[0]}") from None
-        self.listed = "items" in schema
-        wanted = ("user_id", "items" if self.listed else "item_id")
-        missing = [c for c in wanted if c not in schema]
-        if missing or (self.listed and not isinstance(schema["items"], pl.List)):
-            raise UserError(f"{file}: give the columns user_id and items (a list), or user_id and item_id; there are: "
-                            f"{', '.join(f'{n} {t}' for n, t in schema.items())}")
-        self.user_type = schema["user_id"]
-        self._rows = self._rows.select(wanted)
-
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        """Int64[users + 1]: the row where each user begins, and the end."""
-        if self._rows.select(pl.col("user_id").is_null().any()).collect().item():
-            row = self._rows.select(pl.col("user_id").is_null().arg_max()).collect().item()
-            raise UserError(f"{self.file}: row {row + 1} has no user_id")
-        first = pl.col("user_id") != pl.col("user_id").shift()
-        runs = self._rows.select("user_id").with_row_index("row").filter(first.fill_null(True))
-        repeated = runs.group_by("user_id").agg(pl.len(), pl.col("row").max()).filter(pl.col("len") > 1)
-        twice = repeated.sort("row").head(1).collect()
-        if twice.height:
-            user, _, row = twice.row(0)
-            advice = "give each user one row" if self.listed else "sort the file by user_id and time"
-            raise UserError(f"{self.file}: user {user!r} comes again at row {row + 1}; {advice}")
-        starts = runs.select("row").collect()["row"].to_numpy().astype(np.int64)
-        if self.listed and len(starts) < self.n_rows:
-            row = int(np.flatnonzero(np.r_[np.diff(starts), self.n_rows - starts[-1]] > 1)[0]) + 2
-            raise UserError(f"{self.file}: the user of row {row} has another row before; give each user one row")
-        return np.r_[starts, self.n_rows]
-
-    @property
-    def n_users(self) -> int:
-        return len(self._starts) - 1
-
-    def parts(self, chunk: int) -> list[Part]:
-        """All parts of `chunk` users each."""
-        edges = [*range(0, self.n_users, chunk), self.n_users]
-        rows = self._starts[edges].tolist()
-        return [Part(number, a, b) for number, (a, b) in enumerate(pairwise(rows))]
-
-    def read(self, part: Part) -> Iterator[tuple[Any, list[str]]]:
-        """(user_id, item ids) of a part's users."""
-        frame = self._rows.slice(part.first, part.end - part.first).collect()
-        if not self.listed:
-            frame = frame.group_by("user_id", maintain_order=True).agg(pl.col("item_id").alias("items"))
-        for user, items in frame.iter_rows():
-            yield user, [str(i) for i in items or [] if i is not None]
-
-    def ends(self) -> dict[str, Any]:
-        """Size and a digest of both ends: tells this input from another."""
-        size = self.file.stat().st_size
-        with open(self.file, "rb") as file:
-            ends = file.read(_DIGEST_BYTES)
-            file.seek(max(0, size - _DIGEST_BYTES))
-            ends += file.read()
-        return {"bytes": size, "sha256_of_ends": hashlib.sha256(ends).hexdigest()}
+    model: Path
+    histories: Path
+    out: Path
+    settings: BatchSettings = BatchSettings()
+    index: Path | None = None
+    """Folder of the model's index; None: compare with all items."""
+    exclude_file: Path | None = None
+    """A table of items not to be recommended: user_id and item_id, or item_id alone for all users."""
+    device: str = "auto"
+    backbone: str | None = None
+    """The LLM, where it is not what the model names."""
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run has to do."""
 
-    source: HistoryFile
+    source: Source
     manifest: dict[str, Any]
-    numbers: range
-    """Of all parts of the folder."""
+    count: int
+    """Parts of the folder."""
     own: int
     """Parts of this run's shard."""
     todo: list[Part]
     """Those of them that are missing."""
 
 
-def plan(model_folder: Path, histories: Path, out: Path, settings: BatchSettings, shard: tuple[int, int] = (1, 1),
-         index: str | None = None) -> Plan:
-    """Look at the input, claim the folder, see what is missing. index: its kind.
+def run(job: Job, shard: tuple[int, int] = (1, 1), progress: bool = True, model: LaserRecommender | None = None
+        ) -> dict[str, Any]:
+    """Recommend for every user of the input, in this process. shard: (i, n) does the i-th of n shares of the parts, so
+    that n machines fill one folder. model: `job.model`, loaded already, with its index.
 
-    Raises UserError for bad input, and for a folder that another input, model, index or other settings began.
+    Returns {users, answered, no_known_item, nothing_left, items, unknown_items, parts, parts_missing} of the folder:
+    users without a known item, users for whom exclusions left nothing, items of all histories and those dropped.
+    Raises UserError for bad input, for a folder that another input, model or other settings began, and where no item of
+    any history is known.
     """
-    source = HistoryFile(histories)
-    manifest = {"format": 1, "input": {**source.ends(), "users": source.n_users}, "model": model_identity(model_folder),
-                "index": index, **asdict(settings)}
-    parts = source.parts(settings.chunk)
-    _claim(out, manifest)
+
+    def here(work: Plan) -> AbstractContextManager[Iterator[None]]:
+        worker = Worker(job, work.source, model)
+        return nullcontext(worker.write(part) for part in work.todo)
+
+    return complete(job, shard, progress, here)
+
+
+def complete(job: Job, shard: tuple[int, int], progress: bool,
+             working: Callable[[Plan], AbstractContextManager[Iterator[None]]]) -> dict[str, Any]:
+    """As `run`. working: opens an iterator that writes a missing part with each step."""
+    work = plan(job, shard)
+    if work.todo:
+        chunk = job.settings.chunk
+        done = (work.own - len(work.todo)) * chunk
+        with (working(work) as parts, DeferredInterrupt() as interrupt,
+              Progress("recommending", work.own * chunk, progress, done=done) as bar):
+            for _ in parts:
+                bar.advance(chunk)
+                interrupt.check()
+    return summary(job, work)
+
+
+# -- what there is to do --------------------------------------------------------------------------------------------
+
+
+def plan(job: Job, shard: tuple[int, int] = (1, 1)) -> Plan:
+    """Look at the input, claim the folder, see what is missing. Raises UserError as `run`."""
+    source = Source(job.histories)
+    manifest = {"format": _FORMAT, "input": source.ends(), "model": model_identity(job.model),
+                "index": None if job.index is None else str(index_kind(job.index)), **asdict(job.settings),
+                "exclude": exclusion_digest(job)}
+    parts = source.parts(job.settings.chunk)
+    _claim(job.out, manifest)
+    clean(job.out)
     own = [part for part in parts if part.number % shard[1] == shard[0] - 1]
-    return Plan(source, manifest, range(len(parts)), len(own), [p for p in own if not _file(out, p.number).is_file()])
+    todo = [part for part in own if not part_file(job.out, part.number).is_file()]
+    return Plan(source, manifest, len(parts), len(own), todo)
 
 
-def run(model: LaserRecommender, model_folder: Path, histories: Path, out: Path, settings: BatchSettings,
-        shard: tuple[int, int] = (1, 1), progress: bool = True) -> dict[str, Any]:
-    """Recommend for every user of the file, in this process, through the model's index if it has one. shard: (i, n)
-    does the i-th of n shares of the parts, so that n machines fill one folder. Returns {"users", "skipped", "parts",
-    "parts_missing"} of the whole folder.
-
-    Raises UserError for bad input, and for a folder that another input, model or other settings began.
-    """
-    work = plan(model_folder, histories, out, settings, shard, None if model.index is None else model.index.kind)
-    with DeferredInterrupt() as interrupt, bar_of(work, settings.chunk, progress) as bar:
-        for part in work.todo:
-            write_part(model, work.source, out, part, settings)
-            bar.advance(settings.chunk)
-            interrupt.check()
-    return summary(out, work)
-
-
-def bar_of(work: Plan, chunk: int, show: bool) -> Progress:
-    """A progress bar over users."""
-    return Progress("recommending", work.own * chunk, show, done=(work.own - len(work.todo)) * chunk)
+def exclusion_digest(job: Job) -> dict[str, Any] | None:
+    """Tells what is excluded from other exclusions."""
+    file = None if job.exclude_file is None else digest_of_ends(parts_of(job.exclude_file))
+    return {"items": sorted(job.settings.exclude), "file": file} if job.settings.exclude or file else None
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:
     file = out / "manifest.json"
     if file.is_file():
-        found = read_json(file, "name another folder")
-        if other := differing(manifest, found):
+        if other := differing(manifest, file):
             raise UserError(f"{out} was begun with another {', '.join(other)}; name another folder or delete it")
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder")
     elif out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):  # another shard's, just now
         raise UserError(f"{out} holds other files; name another folder")
     else:
         write_json(file, manifest)
 
 
-def differing(manifest: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Names of what differs; what an older manifest doesn't name yet is None."""
+def differing(manifest: dict[str, Any], file: Path) -> list[str]:
+    """Names of what differs from a manifest file. Raises UserError for a damaged one."""
+    found = read_json(file, "name another folder")
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is damaged: it holds no names; name another folder")
     return [name for name in manifest if manifest[name] != found.get(name)]
 
 
-def _file(out: Path, number: int, skipped: bool = False) -> Path:
-    return (out / "skipped" if skipped else out) / f"part-{number:06}.parquet"
+def part_file(out: Path, number: int) -> Path:
+    return out / f"part-{number:06}.parquet"
 
 
 def parts_in(out: Path) -> int:
@@ -204,37 +181,107 @@ def parts_in(out: Path) -> int:
     return sum(1 for _ in out.glob("part-*.parquet"))
 
 
-def write_part(model: LaserRecommender, source: HistoryFile, out: Path, part: Part, settings: BatchSettings) -> None:
-    """Recommend for a part's users; whole or not at all. Raises UserError for unknown items, if they shall stop it."""
-    rows: dict[Any, list[str]] = {}
-    skipped = []
-    for user, items in source.read(part):
-        gone = set(model.unknown_items(items))
-        if gone and settings.unknown == "error":
-            raise UserError(f"{source.file}: the history of user {user!r} holds unknown items, first "
-                            f"{sorted(gone)[:3]}; --unknown skip leaves them out")
-        if known := [i for i in items if i not in gone]:
-            rows[user] = known
-        else:
-            skipped.append({"user_id": user, "reason": "no known item" if items else "empty history"})
-    if skipped:  # before the part, whose presence says that all of it is done
-        write_parquet(_file(out, part.number, skipped=True), pl.DataFrame(skipped, schema={
-            "user_id": source.user_type, "reason": pl.String}))
-    frame = pl.DataFrame(schema={"user_id": source.user_type, "item_id": pl.String, "score": pl.Float32,
-                                 "rank": pl.Int32})
-    if rows:
-        frame = model.recommend(list(rows.values()), k=settings.k, exclude_seen=settings.exclude_seen)
-        users = pl.Series("user_id", list(rows), dtype=source.user_type)
-        frame = frame.with_columns(users.gather(frame["user_id"]).alias("user_id"))
-    write_parquet(_file(out, part.number), frame)
+# -- one part after the other ---------------------------------------------------------------------------------------
 
 
-def summary(out: Path, work: Plan) -> dict[str, Any]:
-    """Numbers of the whole folder; done.json once nothing is missing."""
-    missing = sum(not _file(out, number).is_file() for number in work.numbers)
-    files = [_file(out, number, skipped=True) for number in work.numbers]
-    skipped = sum(pl.scan_parquet(f).select(pl.len()).collect().item() for f in files if f.is_file())
-    result = {"users": work.source.n_users, "skipped": skipped, "parts": len(work.numbers), "parts_missing": missing}
-    if not missing:
-        write_json(out / "done.json", json.loads(json.dumps(result)))
+class Worker:
+    """A loaded model that writes parts of a job. Raises UserError for a model or an index that can't be loaded."""
+
+    def __init__(self, job: Job, source: Source, model: LaserRecommender | None = None):
+        self.job, self.source = job, source
+        if model is None:
+            model = LaserRecommender.from_pretrained(job.model, job.backbone, device=job.device,
+                                                     trust_remote_code=job.trust_remote_code)
+            model.use_index(job.index)
+        self.model = model
+        names, removed = model.items["item_id"].to_list(), model.removed
+        self.known = {name: row for row, name in enumerate(names) if row not in removed}
+        """Item id -> row, of items that can be recommended."""
+        self._excluded, self._excluded_by_user = self._exclusions()
+
+    def write(self, part: Part) -> None:
+        """Recommend for a part's users; whole or not at all. Raises UserError for unknown items, if they shall stop
+        it."""
+        users, histories = self.source.read(part)
+        asked = read_histories(histories, self.known, "drop", tell=False)
+        if self.job.settings.unknown == "error" and (asked.lost.unknown or asked.lost.empty_users):
+            self._refuse(users, histories)
+        answers = self._answers(users, asked)
+        counts = [max(1, len(answer.items)) for answer in answers]
+        frame = pl.DataFrame({
+            "user_id": users.gather(np.repeat(np.arange(len(users)), counts)),
+            "item_id": [i for a in answers for i in self.model.item_ids(a.items) or [None]],
+            "score": [s for a in answers for s in a.scores.tolist() or [None]],
+            "rank": [r for a in answers for r in range(1, len(a.items) + 1) or [None]],
+        }, schema_overrides={"item_id": pl.String, "score": pl.Float32, "rank": pl.Int32})
+        nothing = sum(not len(a.items) for a in answers) - asked.lost.empty_users
+        lost = {**asdict(asked.lost), "examples": asked.lost.examples[:20], "nothing_left": nothing}
+        write_bytes(part_file(self.job.out, part.number), parquet_bytes(frame, {_LOST: json.dumps(lost)}))
+
+    def _answers(self, users: pl.Series, asked: Asked) -> list[Ranked]:
+        """In the users' order; empty where no item is known or nothing is left."""
+        model, settings = self.model, self.job.settings
+        asks = [Ask(np.array(rows, dtype=np.int64), settings.k, settings.exclude_seen, None, self._barred(user))
+                for user, rows in zip(users.to_list(), asked.rows, strict=True)]
+        size = rows_at_once(len(model.items) if model.index is None else settings.k, model.batch_size)
+        return [answer for at in range(0, len(asks), size) for answer in model.rank(asks[at : at + size])]
+
+    def _barred(self, user: Any) -> np.ndarray | None:
+        """Rows that this user is not recommended."""
+        own = self._excluded_by_user.get(as_id(user) or "", self._excluded[:0])
+        rows = np.concatenate([self._excluded, own])
+        return rows if len(rows) else None
+
+    def _exclusions(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Rows that nobody is recommended, and further rows by user."""
+        names, own = list(self.job.settings.exclude), {}
+        if self.job.exclude_file is not None:
+            frame = read_table(self.job.exclude_file).frame
+            if "user_id" in frame.columns:
+                asked = read_histories(frame, self.known, "drop", tell=False)
+                own = {str(user): np.array(rows, dtype=np.int64)
+                       for user, rows in zip(asked.users, asked.rows, strict=True)}
+            elif "item_id" in frame.columns:
+                names += frame["item_id"].to_list()
+            else:
+                raise UserError(f"{self.job.exclude_file}: give the columns user_id and item_id, or item_id alone; "
+                                f"there are: {', '.join(frame.columns)}")
+        rows = [self.known[name] for name in map(as_id, names) if name in self.known]
+        return np.array(rows, dtype=np.int64), own
+
+    def _refuse(self, users: pl.Series, histories: pl.DataFrame) -> None:
+        """Raise the error of the first user who has one, under the user's own name."""
+        for place, user in enumerate(users.to_list()):
+            try:
+                read_histories(histories.filter(pl.col("user_id") == place).with_columns(user_id=pl.lit(str(user))),
+                               self.known, "error")
+            except UserError as error:
+                raise UserError(f"{self.source.path}: {error}") from None
+
+
+# -- what came out --------------------------------------------------------------------------------------------------
+
+
+def summary(job: Job, work: Plan) -> dict[str, Any]:
+    """Numbers of the whole folder; done.json once nothing is missing. Warns of large losses and raises UserError where
+    no item was known."""
+    files = [file for number in range(work.count) if (file := part_file(job.out, number)).is_file()]
+    found = [_lost(file) for file in files]
+    nothing, lost = sum(n for _, n in found), sum((lost for lost, _ in found), Losses())
+    result = {"users": work.source.n_users, "answered": lost.users - lost.empty_users - nothing,
+              "no_known_item": lost.empty_users, "nothing_left": nothing, "items": lost.items,
+              "unknown_items": lost.unknown, "parts": work.count, "parts_missing": work.count - len(files)}
+    if not result["parts_missing"]:
+        lost.tell(pl.read_parquet(job.model / "items.parquet", columns=["item_id"])["item_id"].to_list())
+        write_json(job.out / "done.json", result)
     return result
+
+
+def _lost(file: Path) -> tuple[Losses, int]:
+    """What a part's footer says, and its users for whom nothing was left."""
+    try:
+        facts = json.loads(pl.read_parquet_metadata(file)[_LOST])
+        return Losses(**{n: v for n, v in facts.items() if n != "nothing_left"} | {
+            "examples": tuple(facts["examples"])}), int(facts["nothing_left"])
+    except (*(pl.exceptions.PolarsError, OSError), ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is damaged; delete it and run the same command again") from None

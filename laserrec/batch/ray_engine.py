@@ -13,29 +13,15 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from laserrec import __version__
-from laserrec.batch.engine import (
-    BatchSettings,
-    HistoryFile,
-    Part,
-    Plan,
-    bar_of,
-    differing,
-    parts_in,
-    plan,
-    summary,
-    write_part,
-)
+from laserrec.batch.engine import Job, Plan, Worker, complete, differing, exclusion_digest, parts_in
+from laserrec.batch.source import Part, Source, digest_of_ends
 from laserrec.recommender.folder import model_identity
-from laserrec.recommender.recommender import LaserRecommender
-from laserrec.retrieval.index import index_kind
 from laserrec.util.errors import UserError
-from laserrec.util.interrupt import DeferredInterrupt
-from laserrec.util.io import read_json
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Of a Ray that is started here: row numbers and messages are all that it holds."""
@@ -49,18 +35,17 @@ class Cluster:
     address: str | None = None
     """Of a running Ray that this machine is part of ("auto", "host:6379"); None starts one here, for the run."""
     workers: int | None = None
-    """Processes that each load the model and share the CPUs; None: one a machine."""
+    """Processes that each load the model and share the CPUs; None: one a GPU that they use, else one a machine."""
+    num_gpus: float | None = None
+    """GPUs of each worker, a fraction where several share one; None: 1 where the job's device is a GPU, or is auto and
+    Ray has enough GPUs."""
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Task:
     """What each worker is told. Paths are absolute: a worker has its own working directory."""
 
-    model: Path
-    histories: Path
-    out: Path
-    index: Path | None
-    settings: BatchSettings
+    job: Job
     manifest: dict[str, Any]
     threads: int
     done: int
@@ -68,86 +53,96 @@ class _Job:
     version: str = __version__
 
 
-def run(model_folder: Path, histories: Path, out: Path, settings: BatchSettings, cluster: Cluster,
-        shard: tuple[int, int] = (1, 1), progress: bool = True, index: Path | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Share:
+    """What each worker gets."""
+
+    workers: int
+    cpus: int
+    gpus: float
+
+
+def run(job: Job, cluster: Cluster, shard: tuple[int, int] = (1, 1), progress: bool = True) -> dict[str, Any]:
     """As `laserrec.batch.engine.run`, by the workers of a Ray cluster, with the same files as its result; each engine
     goes on where the other was stopped. An initialised Ray is used as it is. Raises UserError also for a Ray that
     can't be reached, a machine that doesn't share the files, and workers that die."""
-    model_folder, histories, out = (path.absolute() for path in (model_folder, histories, out))
-    index = None if index is None else index.absolute()
-    work = plan(model_folder, histories, out, settings, shard, None if index is None else index_kind(index))
-    if work.todo:
-        with _silent_core(), _connected(cluster) as ray, _told(ray):
-            cpus, workers = _share(ray, cluster.workers, len(work.todo))
-            job = _Job(model_folder, histories, out, index, settings, work.manifest, cpus, parts_in(out))
-            with (DeferredInterrupt() as interrupt, bar_of(work, settings.chunk, progress) as bar,
-                  contextlib.closing(_results(ray, work, job, workers, cpus)) as results):
-                for error in results:
-                    if error:
-                        raise UserError(error)
-                    bar.advance(settings.chunk)
-                    interrupt.check()
-    return summary(out, work)
+    paths = {name: path.absolute() for name, path in vars(job).items() if isinstance(path, Path)}
+    job = replace(job, **paths)
+    if job.device.startswith("cuda:"):
+        raise UserError(f"device is {job.device}; Ray chooses each worker's GPU, give cuda")
+
+    @contextlib.contextmanager
+    def there(work: Plan) -> Iterator[Iterator[None]]:
+        with (_silent_core(), _connected(cluster) as ray, _told(ray),
+              contextlib.closing(_results(ray, job, work, cluster)) as results):
+            yield results
+
+    return complete(job, shard, progress, there)
 
 
-def _results(ray: Any, work: Plan, job: _Job, workers: int, cpus: int) -> Iterator[str]:
-    """A message per part, as the parts get done; empty where all went well. A block a part, or a worker would keep the
-    news of many parts to itself."""
+def _results(ray: Any, job: Job, work: Plan, cluster: Cluster) -> Iterator[None]:
+    """One step per part, as the parts get done. A block a part, or a worker would keep the news of many parts to
+    itself."""
+    share = _share(ray, cluster, job.device, len(work.todo))
+    if job.device == "auto" and not share.gpus:
+        job = replace(job, device="cpu")  # or all would take the same GPU, unknown to Ray
+    task = _Task(job, work.manifest, share.cpus, parts_in(job.out))
     parts = ray.data.from_items([asdict(part) for part in work.todo], override_num_blocks=len(work.todo))
-    done = parts.map(_Writer, fn_constructor_args=(job,), num_cpus=cpus,
-                     compute=ray.data.ActorPoolStrategy(size=workers))
+    done = parts.map(_Writer, fn_constructor_args=(task,), num_cpus=share.cpus, num_gpus=share.gpus or None,
+                     compute=ray.data.ActorPoolStrategy(size=share.workers))
     for row in done.iter_rows():
-        yield row["error"]
+        if row["error"]:
+            raise UserError(row["error"])
+        yield
 
 
 class _Writer:
     """A worker's share of the job. The model is loaded with the first part, not in the constructor, whose errors Ray
     would answer with another try."""
 
-    def __init__(self, job: _Job):
+    def __init__(self, task: _Task):
         import ray
 
-        self._job, self._again = job, ray.get_runtime_context().was_current_actor_reconstructed
-        self._open: tuple[LaserRecommender, HistoryFile] | None = None
+        self._task, self._again = task, ray.get_runtime_context().was_current_actor_reconstructed
+        self._open: Worker | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         try:
-            self._open = self._open or _opened(self._job, self._again)
-            part = Part(**{name: int(value) for name, value in row.items()})
-            write_part(*self._open, self._job.out, part, self._job.settings)
+            self._open = self._open or _opened(self._task, self._again)
+            self._open.write(Part(**{name: int(value) for name, value in row.items()}))
         except UserError as error:
             return {"error": str(error)}
         return {"error": ""}
 
 
-def _opened(job: _Job, again: bool = False) -> tuple[LaserRecommender, HistoryFile]:
+def _opened(task: _Task, again: bool = False) -> Worker:
     """again: this worker stands in for a dead one. Raises UserError where this machine sees other files than the one
     that gives the work, or runs another version."""
     import torch
 
+    job, manifest = task.job, task.manifest
     # Ray replaces dead workers for ever. Where a model is too large for the memory, that gets nowhere and never ends.
-    if again and parts_in(job.out) <= job.done:
+    if again and parts_in(job.out) <= task.done:
         raise UserError("a worker died before any part was done, probably for want of memory: each loads the whole "
                         "model; give fewer --workers")
     host, advice = socket.gethostname(), "--engine ray needs a file system that all machines share"
-    if job.version != __version__:
-        raise UserError(f"{host} runs laserrec {__version__}, not {job.version}; install one version everywhere")
-    manifest = job.out / "manifest.json"
-    if not manifest.is_file() or differing(job.manifest, read_json(manifest, "name another folder")):
+    if task.version != __version__:
+        raise UserError(f"{host} runs laserrec {__version__}, not {task.version}; install one version everywhere")
+    file = job.out / "manifest.json"
+    if not file.is_file() or differing(manifest, file):
         raise UserError(f"{host} doesn't see the output folder {job.out}; {advice}")
-    source = HistoryFile(job.histories)
-    if {**source.ends(), "users": job.manifest["input"]["users"]} != job.manifest["input"]:
-        raise UserError(f"{host} has another file at {job.histories}; {advice}")
+    source = Source(job.histories)
+    found = {**digest_of_ends(source.files), "users": manifest["input"]["users"]}
+    if found != manifest["input"] or exclusion_digest(job) != manifest["exclude"]:
+        raise UserError(f"{host} has another file at {job.histories} or {job.exclude_file}; {advice}")
     try:
         model = model_identity(job.model)
     except UserError as error:
         raise UserError(f"{host} has no whole model in {job.model}: {error}; {advice}") from None
-    if model != job.manifest["model"]:
+    if model != manifest["model"]:
         raise UserError(f"{host} has another model in {job.model}; {advice}")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or job.threads))
-    loaded = LaserRecommender.from_pretrained(job.model)
-    loaded.use_index(job.index)
-    return loaded, source
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or task.threads))
+    return Worker(job, source)
 
 
 # -- Ray itself -----------------------------------------------------------------------------------------------------
@@ -208,7 +203,7 @@ def _start(ray: Any, cluster: Cluster) -> None:
             raise UserError(f"no Ray can be joined at {cluster.address}: {first}; {advice}") from None
         return
     # Workers import the package from where this process has it, an uninstalled checkout too.
-    home, before = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
+    home, before = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = home if not before else home + os.pathsep + before
     try:
         ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cluster.workers or 1), include_dashboard=False,
@@ -234,17 +229,24 @@ def _check_address(address: str, advice: str) -> None:
         raise UserError(f"nothing answers at {found}: {error}; {advice}") from None
 
 
-def _share(ray: Any, workers: int | None, parts: int) -> tuple[int, int]:
-    """(CPUs of a worker, workers): as many CPUs as all workers of the smallest machine can have alike."""
-    machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    machines = [int(cpus) for cpus in machines if cpus >= 1]
+def _share(ray: Any, cluster: Cluster, device: str, parts: int) -> _Share:
+    """As many CPUs as all workers of the smallest machine can have alike. Raises UserError for more workers than CPUs
+    or GPUs."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    machines, gpus = [int(r["CPU"]) for r in alive], sum(r.get("GPU", 0) for r in alive)
     if not machines:
         raise UserError("Ray has no machine with a CPU to work on; start one with ray start --num-cpus 4")
-    count = min(workers or len(machines), parts)
+    each = cluster.num_gpus
+    if each is None:
+        each = float(device == "cuda" or (device == "auto" and gpus >= (cluster.workers or 1)))
+    count = min(cluster.workers or (max(1, int(gpus / each)) if each else len(machines)), parts)
     if count > sum(machines):
         raise UserError(f"{count} workers need as many CPUs and Ray has {sum(machines)}; give fewer --workers")
+    if count * each > gpus:
+        raise UserError(f"{count} workers of {each:g} GPUs need {count * each:g} and Ray has {gpus:g}; give fewer "
+                        "--workers, a smaller --num-gpus, or --device cpu")
     cpus = max(c for c in range(1, max(machines) + 1) if sum(m // c for m in machines) >= count)
-    return cpus, count
+    return _Share(count, cpus, each)
 
 
 @contextlib.contextmanager

@@ -1,26 +1,25 @@
-"""`laserrec batch`. Thin, as cli.py."""
+"""`laserrec batch`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import App, Parameter
-from rich.console import Console
+from cyclopts import App
 
+from laserrec.cli.options import OPENING, Index, JsonFile, Model, Opening, Quiet, Switch, finish, item_ids, say
 from laserrec.util.errors import UserError
-from laserrec.util.io import write_json
 
 batch_app = App(name="batch")
-out_console = Console()
 
 
 @batch_app.default
-def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen: bool = False, chunk: int = 4096,
-          unknown: Literal["skip", "error"] = "skip", shard: str = "1/1", engine: Literal["local", "ray"] = "local",
-          workers: int | None = None, address: str | None = None, index: Path | None = None, quiet: bool = False,
-          json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
-    """Recommend for every user of a Parquet file, in bounded memory. Run again to resume.
+def batch(model: Model, histories: Path, out: Path, *, k: int = 10, exclude_seen: Switch = False,
+          exclude: str | None = None, exclude_file: Path | None = None, chunk: int = 4096,
+          unknown: Literal["drop", "error"] = "drop", shard: str = "1/1", engine: Literal["local", "ray"] = "local",
+          workers: int | None = None, num_gpus: float | None = None, address: str | None = None, index: Index = None,
+          opening: Opening = OPENING, quiet: Quiet = False, json_file: JsonFile = None) -> None:
+    """Recommend for every user of a file, in bounded memory. Run again to resume.
 
     Examples:
       laserrec batch runs/quickstart/model histories.parquet recommendations --k 20
@@ -32,64 +31,59 @@ def batch(model: Path, histories: Path, out: Path, *, k: int = 10, exclude_seen:
 
     Parameters
     ----------
-    model
-        A model folder, or ORG/NAME[@REVISION] on the Hugging Face Hub.
     histories
-        Parquet: user_id and items (a list), or user_id and item_id with a user's rows together, oldest first.
+        A file, a folder of parts or a pattern, Parquet (read part by part), CSV or JSON lines: user_id and a list of
+        item ids, or user_id and item_id with a user's rows together, ordered by timestamp if there is one.
     out
-        Folder of part-*.parquet: user_id, item_id, score, rank.
+        Folder of part-*.parquet: user_id, item_id, score, rank. A user who can't be answered has one row of nulls.
     k
         Items per user.
     exclude_seen
         Never recommend what stands in the history.
+    exclude
+        Item ids that nobody is recommended, separated by commas.
+    exclude_file
+        A table of items not to be recommended: user_id and item_id, or item_id alone for all users.
     chunk
         Users per part.
     unknown
-        Unknown items: skip leaves them out of a history, error stops.
+        Unknown items: drop leaves them out of a history, error stops.
     shard
         I/N does the I-th of N shares, so that N processes or machines fill one folder.
     engine
         local works in this process, ray on Ray Data (pip install 'laserrec[ray]').
     workers
-        Ray workers; each loads the model, and they share the CPUs. Default: one a machine.
+        Ray workers; each loads the model, and they share the CPUs. Default: one a GPU, without GPUs one a machine.
+    num_gpus
+        GPUs of each Ray worker; .5 lets two share one. Default: 1 with --device cuda, and with auto where Ray has them.
     address
         A running Ray cluster that this machine is part of: auto or host:port. Default: one is started here for
         the run.
-    index
-        Folder that laserrec index build made of MODEL; else users are compared with all items.
-    quiet
-        No progress.
-    json_file
-        Write the numbers to this file.
     """
     from laserrec.batch import engine as work
     from laserrec.recommender.hub import local_folder
 
-    if k < 1 or chunk < 1:
-        raise UserError(f"k is {k} and chunk is {chunk}; both must be at least 1")
-    if engine == "local" and (workers, address) != (None, None):
-        raise UserError("--workers and --address are for --engine ray")
-    if workers is not None and workers < 1:
-        raise UserError(f"workers is {workers}; give at least 1")
-    settings, share = work.BatchSettings(k, exclude_seen, chunk, unknown), _shard(shard)
-    _ = work.HistoryFile(histories).n_users  # mistakes are told before a model is loaded or Ray is started
-    folder = local_folder(model)
+    if engine == "local" and (workers, num_gpus, address) != (None, None, None):
+        raise UserError("--workers, --num-gpus and --address are for --engine ray")
+    if (workers is not None and workers < 1) or (num_gpus is not None and num_gpus < 0):
+        raise UserError(f"workers is {workers} and num_gpus is {num_gpus}; give at least 1 worker and 0 GPUs")
+    share, excluded = _shard(shard), () if exclude is None else tuple(item_ids(exclude))
+    settings = work.BatchSettings(k, exclude_seen, chunk, unknown, excluded)
+    _ = work.Source(histories).n_users  # mistakes are told before a model is fetched or Ray is started
+    job = work.Job(local_folder(model), histories, out, settings, index, exclude_file, **vars(opening))
     if engine == "ray":
-        from laserrec.batch import ray_engine as batch_ray
+        from laserrec.batch import ray_engine
 
-        cluster = batch_ray.Cluster(address, workers)
-        result = batch_ray.run(folder, histories, out, settings, cluster, share, not quiet, index)
+        result = ray_engine.run(job, ray_engine.Cluster(address, workers, num_gpus), share, not quiet)
     else:
-        from laserrec.recommender.recommender import LaserRecommender
-
-        loaded = LaserRecommender.from_pretrained(folder)
-        loaded.use_index(index)
-        result = work.run(loaded, folder, histories, out, settings, share, not quiet)
-    left = f", {result['parts_missing']} parts are left to other shards" if result["parts_missing"] else ""
-    done = f"{result['users']:,} users, {result['skipped']:,} skipped, {result['parts']} parts in {out}"
-    out_console.print(done + left, highlight=False)
-    if json_file is not None:
-        write_json(json_file, result)
+        result = work.run(job, share, not quiet)
+    said = [f"{result['users']:,} users", f"{result['answered']:,} answered",
+            f"{result['no_known_item']:,} without a known item", f"{result['nothing_left']:,} with nothing left",
+            f"{result['unknown_items']:,} of {result['items']:,} items unknown", f"{result['parts']} parts in {out}"]
+    if result["parts_missing"]:
+        said.append(f"{result['parts_missing']} parts are left to other shards")
+    say(", ".join(said))
+    finish(result, json_file)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from laserrec.retrieval.top import top
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -49,18 +51,6 @@ def best(scores: Float[Tensor, "n_items"], ask: Ask, expert: int | None) -> Rank
         items = torch.as_tensor(ask.candidates, dtype=torch.long, device=scores.device)
         scores = scores[items]
     return ranked(*top(scores, items, ask.k), expert)
-
-
-def top(scores: Float[Tensor, "n"], items: Int[Tensor, "n"], k: int) -> tuple[Int[Tensor, "m"], Float[Tensor, "m"]]:
-    """The k best items, fewer where scores are -inf, and their scores, best first, ties by the smaller item. All that
-    are equal to the k-th score are sorted, so that the tie rule holds at the edge too."""
-    if not len(scores):
-        return items, scores
-    edge = scores.topk(min(k, len(scores))).values[-1]
-    rows = ((scores >= edge) & (scores > -torch.inf)).nonzero()[:, 0]
-    rows = rows[items[rows].argsort()]
-    rows = rows[scores[rows].argsort(descending=True, stable=True)][:k]
-    return items[rows], scores[rows]
 
 
 def ranked(items: Int[Tensor, "m"], scores: Float[Tensor, "m"], expert: int | None) -> Ranked:

@@ -1,139 +1,154 @@
-"""Ranking through an index: which items, the index says; how high they score, the model's own embeddings.
+"""Ranking through an index: which items score well by their vectors, the index finds; all that an index can't know is
+scored beside it: items whose score a score term changes, items added since, a request's candidates.
 
-An index is never changed by its use, so that many processes can share one folder or one server. What it doesn't hold is
-scored directly: a history's own items, which may have a learnt offset, items that they pull, items added since, a
-request's candidates.
-What was removed since is passed over. With an exact index the answers are those without one.
+An index is never changed by its use, so that many processes can share one folder or one server. With an exact index the
+answers are those without one.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Pull = object
-from laserrec.recommender.ranking import Ask, top
-from laserrec.retrieval.index import Index, load_index
+from laserrec.retrieval.folder import AGAIN, catalogue_sha256, index_facts, load_index
+from laserrec.retrieval.index import Index
+from laserrec.retrieval.top import top
 from laserrec.util.errors import UserError
-from laserrec.util.io import read_json, write_json
 from laserrec.util.memory import LIMIT_BYTES
 
-Finish = Callable[[Tensor, Tensor, np.ndarray, "Pull | None"], Tensor]
 _PROBES, _SAME = 64, 0.99
-"""Items that are looked up when an index is taken, and the least cosine at which a vector passes for the model's own:
-an index may keep fewer bits."""
-_FILE = "catalogue.json"
-_AGAIN = "build it again with laserrec index build"
+"""Items that are looked up when an index is taken, and how near to the vector's own product with itself the index must
+come: it may keep fewer bits."""
+
+
+@runtime_checkable
+class Request(Protocol):
+    """The k best items for one history; item rows in any integer array or tensor."""
+
+    history: Any
+    k: int
+    exclude_seen: bool
+    candidates: Any
+    """Rows that alone may be recommended; None: all."""
+    exclude: Any
+    """Rows that may not be recommended; None: no further ones."""
+
+
+@runtime_checkable
+class AppliedTerm(Protocol):
+    """A score term, applied to the histories of one batch: what `term.on(histories)` returns."""
+
+    def rows(self, u: int) -> Int[Tensor, "some"]:
+        """Item rows whose score it changes for user u of the batch; all others keep theirs."""
+
+    def to_some(self, u: int, rows: Int[Tensor, "n"], scores: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        """The scores of these distinct rows, in any order, after the term."""
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """An index that fits a model's catalogue as it was when it was taken (`attach`)."""
+    """An index that fits a catalogue as it was when it was taken (`attach`)."""
 
     index: Index
     covered: int
-    """Items 1 to this one are in the index, but for `gone`; later ones were added since."""
+    """Rows below this are in the index, but for `gone`; later ones were added since."""
     gone: frozenset[int]
     """Removed before."""
 
-    def rank(
-        self, users: Float[Tensor, "batch d_out"], asks: Sequence[Ask], embeddings: Float[Tensor, "n_items d_out"],
-        removed: frozenset[int], pull: Callable[[np.ndarray], Pull | None], finish: Finish
-    ) -> list[tuple[Int[Tensor, "found"], Float[Tensor, "found"]]]:
-        """Items and scores of each request, best first. users, embeddings: of unit length. pull: the items
-        that a history's items pull (`Laser.pull`); finish: cosines of some items -> scores (`Laser.finish_some`)."""
-        found = self._found(users, asks, removed - self.gone)
-        late = torch.arange(self.covered + 1, len(embeddings) + 1)
-        late_scores = users @ embeddings[self.covered :].T
-        lost = torch.tensor(sorted(removed), dtype=torch.long)
+    def rank(self, users: Float[Tensor, "batch d"], asks: Sequence[Request], vectors: Float[Tensor, "items d"],
+             removed: frozenset[int], applied: Sequence[AppliedTerm] = ()
+             ) -> list[tuple[Int[Tensor, "found"], Float[Tensor, "found"]]]:
+        """Rows and scores of each request, best first: users @ vectors.T, changed by each term in order. removed: rows
+        that are never recommended; applied: `[term.on(histories) for term in terms]`."""
+        none, device = torch.zeros(0, dtype=torch.long, device=vectors.device), vectors.device
+        changed = [torch.unique(torch.cat([none, *(term.rows(u) for term in applied)])) for u in range(len(asks))]
+        barred = [torch.cat([none, *(_rows(part, device) for part in _barred(ask))]) for ask in asks]
+        lost = torch.tensor(sorted(removed), dtype=torch.long, device=device)
+        found = self._found(users, asks, [torch.cat(pair) for pair in zip(changed, barred, strict=True)],
+                            np.array(sorted(removed - self.gone), dtype=np.int64))
+        late = torch.arange(self.covered, len(vectors), device=device)
+        late_scores = users @ vectors[self.covered :].T
         out = []
-        for row, ask in enumerate(asks):
-            history = torch.as_tensor(np.unique(ask.history)).long()
-            pulled = pull(ask.history)
+        for u, ask in enumerate(asks):
             if ask.candidates is not None:
-                items = torch.as_tensor(ask.candidates).long()
-                scores = _products(embeddings, items, users[row])
+                rows = _rows(ask.candidates, device)
+                scores = _products(vectors, rows, users[u])
             else:
-                own = history if pulled is None else torch.cat([history, pulled[0]])
-                few = torch.unique(torch.cat([found[row], own[own <= self.covered]]))
-                items = torch.cat([few, late])
-                scores = torch.cat([_products(embeddings, few, users[row]), late_scores[row]])
-            finish(scores, items, ask.history, pulled)
-            if ask.exclude_seen:
-                scores[torch.isin(items, history)] = -torch.inf
-            scores[torch.isin(items, lost)] = -torch.inf
-            out.append(top(scores, items, ask.k))
+                few = torch.cat([found[u].to(device), changed[u][changed[u] < self.covered]])
+                rows = torch.cat([few, late])
+                scores = torch.cat([_products(vectors, few, users[u]), late_scores[u]])
+            for term in applied:
+                scores = term.to_some(u, rows, scores)
+            scores = scores.masked_fill(torch.isin(rows, torch.cat([barred[u], lost])), -torch.inf)
+            out.append(top(scores, rows, ask.k))
         return out
 
-    def _found(self, users: Tensor, asks: Sequence[Ask], removed: frozenset[int]) -> list[Tensor]:
-        """Per request, the index's best items that are neither removed nor in the history; none for candidates."""
-        rows = [row for row, ask in enumerate(asks) if ask.candidates is None]
+    def _found(self, users: Tensor, asks: Sequence[Request], apart: Sequence[Tensor], lost: np.ndarray) -> list[Tensor]:
+        """Per request, the index's best rows but for those `apart`; none where there are candidates."""
+        open_asks = [u for u, ask in enumerate(asks) if ask.candidates is None]
         out = [torch.zeros(0, dtype=torch.long)] * len(asks)
-        if rows:
-            excluded = [removed.union(asks[row].history.tolist()) for row in rows]
-            ids, _ = self.index.search(users[rows].numpy(), max(asks[row].k for row in rows), excluded=excluded)
-            for row, own in zip(rows, ids, strict=True):
-                out[row] = torch.as_tensor(own[own > 0])
+        if open_asks:
+            excluded = [np.concatenate([apart[u].cpu().numpy(), lost]) for u in open_asks]
+            queries = users[open_asks].to("cpu", torch.float32).numpy()
+            rows, _ = self.index.search(queries, max(asks[u].k for u in open_asks), excluded=excluded)
+            for u, own in zip(open_asks, rows, strict=True):
+                out[u] = torch.from_numpy(own[(own >= 0) & (own < self.covered)])
         return out
 
 
-def _products(embeddings: Tensor, items: Tensor, user: Tensor) -> Float[Tensor, "items"]:
+def _rows(rows: Any, device: torch.device) -> Int[Tensor, "n"]:
+    return torch.as_tensor(rows).to(device, torch.long)
+
+
+def _barred(ask: Request) -> list[Any]:
+    """Rows that this request must not be answered with."""
+    return ([ask.history] if ask.exclude_seen else []) + ([] if ask.exclude is None else [ask.exclude])
+
+
+def _products(vectors: Tensor, rows: Tensor, user: Tensor) -> Float[Tensor, "n"]:
     """In bounded memory: candidates may be many."""
-    step = max(1, LIMIT_BYTES // (4 * embeddings.shape[1]))
-    parts = [embeddings[part - 1] @ user for part in items.split(step)]
-    return torch.cat(parts) if parts else embeddings.new_zeros(0)
+    step = max(1, LIMIT_BYTES // (4 * vectors.shape[1]))
+    parts = [vectors[part] @ user for part in rows.split(step)]
+    return torch.cat(parts) if parts else vectors.new_zeros(0)
 
 
-def live_items(n_items: int, removed: frozenset[int]) -> Int[np.ndarray, "live"]:
-    """Dense items that can be recommended, ascending."""
-    return np.setdiff1d(np.arange(1, n_items + 1), np.fromiter(removed, dtype=np.int64, count=len(removed)))
+def live_rows(items: int, removed: frozenset[int]) -> Int[Tensor, "live"]:
+    """Rows of items that can be recommended, ascending."""
+    live = torch.ones(items, dtype=torch.bool)
+    live[list(removed)] = False
+    return live.nonzero()[:, 0]
 
 
-def attach(index: Index | Path | str, embeddings: Float[Tensor, "n_items d_out"], removed: frozenset[int]) -> Indexed:
+def attach(index: Index | Path | str, vectors: Float[Tensor, "items d"], removed: frozenset[int]) -> Indexed:
     """An index, or a folder that `build_index` made, for this catalogue. Raises UserError if it is of another one."""
+    live = live_rows(len(vectors), removed)
     if isinstance(index, Path | str):
-        folder = Path(index)
-        if not (folder / _FILE).is_file():
-            raise UserError(f"{folder} is not a finished index; make one with laserrec index build")
-        note = read_json(folder / _FILE, _AGAIN)
-        if note.get("sha256") != _sha256(embeddings, removed):
-            raise UserError(f"{folder} is an index of another model or catalogue; {_AGAIN}")
-        index = load_index(folder, shared=True)
-    width = embeddings.shape[1]
-    if index.d != width:
-        raise UserError(f"the index is for vectors {index.d} wide and the model's are {width} wide; {_AGAIN}")
-    live = live_items(len(embeddings), removed)
+        if index_facts(index).catalogue != catalogue_sha256(vectors, live):
+            raise UserError(f"{index} is an index of another model or catalogue; {AGAIN}")
+        index = load_index(index, shared=True)
+    if index.d != vectors.shape[1]:
+        raise UserError(f"the index is for vectors {index.d} wide and the model's are {vectors.shape[1]} wide; {AGAIN}")
     if len(index) != len(live):
-        raise UserError(f"the index holds {len(index):,} items and the model {len(live):,}; {_AGAIN}")
-    _probe(index, embeddings, live)
-    return Indexed(index, len(embeddings), removed)
+        raise UserError(f"the index holds {len(index):,} items and the model {len(live):,}; {AGAIN}")
+    _probe(index, vectors, live)
+    return Indexed(index, len(vectors), removed)
 
 
-def _probe(index: Index, embeddings: Tensor, live: np.ndarray) -> None:
-    """A few items, evenly spread, must be found by their own vectors under their own numbers."""
+def _probe(index: Index, vectors: Tensor, live: Tensor) -> None:
+    """A few items, evenly spread, must be found by their own vectors under their own rows."""
     if not len(live):
         return
-    probes = live[np.unique(np.linspace(0, len(live) - 1, min(_PROBES, len(live))).astype(int))]
-    vectors = embeddings[torch.as_tensor(probes) - 1].numpy()
-    ids, scores = index.search(vectors, len(probes), allowed=probes.tolist())
-    if not ((ids == probes[:, None]) & (scores > _SAME)).any(axis=1).all():
-        raise UserError(f"the index holds other items or vectors than the model; {_AGAIN}")
-
-
-def note_catalogue(folder: Path, embeddings: Float[Tensor, "n_items d_out"], removed: frozenset[int]) -> None:
-    """Say in an index's folder which catalogue it is of; comes last, so that a folder with it is complete."""
-    write_json(folder / _FILE, {"items": len(embeddings) - len(removed), "sha256": _sha256(embeddings, removed)})
-
-
-def _sha256(embeddings: Tensor, removed: frozenset[int]) -> str:
-    digest = hashlib.sha256(f"{tuple(embeddings.shape)} {sorted(removed)}".encode())
-    for part in embeddings.split(100_000):
-        digest.update(np.ascontiguousarray(part.float().numpy()))
-    return digest.hexdigest()
+    probes = live[torch.linspace(0, len(live) - 1, min(_PROBES, len(live))).long().unique()]
+    own = vectors[probes.to(vectors.device)].to("cpu", torch.float32)
+    wanted = (own * own).sum(dim=1).numpy()
+    rows, scores = index.search(own.numpy(), len(probes), allowed=probes.numpy())
+    near = np.abs(scores - wanted[:, None]) <= (1 - _SAME) * wanted[:, None]
+    if not ((rows == probes.numpy()[:, None]) & near).any(axis=1).all():
+        raise UserError(f"the index holds other items or vectors than the model; {AGAIN}")

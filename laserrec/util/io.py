@@ -100,12 +100,12 @@ def write_parquet(path: Path | str, frame: pl.DataFrame) -> None:
     write_bytes(path, parquet_bytes(frame))
 
 
-def parquet_bytes(frame: pl.DataFrame) -> bytes:
+def parquet_bytes(frame: pl.DataFrame, metadata: dict[str, str] | None = None) -> bytes:
     """The same frame gives the same bytes (under one polars version): what shapes them is fixed here, and the
-    frame's chunks, which depend on how it was made, are merged first."""
+    frame's chunks, which depend on how it was made, are merged first. metadata: kept in the file's footer."""
     buffer = io.BytesIO()
     frame.rechunk().write_parquet(buffer, compression="zstd", compression_level=3, statistics=True,
-                                  row_group_size=1_000_000)
+                                  row_group_size=1_000_000, metadata=metadata)
     return buffer.getvalue()
 
 
@@ -125,7 +125,7 @@ def new_folder(path: Path | str, replace: Collection[str] = ()) -> Iterator[Path
     _check_place(path, replace)
     with _clear(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clean(path.parent)
+        clean(path.parent)
         with _temporary(path) as outer:
             folder = outer / path.name
             folder.mkdir()
@@ -242,8 +242,8 @@ def _temporary(path: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def _clean(parent: Path) -> None:
-    """Remove the temporary folders of dead processes."""
+def clean(parent: Path) -> None:
+    """Remove the temporary folders that dead processes left in a folder."""
     for folder in parent.glob(".*.tmp"):
         with contextlib.suppress(OSError):  # still locked, no folder, or not ours to remove
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -257,7 +257,7 @@ def _clean(parent: Path) -> None:
 @functools.cache
 def _clean_once(parent: Path) -> None:
     """A process that writes a hundred thousand files into a folder lists it once."""
-    _clean(parent)
+    clean(parent)
 
 
 def _flush(path: Path) -> None:

@@ -251,7 +251,7 @@ def test_push_and_use_by_name(there, folder, run, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "hub.json").read_text()) == json.loads((tmp_path / "own.json").read_text())
     pl.DataFrame({"user_id": ["a", "b"], "items": [["i1"], ["i2", "i3"]]}).write_parquet(tmp_path / "h.parquet")
     code, out, err = run("batch", REPO, tmp_path / "h.parquet", tmp_path / "out", "--quiet")
-    assert code == 0 and "2 users, 0 skipped" in out, err
+    assert code == 0 and "2 users, 2 answered" in out, err
     assert model_identity(own) == json.loads((tmp_path / "out" / "manifest.json").read_text())["model"]
     code, _, err = run("recommend", "my-shop/nothing", "--history", "i1")
     assert code == 2 and err.startswith("error: there is no folder my-shop/nothing here") and "Traceback" not in err
@@ -274,16 +274,17 @@ def test_rays_workers_get_the_folder_that_a_name_stands_for(there, folder, run, 
 
     def ran(*arguments):
         asked.append(arguments)
-        return {"users": 1, "skipped": 0, "parts": 1, "parts_missing": 0}
+        return dict.fromkeys(("users", "answered", "no_known_item", "nothing_left", "items", "unknown_items", "parts",
+                              "parts_missing"), 0)
 
     monkeypatch.setattr(batch_ray, "run", ran)
     hub.push_folder(folder, REPO, token=TOKEN)
     pl.DataFrame({"user_id": ["a"], "items": [["i1"]]}).write_parquet(tmp_path / "h.parquet")
     code, _, err = run("batch", REPO, tmp_path / "h.parquet", tmp_path / "out", "--engine", "ray", "--index", "x")
     assert code == 0, err
-    place, *_, index = asked[0]
-    assert (tmp_path / "cache") in place.parents and model_identity(place) == model_identity(folder)
-    assert str(index) == "x"
+    job = asked[0][0]
+    assert (tmp_path / "cache") in job.model.parents and model_identity(job.model) == model_identity(folder)
+    assert str(job.index) == "x"
 
 
 def test_serve_by_name_keeps_changes_outside_the_cache(there, folder, run, tmp_path, monkeypatch):

@@ -1,58 +1,61 @@
-"""A model's index holds what can be recommended and finds what the model finds."""
+"""An index holds what can be recommended, measures itself, and leaves others' collections alone."""
 
 import numpy as np
 import pytest
-import tiny
 
-from laserrec import LaserRecommender
-from laserrec.retrieval import build as index_build
-from laserrec.retrieval.build import build_index, user_queries
-from laserrec.retrieval.index import IndexKind, load_index, make_index
+from laserrec.retrieval import build
+from laserrec.retrieval.build import build_index, fill_index
+from laserrec.retrieval.folder import catalogue_sha256, load_index, make_index
+from laserrec.retrieval.index import IndexKind
 from laserrec.util.errors import UserError
 
-N = 30
 
-
-@pytest.fixture(scope="module")
-def model(llm, llm_folder, tmp_path_factory):
-    config = tiny.config(llm_folder(), prompt={"layout": "text_first", "max_items": 4, "max_item_tokens": 8},
-                         train={"stage_one_epochs": 0, "stage_two_epochs": 0})
-    folder = tmp_path_factory.mktemp("indexed") / "model"
-    model = LaserRecommender.fit_dataset(tiny.planted(N, users=16), tiny.id_model(N), config, folder, False, llm())
-    model.remove_items(["i7"])
-    return model
+def place(kind, server):
+    return {"url": server, "collection": "shop"} if kind == IndexKind.QDRANT else {}
 
 
 @pytest.mark.parametrize("kind", list(IndexKind))
-def test_it_finds_the_models_recommendations(model, kind, tmp_path):
-    facts = build_index(model, kind, tmp_path / "index", queries=20)
-    assert facts["items"] == N - 1 and facts["recall@10"] > 0.9 and facts["bytes"] > 0
-    index = load_index(tmp_path / "index")
-    history = ["i3", "i4"]
-    user = model.encode_users([history])
-    found = index.search(user / np.linalg.norm(user), 5)
-    want = model.recommend([history], k=5)
-    assert model.item_ids(found[0][0]) == want["item_id"].to_list()
-    assert np.allclose(found[1][0], want["score"], atol=1e-4)
-    with pytest.raises(UserError, match="is not empty"):
-        build_index(model, kind, tmp_path / "index")
+def test_it_finds_the_best_rows(vectors, live, queries, kind, server, tmp_path):
+    facts = build_index(vectors, live, kind, tmp_path / "index", queries, 4, **place(kind, server))
+    assert facts["items"] == 28 and facts["width"] == 8 and facts["recall@4"] == 1 and facts["bytes"] > 0
+    assert facts["queries"] == 5 and facts["kind"] == kind
+    rows, products = load_index(tmp_path / "index").search(queries, 4)
+    want = queries @ vectors.numpy().T
+    want[:, [6, 19]] = -np.inf
+    assert rows.tolist() == np.argsort(-want, axis=1)[:, :4].tolist()
+    np.testing.assert_allclose(products, np.sort(want, axis=1)[:, :-5:-1], atol=1e-6)
 
 
-def test_a_collection_that_holds_something_is_refused(model, monkeypatch):
-    other = make_index(IndexKind.QDRANT, model.embeddings.shape[1])
-    other.add(np.array([99]), model.embeddings.numpy()[:1])
-    monkeypatch.setattr(index_build, "make_index", lambda kind, d, **place: other)
-    with pytest.raises(UserError, match="http://here holds 1 items already; name another collection"):
-        index_build.fill_index(model, IndexKind.QDRANT, url="http://here", collection="items")
+def test_vectors_of_any_length(vectors, live, queries, tmp_path):
+    long = vectors * 3
+    assert build_index(long, live, IndexKind.EXACT, tmp_path / "index", queries, 4)["recall@4"] == 1
+    with pytest.raises(UserError, match="length 3; scale them, or use kind exact"):
+        build_index(long, live, IndexKind.USEARCH, tmp_path / "other", queries, 4)
+    assert not (tmp_path / "other").exists()
 
 
-def test_a_url_is_for_qdrant(model, tmp_path):
+def test_a_collection_of_something_else_is_refused_and_a_begun_one_completed(vectors, live, server):
+    begun = make_index(IndexKind.QDRANT, 8, url=server, mark=catalogue_sha256(vectors, live))
+    begun.add(live[:5].numpy(), vectors[live[:5]].numpy())
+    assert len(begun) == 5 and len(fill_index(vectors, live, IndexKind.QDRANT, url=server)) == 28
+    with pytest.raises(UserError, match="collection 'items' at http://qdrant holds 28 items of something else"):
+        fill_index(vectors, live[1:], IndexKind.QDRANT, url=server)
+    with pytest.raises(UserError, match="has vectors of width 8, not 7"):
+        make_index(IndexKind.QDRANT, 7, url=server)
+
+
+def test_a_server_is_for_qdrant_and_qdrant_needs_one(vectors, live, queries, server, tmp_path):
     with pytest.raises(UserError, match="for kind qdrant"):
-        build_index(model, IndexKind.EXACT, tmp_path / "x", url="http://localhost:6333")
+        build_index(vectors, live, IndexKind.EXACT, tmp_path / "x", queries, url="http://localhost:6333")
+    with pytest.raises(UserError, match="kept on a server; give its url"):
+        build_index(vectors, live, IndexKind.QDRANT, tmp_path / "x", queries)
+    with pytest.raises(UserError, match=r"the Qdrant server at http://nobody doesn't answer as it should: .*refused"):
+        build_index(vectors, live, IndexKind.QDRANT, tmp_path / "x", queries, url="http://nobody")
+    assert not (tmp_path / "x").exists()
 
 
-def test_queries_are_unit_vectors_fixed_by_their_seed(model):
-    one = user_queries(model, 6)
-    assert np.allclose(np.linalg.norm(one, axis=1), 1, atol=1e-5)
-    assert np.allclose(one, user_queries(model, 6), atol=1e-5)
-    assert not np.allclose(one, user_queries(model, 6, seed=1), atol=1e-2)
+def test_a_folder_that_holds_something_else_is_told_before_the_work(vectors, live, queries, tmp_path, monkeypatch):
+    (tmp_path / "letter").touch()
+    monkeypatch.setattr(build, "fill_index", lambda *args, **more: pytest.fail("began"))
+    with pytest.raises(UserError, match="is not empty and is not replaced"):
+        build_index(vectors, live, IndexKind.EXACT, tmp_path, queries)

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laserrec.retrieval import index as module
-from laserrec.retrieval.index import ExactIndex, IndexKind, load_index, make_index, recall_against_exact
+from laserrec.retrieval import exact as module
+from laserrec.retrieval.exact import ExactIndex
+from laserrec.retrieval.folder import make_index
+from laserrec.retrieval.index import IndexKind, recall_against_exact
 from laserrec.util.errors import UserError
 
 D = 12
@@ -25,7 +27,7 @@ def naive(ids, vectors, query, k, allowed=None, excluded=()):
 
 @pytest.fixture(params=list(IndexKind))
 def filled(request):
-    ids, vectors = np.arange(1, 81) * 3, unit(80)
+    ids, vectors = np.arange(80) * 3, unit(80)
     index = make_index(request.param, D)
     index.add(ids, vectors)
     return index, ids, vectors
@@ -66,20 +68,6 @@ def test_nearly_all_excluded(filled):
     assert [len(row) for row in rows(got)] == [2, 4, 0]
 
 
-def test_removed_and_added_again(filled):
-    index, ids, vectors = filled
-    index.remove([int(ids[0]), int(ids[5]), 10_000])
-    assert len(index) == 78
-    assert ids[0] not in index.search(vectors[:1], 80)[0]
-    other = unit(1, seed=9)
-    index.add(ids[:1], other)
-    index.add(ids[1:2], other)
-    assert len(index) == 79
-    best = index.search(other, 2)
-    assert set(best[0][0].tolist()) == set(ids[:2].tolist())
-    np.testing.assert_allclose(best[1][0], 1.0, atol=1e-5)
-
-
 def test_fewer_than_k_and_nothing_at_all(filled):
     index, ids, _ = filled
     found = index.search(unit(2), 100)
@@ -91,29 +79,6 @@ def test_fewer_than_k_and_nothing_at_all(filled):
     assert index.search(np.zeros((0, D), np.float32), 3)[0].shape == (0, 3)
 
 
-def test_saved_and_loaded(filled, tmp_path):
-    index, ids, _ = filled
-    index.remove(ids[:3].tolist())
-    index.save(tmp_path / "index")
-    again = load_index(tmp_path / "index")
-    assert again.kind == index.kind and len(again) == 77
-    queries = unit(4, seed=3)
-    np.testing.assert_array_equal(again.search(queries, 9)[0], index.search(queries, 9)[0])
-
-
-def test_a_shared_folder_may_be_open_often(filled, tmp_path):
-    index, ids, _ = filled
-    index.remove(ids[:3].tolist())
-    index.save(tmp_path / "index")
-    opened = [load_index(tmp_path / "index", shared=True) for _ in range(3)]
-    queries, allowed = unit(4, seed=3), ids[10:30].tolist()
-    for again in opened:
-        assert again.kind == index.kind and len(again) == 77 and again.d == D
-        np.testing.assert_array_equal(again.search(queries, 9)[0], index.search(queries, 9)[0])
-        np.testing.assert_array_equal(again.search(queries, 9, allowed=allowed)[0],
-                                      index.search(queries, 9, allowed=allowed)[0])
-
-
 def test_wrong_vectors_and_k(filled):
     index, _, _ = filled
     with pytest.raises(ValueError, match="not \\(n, 12\\)"):
@@ -122,13 +87,31 @@ def test_wrong_vectors_and_k(filled):
         index.search(unit(1), 0)
 
 
+def test_only_the_exact_kind_takes_vectors_of_any_length():
+    long = unit(4) * np.array([[1], [1.001], [2.5], [0]], dtype=np.float32)
+    for kind in (IndexKind.USEARCH, IndexKind.QDRANT):
+        index = make_index(kind, D)
+        index.add(np.arange(2), long[:2])
+        for row, length in ((2, "2.5"), (3, "0")):
+            with pytest.raises(UserError, match=f"{kind} needs vectors of length 1 and that of row {row} has length "
+                                                f"{length}; .*use kind exact, which takes any"):
+                index.add(np.array([row]), long[row : row + 1])
+    exact = ExactIndex(D)
+    exact.add(np.arange(4), long)
+    found, products = exact.search(unit(1), 4)
+    order = np.argsort(-(long @ unit(1)[0]), kind="stable")
+    assert found[0].tolist() == order.tolist()
+    np.testing.assert_allclose(products[0], (long @ unit(1)[0])[order], atol=1e-6)
+
+
 def test_recall_is_one_when_the_same_is_found_and_less_when_not(filled):
     index, ids, vectors = filled
     exact = ExactIndex(D)
     exact.add(ids, vectors)
     assert recall_against_exact(index, exact, unit(20, seed=4)) == pytest.approx(1.0)
-    index.remove(ids[:40].tolist())
-    assert recall_against_exact(index, exact, unit(20, seed=4)) < 0.9
+    half = make_index(index.kind, D)
+    half.add(ids[40:], vectors[40:])
+    assert recall_against_exact(half, exact, unit(20, seed=4)) < 0.9
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 10**6))
@@ -149,11 +132,11 @@ def test_memory_is_bounded_and_chunks_change_nothing(monkeypatch):
     exact.add(np.arange(300), unit(300))
     whole = exact.search(unit(50, seed=5), 7)
     sizes = []
-    top = module._top
+    top = module.top
     monkeypatch.setattr(module, "rows_at_once", lambda n_items, wanted: 8)
-    monkeypatch.setattr(module, "_top", lambda scores, k: sizes.append(len(scores)) or top(scores, k))
+    monkeypatch.setattr(module, "top", lambda scores, rows, k: sizes.append(len(scores)) or top(scores, rows, k))
     parts = exact.search(unit(50, seed=5), 7)
-    assert max(sizes) == 8
+    assert sizes == [300] * 50
     np.testing.assert_array_equal(parts[0], whole[0])
 
 
@@ -168,15 +151,6 @@ def test_the_rest_of_a_short_answer_is_nothing(monkeypatch):
     monkeypatch.setattr(index, "_index", SimpleNamespace(search=lambda queries, count: few))
     ids, scores = index._nearest(unit(2), 4)
     assert ids.tolist() == [[3, -1, -1, -1], [1, 2, 5, -1]] and np.isneginf(scores[0, 1:]).all()
-
-
-def test_a_folder_that_is_no_index(tmp_path):
-    (tmp_path / "index.json").write_text('{"kind": "magic", "d": 3}')
-    with pytest.raises(UserError, match="no index of kind 'magic'"):
-        load_index(tmp_path)
-    (tmp_path / "index.json").write_text('{"kind": "usearch", "d": 3}')
-    with pytest.raises(UserError, match="no such file"):
-        load_index(tmp_path)
 
 
 def test_a_missing_library_names_its_extra(monkeypatch):

@@ -1,42 +1,67 @@
-"""Recommendations through an index are those without one, whatever the index holds and whatever it doesn't."""
+"""A ranking through an index is the one without it, whatever the index holds, whatever the terms change."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laserrec import LaserRecommender
-from laserrec.recommender.ranking import Ask, best
 from laserrec.retrieval.build import build_index, fill_index
-from laserrec.retrieval.index import ExactIndex, IndexKind, make_index
-from laserrec.retrieval.indexed import Indexed
+from laserrec.retrieval.exact import ExactIndex
+from laserrec.retrieval.folder import make_index
+from laserrec.retrieval.index import IndexKind
+from laserrec.retrieval.indexed import Indexed, attach, live_rows
 from laserrec.util.errors import UserError
 
 N = 30
-HISTORIES = {"a": ["i3", "i4", "i3"], "b": ["i9"], "c": [f"i{i}" for i in range(1, 13) if i != 7], "d": ["i30", "i1"]}
-NEW = pl.DataFrame({"item_id": ["new1", "new2", "new3"], "title": ["steel drill 99", "blue wood", "red saw"]})
+GONE = frozenset((6, 19))
 
 
-@pytest.fixture(scope="module")
-def folder(llm, llm_folder, tmp_path_factory):
-    config = tiny.config(llm_folder(), prompt={"layout": "text_first", "max_items": 4, "max_item_tokens": 8},
-                         head={"id_share": 0.3, "whiten_dims": 8, "projection": True, "seen_offset": True},
-                         train={"stage_one_epochs": 0, "stage_two_epochs": 0})
-    folder = tmp_path_factory.mktemp("indexed") / "model"
-    LaserRecommender.fit_dataset(tiny.planted(N, users=16), tiny.id_model(N), config, folder, False, llm())
-    return folder
+@dataclass
+class Ask:
+    history: Any
+    k: int
+    exclude_seen: bool = False
+    candidates: Any = None
+    exclude: Any = None
 
 
-@pytest.fixture
-def pair(folder, llm):
-    """The same model twice, with some items removed: one for an index, one without."""
-    pair = [LaserRecommender.from_pretrained(folder, llm()) for _ in range(2)]
-    for model in pair:
-        model.remove_items(["i7", "i20"])
-    return pair
+@dataclass
+class Shift:
+    """A term: per user some rows, whose scores it moves by `by` times the score plus `by`."""
+
+    of: list[torch.Tensor]
+    by: float
+
+    def rows(self, user):
+        return self.of[user]
+
+    def to_some(self, user, rows, scores):
+        return torch.where(torch.isin(rows, self.of[user]), scores + self.by * (scores.abs() + 1), scores)
+
+
+def by_hand(users, asks, vectors, removed, applied):
+    """All scores of all items, sorted."""
+    out = []
+    for u, ask in enumerate(asks):
+        rows = torch.arange(len(vectors))
+        scores = vectors @ users[u]
+        for term in applied:
+            scores = term.to_some(u, rows, scores)
+        barred = {*removed, *(ask.history if ask.exclude_seen else []), *([] if ask.exclude is None else ask.exclude)}
+        allowed = rows.tolist() if ask.candidates is None else list(ask.candidates)
+        best = sorted((-float(scores[r]), int(r)) for r in allowed if int(r) not in {int(b) for b in barred})
+        out.append(([r for _, r in best[: ask.k]], [-s for s, _ in best[: ask.k]]))
+    return out
+
+
+def alike(got, want):
+    for (rows, scores), (want_rows, want_scores) in zip(got, want, strict=True):
+        assert rows.tolist() == want_rows and rows.dtype == torch.int64
+        np.testing.assert_allclose(scores, want_scores, atol=1e-6)
 
 
 @pytest.fixture(params=list(IndexKind))
@@ -44,174 +69,104 @@ def kind(request):
     return request.param
 
 
-def alike(mine, plain, **how):
-    for k in (1, 5, 40):
-        got, want = mine.recommend(HISTORIES, k=k, **how), plain.recommend(HISTORIES, k=k, **how)
-        assert got.drop("score").equals(want.drop("score")) and got.schema == want.schema
-        np.testing.assert_allclose(got["score"], want["score"], atol=1e-6)
+ASKS = [Ask(np.array([2, 3, 2]), 5), Ask(torch.tensor([8]), 40), Ask([0, 1, 4, 9, 11], 3, exclude_seen=True),
+        Ask([29, 0], 4, candidates=[3, 29, 8, 14, 6]), Ask([5], 6, exclude=np.array([1, 2, 3]))]
 
 
-@pytest.mark.parametrize("offset", [None, -1.0, 0.05, 1.0])
-def test_the_recommendations_are_those_without_an_index(pair, kind, offset):
-    mine, plain = pair
-    for model in pair:
-        model.encoder.laser.seen_offset = None if offset is None else torch.nn.Parameter(torch.tensor(offset))
-    mine.use_index(fill_index(mine, kind))
-    assert mine.index.kind == kind and plain.index is None
-    for exclude_seen in (False, True):
-        alike(mine, plain, exclude_seen=exclude_seen)
-        alike(mine, plain, exclude_seen=exclude_seen, candidates=["i4", "i30", "i9", "i15", "i2"])
+@pytest.mark.parametrize("by", [-1.0, 0.05, 2.0])
+def test_the_answers_are_those_without_an_index(vectors, live, kind, by):
+    users, rng = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1), np.random.default_rng(0)
+    terms = [Shift([torch.tensor(rng.choice(N, 6, replace=False)) for _ in ASKS], by),
+             Shift([torch.tensor([], dtype=torch.long)] * 4 + [torch.tensor([1, 7])], -by)]
+    indexed = attach(fill_index(vectors, live, kind), vectors, GONE)
+    alike(indexed.rank(users, ASKS, vectors, GONE, terms), by_hand(users, ASKS, vectors, GONE, terms))
+    alike(indexed.rank(users, ASKS, vectors, GONE), by_hand(users, ASKS, vectors, GONE, []))
 
 
-def test_items_that_come_and_go_are_seen_to_beside_the_index(pair, kind):
-    mine = pair[0]
-    mine.use_index(fill_index(mine, kind))
-    size = len(mine.index)
-    for model in pair:
-        model.add_items(NEW)
-        model.remove_items(["i8", "new2", "i15"])
-        model.add_items(NEW[1:2])  # the same id, as another item
-    histories = {**HISTORIES, "c": ["i5", "new1", "new2"]}
-    for exclude_seen in (False, True):
-        got, want = (m.recommend(histories, k=40, exclude_seen=exclude_seen) for m in pair)
-        assert got.drop("score").equals(want.drop("score"))
-        assert not set(got["item_id"]) & {"i7", "i8", "i15", "i20"} and {"new1", "new2", "new3"} <= set(got["item_id"])
-    got, want = (m.recommend(histories, k=9, candidates=["new3", "i4", "new1", "i5"]) for m in pair)
-    assert got.drop("score").equals(want.drop("score")) and got["item_id"].n_unique() == 4
-    assert len(mine.index) == size
+def test_items_that_come_and_go_are_seen_to_beside_the_index(vectors, live, kind):
+    index = fill_index(vectors, live, kind)
+    indexed = attach(index, vectors, GONE)
+    more = torch.cat([vectors, torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)])
+    removed, users = GONE | {7, 31, 14}, torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)
+    terms = [Shift([torch.tensor([7, 30, 31, 2])] * 5, 0.5)]
+    alike(indexed.rank(users, ASKS, more, removed, terms), by_hand(users, ASKS, more, removed, terms))
+    assert len(index) == 28
 
 
-def test_the_nearest_of_one_item(pair, kind):
-    mine, plain = pair
-    mine.use_index(fill_index(mine, kind))
-    for model in pair:
-        model.add_items(NEW)
-        model.remove_items(["i11"])
-    for item in (1, 30, N + 2):
-        got, want = mine.nearest(item, 6), plain.nearest(item, 6)
-        assert got.items.tolist() == want.items.tolist() and item not in got.items and len(got.items) == 6
-        np.testing.assert_allclose(got.scores, want.scores, atol=1e-6)
+def test_vectors_of_any_length_by_the_exact_kind(vectors, live):
+    long = vectors * torch.linspace(0.1, 4, N)[:, None]
+    indexed, users = attach(fill_index(long, live, IndexKind.EXACT), long, GONE), torch.randn(5, 8) * 3
+    alike(indexed.rank(users, ASKS, long, GONE), by_hand(users, ASKS, long, GONE, []))
 
 
-def test_a_folder_is_read_by_many_and_changed_by_none(pair, kind, tmp_path):
-    mine, other = pair
-    build_index(mine, kind, tmp_path / "index", queries=5)
-    before = {f: f.read_bytes() for f in (tmp_path / "index").rglob("*") if f.is_file() and f.name != ".lock"}
-    want = mine.recommend(HISTORIES, k=6)
-    for model in pair:
-        model.use_index(tmp_path / "index")
-    mine.add_items(NEW)
-    mine.remove_items(["i25"])
-    assert other.recommend(HISTORIES, k=6).drop("score").equals(want.drop("score"))
-    assert "i25" not in mine.recommend(HISTORIES, k=40)["item_id"].to_list()
-    assert {f: f.read_bytes() for f in before} == before
-    other.use_index(None)
-    assert other.index is None
+def test_rows_that_are_none_are_left_out(vectors, live):
+    """A server may answer with what nobody put there."""
+    index = fill_index(vectors, live, IndexKind.EXACT)
+    indexed = attach(index, vectors, GONE)
+    index.search = lambda queries, k, excluded: (np.array([[N + 70, -1, 3]]), np.zeros((1, 3), np.float32))
+    rows, _ = indexed.rank(vectors[:1], [Ask([0], 3)], vectors, GONE)[0]
+    assert rows.tolist() == [3]
 
 
-def test_an_index_of_another_catalogue_is_refused(pair, kind, tmp_path):
-    mine, _ = pair
-    build_index(mine, kind, tmp_path / "index", queries=5)
-    rng, width = np.random.default_rng(0), mine.embeddings.shape[1]
-    live = [i for i in range(1, N + 1) if i not in (7, 20)]
-    vectors = mine.embeddings.numpy()[np.array(live) - 1]
-    noise = rng.normal(size=vectors.shape).astype(np.float32)
-    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
-    for ids, kept, message in ((live, vectors[:, :-1], f"vectors {width - 1} wide and the model's are {width} wide"),
-                               (live[1:], vectors[1:], "holds 27 items and the model 28"),
-                               (live, noise, "other items or vectors"),
-                               (live, vectors[::-1], "other items or vectors"),
-                               (list(range(101, 129)), vectors, "other items or vectors")):
+def test_a_folder_is_taken_and_not_changed(vectors, live, queries, kind, server, tmp_path):
+    where = {"url": server} if kind == IndexKind.QDRANT else {}
+    build_index(vectors, live, kind, tmp_path / "index", queries, **where)
+    before = {f: f.read_bytes() for f in (tmp_path / "index").iterdir()}
+    alike(attach(tmp_path / "index", vectors, GONE).rank(vectors[:5], ASKS, vectors, GONE | {24}),
+          by_hand(vectors[:5], ASKS, vectors, GONE | {24}, []))
+    assert {f: f.read_bytes() for f in (tmp_path / "index").iterdir()} == before
+    for other, removed in ((vectors, GONE | {1}), (vectors, frozenset()), (vectors.flip(0), GONE),
+                           (torch.cat([vectors, vectors[:1]]), GONE)):
+        with pytest.raises(UserError, match="index of another model or catalogue; build the index again"):
+            attach(tmp_path / "index", other, removed)
+    with pytest.raises(UserError, match="none is not a finished index; make one with laserrec index build"):
+        attach(tmp_path / "none", vectors, GONE)
+
+
+def test_an_index_of_another_catalogue_is_refused(vectors, live, kind):
+    mine = vectors[live].numpy()
+    noise = torch.nn.functional.normalize(torch.randn(len(live), 8), dim=-1).numpy()
+    for rows, kept, message in ((live, noise[:, :-1] / np.linalg.norm(noise[:, :-1], axis=1, keepdims=True),
+                                 "vectors 7 wide and the model's are 8 wide"),
+                                (live[1:], mine[1:], "holds 27 items and the model 28"),
+                                (live, noise, "other items or vectors"), (live, mine[::-1], "other items or vectors"),
+                                (live + 100, mine, "other items or vectors")):
         index = make_index(kind, kept.shape[1])
-        index.add(np.array(ids), kept)
+        index.add(rows.numpy(), np.ascontiguousarray(kept))
         with pytest.raises(UserError, match=message):
-            mine.use_index(index)
-    mine.add_items(NEW)
-    with pytest.raises(UserError, match="index of another model or catalogue; build it again"):
-        mine.use_index(tmp_path / "index")
-    (tmp_path / "index" / "catalogue.json").unlink()
-    with pytest.raises(UserError, match="not a finished index; make one with"):
-        mine.use_index(tmp_path / "index")
-    assert mine.index is None
+            attach(index, vectors, GONE)
 
 
-def test_the_removed_count_for_whether_it_fits(pair, folder, llm, tmp_path):
-    mine, _ = pair
-    build_index(mine, IndexKind.EXACT, tmp_path / "index", queries=5)
-    whole = LaserRecommender.from_pretrained(folder, llm())
-    with pytest.raises(UserError, match="another model or catalogue"):
-        whole.use_index(tmp_path / "index")
-    mine.save_pretrained(tmp_path / "saved")
-    LaserRecommender.from_pretrained(tmp_path / "saved", llm()).use_index(tmp_path / "index")
-
-
-def test_nothing_that_can_be_recommended(pair):
-    mine = pair[0]
-    for model in pair:
-        model.remove_items([i for i in model.items["item_id"] if i not in ("i7", "i20", "i3")])
-    mine.use_index(fill_index(mine, IndexKind.EXACT))
-    assert mine.recommend([["i3"]], k=5)["item_id"].to_list() == ["i3"]
-    assert [m.recommend([["i3"]], exclude_seen=True).height for m in pair] == [0, 0]
-
-
-def test_no_more_users_at_once_than_before_and_no_fewer(pair, monkeypatch):
-    from laserrec.recommender import recommender
-
-    seen = []
-    monkeypatch.setattr(recommender, "rows_at_once", lambda n_items, wanted: seen.append(n_items) or wanted)
-    pair[0].use_index(fill_index(pair[0], IndexKind.EXACT))
-    for model in pair:
-        model.add_items(NEW)
-        model.recommend(HISTORIES)
-    assert seen == [3, N + 3]
+def test_nothing_that_can_be_recommended(vectors):
+    removed = frozenset(range(N))
+    indexed = attach(make_index(IndexKind.EXACT, 8), vectors, removed)
+    rows, scores = indexed.rank(vectors[:1], [Ask([3], 5)], vectors, removed)[0]
+    assert len(rows) == len(scores) == 0 and len(live_rows(N, removed)) == 0
 
 
 @st.composite
 def cases(draw):
     n = draw(st.integers(1, 25))
-    items = st.integers(1, n)
-    covered = draw(st.integers(0, n))
-    removed = draw(st.frozensets(items, max_size=n))
-    asks = []
-    for _ in range(draw(st.integers(1, 3))):
-        candidates = draw(st.none() | st.lists(items, unique=True, max_size=n))
-        history = np.array(draw(st.lists(items, min_size=1, max_size=6)), dtype=np.int32)
-        asks.append(Ask(history, draw(st.integers(1, 30)), draw(st.booleans()),
-                        None if candidates is None else np.array(candidates, dtype=np.int32)))
-    gone = frozenset(i for i in removed if i <= covered and draw(st.booleans()))
-    return n, covered, removed, gone, asks, draw(st.sampled_from([0.0, 1.0, -1.0, 0.5])), draw(st.integers(0, 10**6))
+    items = st.integers(0, n - 1)
+    some = st.none() | st.lists(items, unique=True, max_size=n)
+    covered, removed = draw(st.integers(0, n)), draw(st.frozensets(items, max_size=n))
+    asks = [Ask(draw(st.lists(items, max_size=6)), draw(st.integers(1, 30)), draw(st.booleans()), draw(some),
+                draw(some)) for _ in range(draw(st.integers(1, 3)))]
+    terms = [Shift([torch.tensor(draw(st.lists(items, unique=True)), dtype=torch.long) for _ in asks],
+                   draw(st.sampled_from([1.0, -1.0]))) for _ in range(draw(st.integers(0, 2)))]
+    gone = frozenset(i for i in removed if i < covered and draw(st.booleans()))
+    return n, covered, removed, gone, asks, terms, draw(st.integers(0, 10**6))
 
 
 @given(cases())
 @settings(max_examples=150, deadline=None)
 def test_exact_to_the_last_bit_and_tie(case):
     """Small whole numbers: no rounding, and ties everywhere."""
-    n, covered, removed, gone, asks, offset, seed = case
+    n, covered, removed, gone, asks, terms, seed = case
     rng = np.random.default_rng(seed)
     table = torch.tensor(rng.integers(-1, 2, (n, 4)), dtype=torch.float32)
     users = torch.tensor(rng.integers(-1, 2, (len(asks), 4)), dtype=torch.float32)
-    index = ExactIndex(4)
-    held = np.array([i for i in range(1, covered + 1) if i not in gone], dtype=np.int64)
-    index.add(held, table.numpy()[held - 1])
-    pulls = {i: torch.tensor([j for j in range(1, n + 1) if (i + j) % 3 == 0 and j != i], dtype=torch.long)
-             for i in range(1, n + 1)}
-
-    def pull(history):
-        """A history's newest item pulls some, by one; those in the history none."""
-        items = pulls[int(history[-1])]
-        items = items[~torch.isin(items, torch.as_tensor(history).long())]
-        return items, torch.ones(len(items))
-
-    def finish(scores, items, history, pulled):
-        scores[torch.isin(items, torch.as_tensor(history).long())] += offset
-        scores[torch.isin(items, pulled[0])] += 1.0
-
-    found = Indexed(index, covered, gone).rank(users, asks, table, removed, pull, finish)
-    for user, ask, (items, scores) in zip(users, asks, found, strict=True):
-        row = table @ user
-        row[torch.as_tensor(np.unique(ask.history)).long() - 1] += offset
-        row[pull(ask.history)[0] - 1] += 1.0
-        if removed:
-            row[torch.tensor(sorted(removed)) - 1] = -torch.inf
-        want = best(row, ask, None)
-        assert items.tolist() == want.items.tolist() and scores.tolist() == want.scores.tolist()
+    index, held = ExactIndex(4), np.array([i for i in range(covered) if i not in gone], dtype=np.int64)
+    index.add(held, table.numpy()[held])
+    found = Indexed(index, covered, gone).rank(users, asks, table, removed, terms)
+    assert [(r.tolist(), s.tolist()) for r, s in found] == by_hand(users, asks, table, removed, terms)
