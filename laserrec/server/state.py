@@ -26,7 +26,7 @@ _SCHEMA = {"item_id": pl.String, "title": pl.String, "brand": pl.String, "catego
 
 
 @dataclass(frozen=True)
-class Changes:
+class Kept:
     """Removed first, then added: an id may be in both."""
 
     removed: tuple[str, ...] = ()
@@ -70,25 +70,25 @@ class State:
         finally:
             lock.release()
 
-    def read(self) -> Changes:
+    def read(self) -> Kept:
         """Nothing if there is no file. Raises UserError for a damaged one."""
         if not self.file.is_file():
-            return Changes()
+            return Kept()
         try:
             frame = pl.read_parquet(self.file).select(list(_SCHEMA)).cast(_SCHEMA)
         except (pl.exceptions.PolarsError, OSError) as error:
             raise UserError(f"{self.file} is damaged: {str(error).splitlines()[0]}; restore it, or move it away to "
                             "serve the catalogue as it was fitted") from None
         rows = frame.filter(~pl.col("removed")).to_dicts()
-        return Changes(
+        return Kept(
             tuple(frame.filter("removed")["item_id"]),
             {row["item_id"]: Item(**{name: row[name] for name in Item.__annotations__}) for row in rows},
             {row["item_id"]: np.array(row["embedding"], dtype=np.float32) for row in rows
              if row["model"] == self._model and row["embedding"] is not None})
 
-    def write(self, changes: Changes) -> None:
+    def write(self, kept: Kept) -> None:
         """All of it, or (on any error) nothing."""
-        rows = [{"item_id": name, "removed": True} for name in changes.removed]
-        rows += [{**item, "removed": False, "embedding": changes.embeddings[name], "model": self._model}
-                 for name, item in changes.added.items()]
+        rows = [{"item_id": name, "removed": True} for name in kept.removed]
+        rows += [{**item, "removed": False, "embedding": kept.embeddings[name], "model": self._model}
+                 for name, item in kept.added.items()]
         write_parquet(self.file, pl.DataFrame(rows, schema=_SCHEMA))
