@@ -47,7 +47,8 @@ class Listing:
         self._rows |= {item["item_id"]: row for row, item in new}
 
     def remove(self, item_ids: Iterable[str]) -> None:
-        rows = [self._rows.pop(item_id) for item_id in item_ids]
+        """Ids that are not listed change nothing."""
+        rows = [self._rows.pop(item_id) for item_id in item_ids if item_id in self._rows]
         self._live = self._live.filter(~pl.col("row").is_in(rows))
 
     def search(self, query: str, limit: int, offset: int) -> tuple[Sequence[Item], int]:

@@ -212,7 +212,9 @@ class Service:
                     self._kept, added={**self._kept.added, **dict(zip(names, new, strict=True))},
                     embeddings={**self._kept.embeddings, **self._embeddings(names)}))
         except BaseException:  # the server's end too
-            self._take_out([item["item_id"] for item in new if self.listing.row(item["item_id"]) is not None])
+            names = [item["item_id"] for item in new]
+            missing = set(self.model.unknown_items(names))
+            self._take_out([name for name in names if name not in missing])
             raise
         return len(new)
 
