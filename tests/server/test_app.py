@@ -3,13 +3,13 @@
 import threading
 
 import numpy as np
-import polars as pl
 import pytest
 from serving import NEW, ids, served
 
 from laserrec import LaserRecommender
 from laserrec.server.settings import MAX_HISTORY
 from laserrec.util.errors import UserError
+
 
 @pytest.fixture
 def client(model_folder, tmp_path):

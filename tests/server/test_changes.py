@@ -16,7 +16,7 @@ from laserrec.server.worker import OverloadedError
 
 
 def many(count, first=0):
-    return [{"item_id": f"n{j}", "title": f"red saw {j}", "brand": None, "category": None} for j in range(first, first + count)]
+    return [{**NEW, "item_id": f"n{j}", "title": f"red saw {j}"} for j in range(first, first + count)]
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from laserrec.util.errors import UserError
 
 
 def start(model_folder, state, *flags, before=None):
-    return subprocess.Popen([sys.executable, "-m", "laserrec", "serve", str(model_folder), "--port", "0", "--state",
-                             str(state), "--threads", "1", *flags], stderr=subprocess.PIPE, text=True, preexec_fn=before)
+    command = [sys.executable, "-m", "laserrec", "serve", str(model_folder), "--port", "0", "--state", str(state)]
+    return subprocess.Popen([*command, "--threads", "1", *flags], stderr=subprocess.PIPE, text=True, preexec_fn=before)
 
 
 @contextlib.contextmanager
