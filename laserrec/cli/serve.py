@@ -11,6 +11,7 @@ from pathlib import Path
 from cyclopts import App
 from rich.console import Console
 
+from laserrec.server.settings import Limits, check_hosts, check_range
 from laserrec.util.errors import UserError
 
 serve_app = App(name="serve")
@@ -22,7 +23,7 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
           allowed_hosts: list[str] | None = None, state: Path | None = None, index: Path | None = None,
           max_batch: int = 32, max_wait_ms: float = 2.0, queue_seconds: float = 0.5, max_queue: int = 1024,
           timeout: float = 10.0, read_timeout: float = 10.0, max_body: int = 1_048_576, cache: int = 4096,
-          threads: int | None = None) -> None:
+          threads: int | None = None, device: str = "auto") -> None:
     """Serve a model over HTTP: recommendations, similar items, adding and removing items, a page to try it.
 
     Example: laserrec serve runs/quickstart/model --port 8000
@@ -62,6 +63,8 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
         Answers kept for repeated requests; 0 keeps none.
     threads
         Threads of torch; else its own choice.
+    device
+        auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # to be ended so is no failure
     token = _read_token(token_file)
@@ -71,7 +74,6 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
     except ImportError:
         raise UserError("serving needs the extra serve: pip install 'laserrec[serve]'") from None
     from laserrec.recommender.hub import is_repo
-    from laserrec.server.settings import Limits, check_hosts, check_range
 
     if not host:
         raise UserError("host is empty; give an address to listen on, such as 127.0.0.1, or 0.0.0.0 for all addresses")
@@ -86,11 +88,12 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
                       f"(--token-file or {_TOKEN}); anybody there can change the catalogue")
     if state is None:  # never inside the hub's cache, which people delete; one for all revisions
         state = Path("served") / model.as_posix().partition("@")[0] if is_repo(model) else model / "served"
-    _run(model, host, port, token, allowed_hosts or [], state, index, limits, threads, console)
+    _run(model, host, port, token, allowed_hosts or [], state, index, limits, threads, device,
+         console)
 
 
 def _run(model: Path, host: str, port: int, token: str | None, allowed_hosts: list[str], state: Path,
-         index: Path | None, limits, threads: int | None, console: Console) -> None:
+         index: Path | None, limits: Limits, threads: int | None, device: str, console: Console) -> None:
     import torch
 
     from laserrec.recommender.hub import is_repo, local_folder
@@ -105,7 +108,7 @@ def _run(model: Path, host: str, port: int, token: str | None, allowed_hosts: li
     hosts = [*LOOPBACK, own, *allowed_hosts]
     name = model.as_posix() if is_repo(model) else model.name
     with (listening.bind(host, port) as listener,  # before the model, which takes long to load
-          Service.opened(local_folder(model), state, limits, index, name) as service):
+          Service.opened(local_folder(model), state, limits, index, name, device) as service):
         address = f"http://{own}:{listener.getsockname()[1]}"
         listening.run(make_app(service, token, hosts), listener, limits, lambda: console.print(
             f"{len(service.listing):,} items; ready at {address}, page at /, API at /docs", highlight=False))

@@ -38,13 +38,13 @@ def recommendations(service: Service, metrics: ServerMetrics) -> APIRouter:
     @router.post("/recommend", responses=_problems(413, 422, 429, 503))
     async def recommend(request: schema.RecommendRequest) -> schema.RecommendAnswer:
         """The best next items of a history."""
-        gone = {row for item_id in request.exclude if (row := service.listing.row(item_id)) is not None}
-        ask, unknown = service.ask(request.history, request.k + len(gone), request.exclude_seen, request.candidates)
+        ask, unknown = service.ask(request.history, request.k, request.exclude_seen, request.candidates,
+                                   request.exclude)
         answer = service.cached(ask)
         metrics.cache.labels("no" if answer is None else "yes").inc()
         if answer is None:
             answer = await wait(service.submit(ask), service.limits.timeout_seconds)
-        items = _scored(service, answer, request.explain, request.k, gone)
+        items = _scored(service, answer, request.explain)
         return schema.RecommendAnswer(items=items, expert=answer.ranked.expert, unknown=unknown)
 
     @router.get("/items/{item_id:path}/similar", responses=_problems(404, 422, 429, 503))
@@ -53,24 +53,20 @@ def recommendations(service: Service, metrics: ServerMetrics) -> APIRouter:
         if (row := service.listing.row(item_id)) is None:
             return _not_found(item_id)
         ranked = await wait(service.submit(Similar(row, k)), service.limits.timeout_seconds)
-        return schema.SimilarAnswer(items=_scored(service, Answer(ranked, ()), False, k))
+        return schema.SimilarAnswer(items=_scored(service, Answer(ranked, ()), explain=False))
 
     return router
 
 
-def _scored(service: Service, answer: Answer, explain: bool, k: int, without: set[int] = frozenset()
-            ) -> list[schema.Scored]:
-    """The first k items of an answer that are not to be left out."""
+def _scored(service: Service, answer: Answer, explain: bool) -> list[schema.Scored]:
     found: list[schema.Scored] = []
     for place, (row, score) in enumerate(zip(answer.ranked.items.tolist(), answer.ranked.scores.tolist(), strict=True)):
-        if row in without or len(found) == k:
-            continue
         near = None
-        if explain:
+        if explain and answer.near:
             other, similarity = answer.near[place]
             item = service.listing[other]
             near = schema.Near(item_id=item["item_id"], title=item["title"], similarity=similarity)
-        found.append(schema.Scored(**service.listing[row], rank=len(found) + 1, score=score, nearest_history_item=near))
+        found.append(schema.Scored(**service.listing[row], rank=place + 1, score=score, nearest_history_item=near))
     return found
 
 
@@ -171,9 +167,11 @@ def operations(service: Service, metrics: ServerMetrics) -> APIRouter:
 
 
 def _facts(service: Service) -> schema.ModelFacts:
-    config, kept = service.model.encoder.laser.config, service.kept
-    router_there = service.model.encoder.laser.mformer is not None
+    model, kept = service.model, service.kept
+    reads = model.fitted.backbone is not None
+    prefix = getattr(getattr(model.model, "reader", None), "mformer", None)
+    routed = prefix is not None and prefix.router is not None
     return schema.ModelFacts(
-        name=service.name, version=__version__, n_items=len(service.listing), backbone=config.backbone.name,
-        experts=config.mformer.experts if router_there else None, max_items=config.prompt.max_items,
-        added=len(kept.added), removed=len(kept.removed))
+        name=service.name, version=__version__, method=model.method, n_items=len(service.listing),
+        backbone=model.config.backbone.name if reads else None, experts=len(prefix.experts) if routed else None,
+        max_items=model.config.prompt.max_items if reads else None, added=len(kept.added), removed=len(kept.removed))

@@ -136,10 +136,13 @@ class ModelFacts(_Answer):
     name: str
     version: str
     """Of laserrec."""
+    method: str
     n_items: int
-    backbone: str
+    backbone: str | None
+    """The LLM; null where the method reads no text."""
     experts: int | None
-    max_items: int
+    """Query experts of the router; null where the model has none."""
+    max_items: int | None
     """The LLM reads the last so many items of a history."""
     added: int
     """Items added since the fit."""

@@ -20,16 +20,20 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+import torch.nn.functional as F
 
+from laserrec.methods.protocol import TwoTower
+from laserrec.recommender.folder import model_identity
 from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.server.cache import AnswerCache
 from laserrec.server.changes import Change, Changes
 from laserrec.server.listing import Item, Listing
 from laserrec.server.settings import Limits
-from laserrec.server.state import Kept, State, model_sha256
+from laserrec.server.state import Kept, State
 from laserrec.server.worker import Worker
 from laserrec.util.errors import UserError
+from laserrec.util.io import locked
 
 _SLICE_SECONDS = 0.05
 """How long new items are encoded before requests have their turn again."""
@@ -46,7 +50,8 @@ class StorageError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """`ranked`, and (explained) per item the nearest item of the history with their cosine."""
+    """`ranked`, and per item the nearest item of the history with the cosine of the two; nothing of this kind where the
+    method has no vectors."""
 
     ranked: Ranked
     near: tuple[tuple[int, float], ...]
@@ -79,14 +84,15 @@ class Service:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, folder: Path, state_folder: Path, limits: Limits, index: Path | None = None,
-               name: str | None = None) -> Iterator[Service]:
+               name: str | None = None, device: str = "auto") -> Iterator[Service]:
         """Load the model, an index of it if one is named, and the changes that were made to its catalogue, and start
-        the worker; at the end, answer what is queued. name: what callers are told, else the folder's. Raises UserError
-        for a folder that is no model, an index of another model, a damaged state or one in use."""
-        state = State(state_folder, model_sha256(folder) if (folder / "model.json").is_file() else "")
-        model = LaserRecommender.from_pretrained(folder)
+        the worker; at the end, answer what is queued. name: what callers are told, else the folder's. device: as in
+        `LaserRecommender.from_pretrained`. Raises UserError for a folder that is no model, an index of another model,
+        a damaged state or one in use."""
+        state = State(state_folder, model_identity(folder))
+        model = LaserRecommender.from_pretrained(folder, device=device)
         model.use_index(index)  # before the changes: it is of the catalogue as it was fitted
-        with state.held():
+        with locked(state_folder, "serve"):
             service = cls(model, state, limits, name or folder.name)
             service.worker.start()
             try:
@@ -127,17 +133,19 @@ class Service:
 
     # -- answers ------------------------------------------------------------------------------------------------
 
-    def ask(self, history: Sequence[str], k: int, exclude_seen: bool, candidates: Sequence[str] | None
-            ) -> tuple[Ask, list[str]]:
-        """The request in the model's rows, and the history's unknown ids. Raises UserError if nothing is left of the
-        history, or for an unknown candidate."""
+    def ask(self, history: Sequence[str], k: int, exclude_seen: bool, candidates: Sequence[str] | None = None,
+            exclude: Sequence[str] = ()) -> tuple[Ask, list[str]]:
+        """The request in the model's rows, and the history's unknown ids; unknown ids of `exclude` change nothing.
+        Raises UserError if nothing is left of the history, or for an unknown candidate."""
         rows = [self.listing.row(item_id) for item_id in history]
         known = [row for row in rows if row is not None]
         if not known:
             raise UserError("history: none of its items is in the catalogue; add them with POST /v1/items")
-        allowed = None if candidates is None else np.array(self._candidates(candidates), dtype=np.int32)
+        allowed = None if candidates is None else np.array(self._candidates(candidates), dtype=np.int64)
+        gone = sorted({row for item_id in exclude if (row := self.listing.row(item_id)) is not None})
         unknown = [item_id for item_id, row in zip(history, rows, strict=True) if row is None]
-        return Ask(np.array(known, dtype=np.int32), k, exclude_seen, allowed), unknown
+        hidden = np.array(gone, dtype=np.int64) if gone else None
+        return Ask(np.array(known, dtype=np.int64), k, exclude_seen, allowed, hidden), unknown
 
     def _candidates(self, item_ids: Sequence[str]) -> list[int]:
         rows = {item_id: self.listing.row(item_id) for item_id in item_ids}
@@ -165,12 +173,12 @@ class Service:
         return answer
 
     def _near(self, ask: Ask, ranked: Ranked) -> tuple[tuple[int, float], ...]:
-        items = self.model.embeddings
-        found, history = torch.as_tensor(ranked.items).long() - 1, torch.as_tensor(ask.history).long() - 1
-        if not len(found):
+        if not isinstance(self.model.model, TwoTower):
             return ()
-        values, places = (items[found] @ items[history].T).max(dim=1)
-        return tuple(zip(ask.history[places.numpy()].tolist(), values.tolist(), strict=True))
+        found, history = (F.normalize(self.model.model.items(torch.as_tensor(rows)), dim=-1)
+                          for rows in (ranked.items, ask.history))
+        values, places = (found @ history.T).max(dim=1)
+        return tuple(zip(ask.history[places.cpu().numpy()].tolist(), values.tolist(), strict=True))
 
     async def search(self, query: str, limit: int, offset: int) -> tuple[Sequence[Item], int]:
         """As `Listing.search`, in a thread of its own. Raises TimeoutError."""
@@ -238,7 +246,7 @@ class Service:
         removed = self._kept.removed
         if item_id in self._fitted and item_id not in self._kept.added:
             removed = (*removed, item_id)
-        yield from self._keep(Kept(removed, added, {n: self._kept.embeddings[n] for n in added}))
+        yield from self._keep(Kept(removed, added, {n: v for n, v in self._kept.embeddings.items() if n in added}))
         self._take_out([item_id])
         change.done = 1
         return 1
@@ -262,7 +270,10 @@ class Service:
             self.cache.clear()
 
     def _embeddings(self, names: list[str]) -> dict[str, np.ndarray]:
-        return dict(zip(names, self.model.encode_items(names), strict=True)) if names else {}
+        """To keep them, so that a restart does not read the texts again."""
+        if not names or not isinstance(self.model.model, TwoTower):
+            return {}
+        return dict(zip(names, self.model.encode_items(names), strict=True))
 
     @property
     def kept(self) -> Kept:
@@ -277,8 +288,8 @@ async def wait(future: Future, timeout_seconds: float) -> Any:
 
 
 def _key(ask: Ask) -> tuple:
-    allowed = None if ask.candidates is None else tuple(ask.candidates.tolist())
-    return tuple(ask.history.tolist()), ask.k, ask.exclude_seen, allowed
+    rows = (None if rows is None else tuple(rows.tolist()) for rows in (ask.history, ask.candidates, ask.exclude))
+    return *rows, ask.k, ask.exclude_seen
 
 
 def _frame(items: Sequence[Item]) -> pl.DataFrame:

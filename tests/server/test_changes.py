@@ -172,7 +172,7 @@ def newer_model(llm, llm_folder, tmp_path_factory):
     """Fitted on 14 items, where the other knows 12."""
     config = tiny.config(llm_folder(), train={"stage_one_epochs": 1, "stage_two_epochs": 0})
     folder = tmp_path_factory.mktemp("newer") / "model"
-    LaserRecommender.fit_dataset(tiny.planted(14, users=16), tiny.id_model(14), config, folder, False, llm())
+    LaserRecommender.fit_dataset(tiny.planted(14, users=16), config, folder, progress=False)
     return folder
 
 

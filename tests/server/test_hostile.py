@@ -116,7 +116,7 @@ def odd_folder(llm, llm_folder, tmp_path_factory):
         pl.Series("item_id", ODD), pl.Series("title", texts), pl.Series("brand", ["b" * 3_000] * len(ODD))))
     config = tiny.config(llm_folder(), train={"stage_one_epochs": 1, "stage_two_epochs": 0})
     folder = tmp_path_factory.mktemp("odd") / "model"
-    LaserRecommender.fit_dataset(data, tiny.id_model(len(ODD)), config, folder, False, llm())
+    LaserRecommender.fit_dataset(data, config, folder, progress=False)
     return folder
 
 
