@@ -92,7 +92,7 @@ class Service:
         state = State(state_folder, model_identity(folder))
         model = LaserRecommender.from_pretrained(folder, device=device)
         model.use_index(index)  # before the changes: it is of the catalogue as it was fitted
-        with locked(state_folder, "serve"):
+        with locked(state_folder, "a server"):
             service = cls(model, state, limits, name or folder.name)
             service.worker.start()
             try:

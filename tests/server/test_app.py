@@ -160,7 +160,7 @@ def test_a_removed_item_stays_removed(model_folder, tmp_path):
 
 
 def test_a_state_in_use_or_damaged_is_named(model_folder, tmp_path):
-    with (served(model_folder, tmp_path), pytest.raises(UserError, match="in use by another server"),
+    with (served(model_folder, tmp_path), pytest.raises(UserError, match="in use by a server"),
           served(model_folder, tmp_path)):
         pass
     (tmp_path / "items.parquet").write_bytes(b"PAR1 nonsense")

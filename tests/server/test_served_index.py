@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from laserrec import LaserRecommender
-from laserrec.retrieval.build import build_index
+from laserrec.recommender.indexing import build_index
 from laserrec.retrieval.index import IndexKind
 from laserrec.server.service import Service, Similar
 from laserrec.server.settings import Limits
