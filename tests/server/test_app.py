@@ -78,7 +78,7 @@ def test_bodies_are_bounded_whether_they_say_so_or_not(model_folder, tmp_path):
 
 
 def test_many_at_once_get_what_each_gets_alone(model_folder, tmp_path):
-    with served(model_folder, tmp_path, cache=0, max_wait_seconds=0.03) as client:
+    with served(model_folder, tmp_path, cache=0, max_wait_seconds=0.03, queue_seconds=60) as client:
         histories = [[f"i{1 + (j * 5 + p) % 12}" for p in range(1 + j % 5)] for j in range(24)]
         alone = [client.recommend(h).json() for h in histories]
         sizes = []
@@ -106,7 +106,7 @@ def test_over_capacity_is_said_and_nothing_is_lost(model_folder, tmp_path, monke
 
 
 def test_late_answers_are_given_up(model_folder, tmp_path, monkeypatch):
-    with served(model_folder, tmp_path, timeout_seconds=0.2, cache=0) as client:
+    with served(model_folder, tmp_path, timeout_seconds=2, cache=0) as client:
         gate, rank = threading.Event(), client.service.model.rank
         monkeypatch.setattr(client.service.model, "rank", lambda asks: gate.wait(10) and rank(asks))
         answer = client.recommend(["i1"])
