@@ -50,7 +50,7 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
     max_wait_ms
         Milliseconds that a request waits for others to share its batch.
     queue_seconds
-        A request that would wait longer than this for the model is answered 429 with Retry-After.
+        A request that would take longer than this, by the time that recent ones took, is answered 429 with Retry-After.
     max_queue
         Requests that may wait at all; one more is answered 429, too.
     timeout

@@ -28,7 +28,7 @@ class ServerMetrics:
         service.worker.batched = batches.observe
         for name, text, read in (
             ("laserrec_queue", "Requests that wait for the model.", lambda: service.worker.waiting),
-            ("laserrec_queue_seconds", "How long a request that comes now would wait for the model.",
+            ("laserrec_queue_seconds", "How long a request that comes now would take.",
              lambda: service.worker.expected_seconds),
             ("laserrec_items", "Items that can be recommended.", lambda: len(service.listing)),
             ("laserrec_cached_answers", "Answers in the cache.", lambda: len(service.cache)),

@@ -37,7 +37,7 @@ class Limits:
     max_queue: int = 1_024
     """Requests that may wait at all, whatever time that takes."""
     queue_seconds: float = 0.5
-    """A request is turned away if it would have to wait longer than this for the model."""
+    """A request is turned away if it would take longer than this, by the time that recent ones took."""
     timeout_seconds: float = 10.0
     """An unanswered request is given up after this time."""
     read_seconds: float = 10.0

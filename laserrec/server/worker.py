@@ -73,10 +73,10 @@ class Worker:
 
     @property
     def expected_seconds(self) -> float:
-        """How long a request that comes now would wait for the model, judged by the time recent batches took."""
-        waiting, running = len(self._jobs), self._running
+        """How long a request that comes now would take, judged by the time that recent batches took."""
+        ahead, running = len(self._jobs) + 1, self._running
         begun = max(0.0, running * self._per_request(running) - (time.monotonic() - self._began))
-        return waiting * self._per_request(min(waiting, self._limits.max_batch)) + begun
+        return ahead * self._per_request(min(ahead, self._limits.max_batch)) + begun
 
     def _per_request(self, batch: int) -> float:
         """Seconds per request in a batch of this size, as in the batches nearest in size that were seen."""
@@ -85,7 +85,7 @@ class Worker:
         return self._pace[seen] * _GAIN ** (bits - seen)
 
     def check_room(self) -> None:
-        """Raises OverloadedError if one more request would wait too long. One may always wait, so that the model is
+        """Raises OverloadedError if one more request would take too long. One may always wait, so that the model is
         never idle."""
         late = self._jobs and self.expected_seconds > self._limits.queue_seconds
         if late or len(self._jobs) >= self._limits.max_queue:
