@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
+import sys
 from pathlib import Path
 
 from cyclopts import App
 from rich.console import Console
 
+from laserrec.server.settings import Limits, check_hosts, check_range
 from laserrec.util.errors import UserError
 
 serve_app = App(name="serve")
@@ -17,9 +20,10 @@ _TOKEN = "LASERREC_API_TOKEN"
 
 @serve_app.default
 def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file: Path | None = None,
-          state: Path | None = None, index: Path | None = None, max_batch: int = 32, max_wait_ms: float = 2.0,
-          max_queue: int = 256, timeout: float = 10.0, max_body: int = 1_048_576, cache: int = 4096,
-          threads: int | None = None) -> None:
+          allowed_hosts: list[str] | None = None, state: Path | None = None, index: Path | None = None,
+          max_batch: int = 32, max_wait_ms: float = 2.0, queue_seconds: float = 0.5, max_queue: int = 1024,
+          timeout: float = 10.0, read_timeout: float = 10.0, max_body: int = 1_048_576, cache: int = 4096,
+          threads: int | None = None, device: str = "auto") -> None:
     """Serve a model over HTTP: recommendations, similar items, adding and removing items, a page to try it.
 
     Example: laserrec serve runs/quickstart/model --port 8000
@@ -31,9 +35,12 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
     host
         Address to listen on; the default can be reached from this machine alone.
     port
-        Port to listen on; 0 takes a free one.
+        Port to listen on; 0 takes a free one, which is printed.
     token_file
         File with the API token that callers must give; else the environment variable LASERREC_API_TOKEN, else none.
+    allowed_hosts
+        Names under which callers reach the server (the Host header, without port), as recommend.example.org or
+        *.example.org; "*" allows all. The names of loopback and the address of --host are always allowed.
     state
         Folder for items that callers add and remove; default: MODEL/served, for a model of the hub served/ORG/NAME.
     index
@@ -42,44 +49,69 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
         Requests that go through the model together.
     max_wait_ms
         Milliseconds that a request waits for others to share its batch.
+    queue_seconds
+        A request that would take longer than this, by the time that recent ones took, is answered 429 with Retry-After.
     max_queue
-        Requests that may wait; one more is answered 429 with Retry-After.
+        Requests that may wait at all; one more is answered 429, too.
     timeout
-        Seconds until an unanswered request is answered 503.
+        Seconds until an unanswered request is answered 503, and a change of the catalogue that goes on 202.
+    read_timeout
+        Seconds until a connection is closed whose request did not arrive as a whole.
     max_body
         Bytes of a request's body.
     cache
         Answers kept for repeated requests; 0 keeps none.
     threads
         Threads of torch; else its own choice.
+    device
+        auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.
     """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # to be ended so is no failure
     token = _read_token(token_file)
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("serving needs the extra serve: pip install 'laserrec[serve]'") from None
-    import torch
+    from laserrec.recommender.hub import is_repo
 
-    from laserrec.recommender.hub import is_repo, local_folder
-    from laserrec.server.app import make_app
-    from laserrec.server.service import Service
-    from laserrec.server.settings import Limits
-
+    if not host:
+        raise UserError("host is empty; give an address to listen on, such as 127.0.0.1, or 0.0.0.0 for all addresses")
+    check_range("port", port, 0, 65_535)
     if threads is not None:
-        torch.set_num_threads(threads)
-    console = Console(stderr=True)
+        check_range("threads", threads, 1, 1_024)
+    check_hosts(allowed_hosts or [])
+    limits = Limits(max_batch, max_wait_ms / 1000, max_queue, queue_seconds, timeout, read_timeout, max_body, cache)
+    console = Console(stderr=True, soft_wrap=True)
     if token is None and not _loopback(host):
         console.print(f"[yellow]warning:[/] {host} can be reached by others and no API token is set "
                       f"(--token-file or {_TOKEN}); anybody there can change the catalogue")
-    limits = Limits(max_batch, max_wait_ms / 1000, max_queue, timeout, max_body, cache)
     if state is None:  # never inside the hub's cache, which people delete; one for all revisions
         state = Path("served") / model.as_posix().partition("@")[0] if is_repo(model) else model / "served"
+    _run(model, host, port, token, allowed_hosts or [], state, index, limits, threads, device,
+         console)
+
+
+def _run(model: Path, host: str, port: int, token: str | None, allowed_hosts: list[str], state: Path,
+         index: Path | None, limits: Limits, threads: int | None, device: str, console: Console) -> None:
+    import torch
+
+    from laserrec.recommender.hub import is_repo, local_folder
+    from laserrec.server import listening
+    from laserrec.server.app import LOOPBACK, make_app
+    from laserrec.server.service import Service
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    sys.setswitchinterval(0.001)  # the model's thread lets the one that serves connections go first sooner
+    own = f"[{host}]" if ":" in host else host
+    hosts = [*LOOPBACK, own, *allowed_hosts]
     name = model.as_posix() if is_repo(model) else model.name
-    with Service.opened(local_folder(model), state, limits, index, name) as service:
-        console.print(f"{len(service.listing):,} items; ready on port {port} of {host}, page at /, API at /docs")
-        uvicorn.run(make_app(service, token), host=host, port=port, log_level="warning", access_log=False,
-                    timeout_graceful_shutdown=max(1, round(timeout)))
+    with (listening.bind(host, port) as listener,  # before the model, which takes long to load
+          Service.opened(local_folder(model), state, limits, index, name, device) as service):
+        address = f"http://{own}:{listener.getsockname()[1]}"
+        listening.run(make_app(service, token, hosts), listener, limits, lambda: console.print(
+            f"{len(service.listing):,} items; ready at {address}, page at /, API at /docs", highlight=False))
 
 
 def _read_token(file: Path | None) -> str | None:

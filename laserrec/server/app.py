@@ -1,176 +1,92 @@
-"""The HTTP side: routes, errors, headers."""
+"""The HTTP application: its parts put together, and errors as answers."""
 
 from __future__ import annotations
 
-from importlib import resources
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from fastapi import APIRouter, FastAPI, Path, Query
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
 
 from laserrec import __version__
-from laserrec.server import schema
-from laserrec.server.guards import BodyLimit, Counting, TokenGuard
+from laserrec.server.guards import Counting, HostGuard, Shedding, TokenGuard, problem
 from laserrec.server.metrics import ServerMetrics
-from laserrec.server.service import Answer, Service, wait
-from laserrec.server.settings import MAX_ID, MAX_K, MAX_PAGE
+from laserrec.server.routes import catalogue, operations, recommendations
+from laserrec.server.service import ConflictError, Service, StorageError
 from laserrec.server.worker import ClosedError, OverloadedError
 from laserrec.util.errors import UserError
 
-_PAGE_POLICY = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-                "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-_ItemPath = Annotated[str, Path(min_length=1, max_length=MAX_ID)]
-_K = Annotated[int, Query(ge=1, le=MAX_K)]
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+"""Host names under which nobody else's server can be meant."""
+_ERRORS_TOLD = 3
 
 
-def make_app(service: Service, token: str | None = None) -> FastAPI:
-    """An ASGI application. `token`: asked of every caller of /v1 and /metrics, if given."""
-    app = FastAPI(title="laserrec", version=__version__,
-                  description="Recommendations for ordered histories. Item ids are your own.")
+def make_app(service: Service, token: str | None = None, allowed_hosts: Sequence[str] = LOOPBACK) -> FastAPI:
+    """An ASGI application. `token`: asked of every caller of /v1 and /metrics, if given. `allowed_hosts`: values of the
+    Host header that are answered, without port; "*" allows all, "*.example.org" all names of a domain."""
+    app = FastAPIOffline(redoc_url=None, title="laserrec", version=__version__, max_body_size=service.limits.max_body,
+                         description="Recommendations for ordered histories. Item ids are your own.",
+                         swagger_ui_parameters={"validatorUrl": None})
     metrics = ServerMetrics(service)
-    app.include_router(_recommendations(service, metrics))
-    app.include_router(_catalogue(service))
-    app.include_router(_operations(service, metrics))
+    for router in (recommendations(service, metrics), catalogue(service), operations(service, metrics)):
+        app.include_router(router)
+    app.openapi = lambda: _description(app, token is not None)
     _errors(app, metrics)
-    app.add_middleware(BodyLimit, max_body=service.limits.max_body)
+    app.add_middleware(Shedding, service=service, metrics=metrics)  # the last one is asked first
     app.add_middleware(TokenGuard, token=token)
+    app.add_middleware(HostGuard, allowed_hosts=list(allowed_hosts), www_redirect=False)
     app.add_middleware(Counting, metrics=metrics)
     return app
 
 
-def _recommendations(service: Service, metrics: ServerMetrics) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["recommendations"])
-
-    @router.post("/recommend")
-    async def recommend(request: schema.RecommendRequest) -> schema.RecommendAnswer:
-        """The best next items of a history."""
-        ask, unknown = service.ask(request.history, request.k, request.exclude_seen, request.candidates)
-        answer = service.cached(ask)
-        metrics.cache.labels("no" if answer is None else "yes").inc()
-        if answer is None:
-            answer = await wait(service.submit(ask), service.limits.timeout)
-        return _recommended(service, answer, request.explain, unknown)
-
-    @router.get("/items/{item_id:path}/similar")
-    async def similar(item_id: _ItemPath, k: _K = 10) -> schema.SimilarAnswer:
-        """The items whose embeddings are nearest to an item's."""
-        if service.model.unknown_items([item_id]):
-            return _not_found(item_id)
-        ranked = await wait(service.similar(item_id, k), service.limits.timeout)
-        return schema.SimilarAnswer(items=_scored(service, Answer(ranked, ()), explain=False))
-
-    return router
-
-
-def _recommended(service: Service, answer: Answer, explain: bool, unknown: list[str]) -> schema.RecommendAnswer:
-    return schema.RecommendAnswer(items=_scored(service, answer, explain), expert=answer.ranked.expert, unknown=unknown)
-
-
-def _scored(service: Service, answer: Answer, explain: bool) -> list[schema.Scored]:
-    rows = []
-    for place, (dense, score) in enumerate(zip(answer.ranked.items.tolist(), answer.ranked.scores.tolist(),
-                                               strict=True)):
-        near = None
-        if explain:
-            other, similarity = answer.near[place]
-            item = service.listing[other]
-            near = schema.Near(item_id=item["item_id"], title=item["title"], similarity=similarity)
-        rows.append(schema.Scored(**service.listing[dense], rank=place + 1, score=score, nearest_history_item=near))
-    return rows
-
-
-def _catalogue(service: Service) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["catalogue"])
-
-    @router.get("/items")
-    async def items(query: Annotated[str, Query(max_length=200)] = "", limit: Annotated[int, Query(ge=1, le=MAX_PAGE)]
-                    = 20, offset: Annotated[int, Query(ge=0)] = 0) -> schema.ItemsPage:
-        """Items with all words of `query` in title, brand or category."""
-        found, total = service.listing.search(query, limit, offset)
-        return schema.ItemsPage(items=[schema.ItemText(**item) for item in found], total=total)
-
-    @router.get("/items/{item_id:path}")
-    async def item(item_id: _ItemPath) -> schema.ItemText:
-        """One item's texts."""
-        if service.model.unknown_items([item_id]):
-            return _not_found(item_id)
-        return schema.ItemText(**service.listing[int(service.model.dense_items([item_id], "item")[0])])
-
-    @router.post("/items", status_code=201)
-    async def add(new: schema.NewItems) -> schema.Changed:
-        """Add items to the catalogue: encoded, searchable and on disk when this returns. Nothing is retrained."""
-        count = await wait(service.add([item.model_dump() for item in new.items]), 60 + service.limits.timeout)
-        return schema.Changed(changed=count, n_items=len(service.listing))
-
-    @router.delete("/items/{item_id:path}")
-    async def remove(item_id: _ItemPath) -> schema.Changed:
-        """Take an item out of the catalogue: never recommended again, and unknown in histories."""
-        if service.model.unknown_items([item_id]):
-            return _not_found(item_id)
-        count = await wait(service.remove(item_id), 60 + service.limits.timeout)
-        return schema.Changed(changed=count, n_items=len(service.listing))
-
-    return router
-
-
-def _operations(service: Service, metrics: ServerMetrics) -> APIRouter:
-    router = APIRouter(tags=["operations"])
-
-    @router.get("/healthz")
-    async def health() -> dict[str, str]:
-        """The process lives."""
-        return {"status": "ok"}
-
-    @router.get("/readyz")
-    async def ready() -> dict[str, str]:
-        """It takes requests: 200, else 503."""
-        if not service.worker.open:
-            return JSONResponse({"detail": "shutting down"}, 503, {"Retry-After": "5"})
-        return {"status": "ready"}
-
-    @router.get("/metrics", response_class=Response)
-    async def read_metrics() -> Response:
-        """For Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @router.get("/v1/model")
-    async def model() -> schema.ModelFacts:
-        """What is served."""
-        config, changes = service.model.encoder.laser.config, service.changes
-        router_there = service.model.encoder.laser.mformer is not None
-        return schema.ModelFacts(
-            name=service.name, version=__version__, n_items=len(service.listing), backbone=config.backbone.name,
-            experts=config.mformer.experts if router_there else None, max_items=config.prompt.max_items,
-            added=len(changes.added), removed=len(changes.removed))
-
-    @router.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> HTMLResponse:
-        text = resources.files("laserrec.server").joinpath("static/index.html").read_text("utf-8")
-        return HTMLResponse(text, headers={"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff",
-                                           "Referrer-Policy": "no-referrer"})
-
-    return router
-
-
-def _not_found(item_id: str) -> Any:
-    return JSONResponse({"detail": f"no item {item_id!r} in the catalogue"}, 404)
+def _description(app: FastAPI, guarded: bool) -> dict[str, Any]:
+    """The OpenAPI document. It names the token's scheme, and asks for it where the server does."""
+    if app.openapi_schema is None:
+        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        scheme = {"type": "http", "scheme": "bearer", "description": "The API token that the server asks for, if any."}
+        found["components"]["securitySchemes"] = {"token": scheme}
+        for path, operations_ in found["paths"].items() if guarded else ():
+            for operation in operations_.values() if path.startswith(TokenGuard.protected) else ():
+                operation["security"] = [{"token": []}]
+        app.openapi_schema = found
+    return app.openapi_schema
 
 
 def _errors(app: FastAPI, metrics: ServerMetrics) -> None:
-    @app.exception_handler(UserError)
-    async def mistake(_: Any, error: UserError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 422)
+    """Each error as an answer of the one shape that schema.Problem describes."""
 
-    @app.exception_handler(OverloadedError)
-    async def overloaded(_: Any, error: OverloadedError) -> JSONResponse:
-        metrics.shed.inc()
-        return JSONResponse({"detail": str(error)}, 429, {"Retry-After": str(error.retry_after)})
+    def answered(kind: type[Exception], status: int, shed: bool = False, text: str | None = None) -> None:
+        async def handle(_: Any, error: Exception) -> JSONResponse:
+            if shed:
+                metrics.shed.inc()
+            headers = {} if status < 503 and status != 429 else {"Retry-After": str(getattr(error, "retry_after", 5))}
+            return problem(status, text or str(error), headers)
 
-    @app.exception_handler(TimeoutError)
-    async def late(_: Any, error: TimeoutError) -> JSONResponse:
-        metrics.shed.inc()
-        return JSONResponse({"detail": "no answer in time; try again later"}, 503, {"Retry-After": "5"})
+        app.add_exception_handler(kind, handle)
 
-    @app.exception_handler(ClosedError)
-    async def closed(_: Any, error: ClosedError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "5"})
+    answered(UserError, 422)
+    answered(ConflictError, 409)
+    answered(OverloadedError, 429, shed=True)
+    answered(TimeoutError, 503, shed=True, text="no answer in time; try again later")
+    answered(ClosedError, 503)
+    answered(StorageError, 500)
+    answered(Exception, 500, text="an internal error; the server's log has it")
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
+        # Without the input, which FastAPI would send back: it may be large, or nothing that JSON can hold.
+        return problem(422, _told(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Any, error: HTTPException) -> JSONResponse:
+        return problem(error.status_code, str(error.detail), error.headers)
+
+
+def _told(errors: Sequence[Mapping[str, Any]]) -> str:
+    texts = [f"{'.'.join(str(part)[:40] for part in error['loc'])}: {error['msg'].removeprefix('Value error, ')}"
+             for error in errors[:_ERRORS_TOLD]]
+    return "; ".join(texts) + (f"; and {len(errors) - _ERRORS_TOLD} more" if len(errors) > _ERRORS_TOLD else "")

@@ -1,68 +1,78 @@
-"""ASGI middleware: the size of bodies, the token, and counting. Plain ASGI, so that nothing is buffered twice."""
+"""ASGI middleware that looks at a request's head alone: the host, the token, whether there is room, and counting."""
 
 from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 
 from laserrec.server.metrics import ServerMetrics
+from laserrec.server.service import Service
+from laserrec.server.settings import MAX_MESSAGE
+from laserrec.server.worker import OverloadedError
 
-_PROTECTED = ("/v1/", "/metrics")
+_METHODS = frozenset(("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH"))
 
 
-class BodyLimit:
-    """413 for a body that is larger than it may be, said or not."""
+def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An error's answer: schema.Problem, cut to MAX_MESSAGE characters, of what UTF-8 can hold."""
+    if len(detail) > MAX_MESSAGE:
+        detail = detail[: MAX_MESSAGE - 3] + "..."
+    return JSONResponse({"detail": detail.encode("utf-8", "backslashreplace").decode()}, status, headers)
 
-    def __init__(self, app: Any, max_body: int):
-        self.app, self.max_body = app, max_body
+
+class HostGuard(TrustedHostMiddleware):
+    """400 for a Host header of another name than the server's own, so that a web page can't reach a server on its
+    reader's machine under a name of its own (DNS rebinding). Probes of whether the server lives ask by address."""
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        said = dict(scope["headers"]).get(b"content-length", b"0")
-        parts, size, more = [], 0, scope["method"] not in ("GET", "HEAD")
-        too_large = said.isdigit() and int(said) > self.max_body
-        while more and not too_large:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            parts.append(message.get("body", b""))
-            size, more = size + len(parts[-1]), message.get("more_body", False)
-            too_large = size > self.max_body
-        if too_large:
-            return await JSONResponse({"detail": f"the body is larger than {self.max_body} bytes"}, 413)(
-                scope, receive, send)
-        whole = iter([{"type": "http.request", "body": b"".join(parts), "more_body": False}])
-
-        async def replay() -> dict:
-            message = next(whole, None)
-            return await receive() if message is None else message
-
-        return await self.app(scope, replay if parts else receive, send)
+        open_to_all = scope["type"] == "http" and scope["path"] in ("/healthz", "/readyz")
+        return await (self.app if open_to_all else super().__call__)(scope, receive, send)
 
 
 class TokenGuard:
     """401 without the token where there is one. Parameters: `token`: None lets everybody in."""
 
+    protected = ("/v1/", "/metrics")
+    """What paths begin with that need the token."""
+
     def __init__(self, app: Any, token: str | None):
         self.app, self._expected = app, None if token is None else f"Bearer {token}".encode()
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        guarded = scope["type"] == "http" and scope["path"].startswith(_PROTECTED)
+        guarded = scope["type"] == "http" and scope["path"].startswith(self.protected)
         if self._expected is not None and guarded:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
-                return await JSONResponse({"detail": "give the API token: Authorization: Bearer TOKEN"}, 401,
-                                          {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                return await problem(401, "give the API token: Authorization: Bearer TOKEN",
+                                     {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+class Shedding:
+    """429 for work that the model can't do in time, before its body is read: under load, reading what is turned away
+    takes the time of what is answered."""
+
+    def __init__(self, app: Any, service: Service, metrics: ServerMetrics):
+        self.app, self._service, self._metrics = app, service, metrics
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] == "http" and (scope["path"] == "/v1/recommend" or scope["path"].endswith("/similar")):
+            try:
+                self._service.worker.check_room()
+            except OverloadedError as error:
+                self._metrics.shed.inc()
+                answer = problem(429, str(error), {"Retry-After": str(error.retry_after)})
+                return await answer(scope, receive, send)
         return await self.app(scope, receive, send)
 
 
 class Counting:
-    """Requests and their seconds, by route and not by path, so that ids don't become labels."""
+    """Requests and their seconds, by route and not by path, so that callers can't make labels."""
 
     def __init__(self, app: Any, metrics: ServerMetrics):
         self.app, self.metrics = app, metrics
@@ -81,6 +91,7 @@ class Counting:
         try:
             return await self.app(scope, receive, watched)
         finally:
-            route = scope["route"].path if scope.get("route") is not None else "other"
-            self.metrics.requests.labels(route, scope["method"], str(status)).inc()
+            route = getattr(scope.get("route"), "path", "other")
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.metrics.requests.labels(route, method, str(status)).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - start)

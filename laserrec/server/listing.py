@@ -1,61 +1,63 @@
-"""The catalogue as it is shown and searched: texts by dense item, apart from the model."""
+"""The catalogue as it is shown and searched: texts by the model's row, apart from the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TypedDict
+
+import polars as pl
 
 
 class Item(TypedDict):
-    """One item's texts; the title is never None."""
+    """One item's texts; None where the catalogue has none."""
 
     item_id: str
-    title: str
+    title: str | None
     brand: str | None
     category: str | None
 
 
-@dataclass(frozen=True)
-class _Entry:
-    dense: int
-    item: Item
-    text: str
-
-
 class Listing:
     """All items that can be recommended, in the catalogue's order. Only one thread may change it; any may search, and
-    sees it whole from before or after a change."""
+    sees it whole from before or after a change. Parameters: `items`: (row, texts)."""
 
-    def __init__(self, items: Iterable[tuple[int, Item]]):
-        self._by_dense: dict[int, Item] = {}
-        self._entries: tuple[_Entry, ...] = ()
+    def __init__(self, items: Iterable[tuple[int, Item]] = ()):
+        self._items: dict[int, Item] = {}
+        self._rows: dict[str, int] = {}
+        self._live = pl.DataFrame(schema={"row": pl.Int64, "text": pl.String})
         self.add(items)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._rows)
 
-    def __getitem__(self, dense: int) -> Item:
+    def __getitem__(self, row: int) -> Item:
         """A removed item's texts stay, for answers that are under way."""
-        return self._by_dense[dense]
+        return self._items[row]
+
+    def row(self, item_id: str) -> int | None:
+        """None if no such item can be recommended."""
+        return self._rows.get(item_id)
 
     def add(self, items: Iterable[tuple[int, Item]]) -> None:
-        """`items`: (dense item, its texts)."""
-        new = [_Entry(dense, item, _text(item)) for dense, item in items]
-        self._by_dense |= {entry.dense: entry.item for entry in new}
-        self._entries = (*self._entries, *new)
+        """`items`: (row, texts)."""
+        new = list(items)
+        self._items |= dict(new)
+        texts = pl.DataFrame([(row, _text(item)) for row, item in new], schema=self._live.schema, orient="row")
+        self._live = pl.concat([self._live, texts], rechunk=True)
+        self._rows |= {item["item_id"]: row for row, item in new}
 
-    def remove(self, dense: Iterable[int]) -> None:
-        gone = set(dense)
-        self._entries = tuple(entry for entry in self._entries if entry.dense not in gone)
+    def remove(self, item_ids: Iterable[str]) -> None:
+        """Ids that are not listed change nothing."""
+        rows = [self._rows.pop(item_id) for item_id in item_ids if item_id in self._rows]
+        self._live = self._live.filter(~pl.col("row").is_in(rows))
 
     def search(self, query: str, limit: int, offset: int) -> tuple[Sequence[Item], int]:
         """A page of the items of which every word of `query` is in title, brand or category, and how many there are in
-        all. Case does not matter; no words find everything."""
-        words, entries = query.casefold().split(), self._entries
-        if words:
-            entries = tuple(entry for entry in entries if all(word in entry.text for word in words))
-        return [entry.item for entry in entries[offset : offset + limit]], len(entries)
+        all. Case does not matter; no words find everything. It takes time in proportion to the catalogue."""
+        found = self._live
+        for word in dict.fromkeys(query.casefold().split()):
+            found = found.filter(pl.col("text").str.contains(word, literal=True))
+        return [self._items[row] for row in found["row"].slice(offset, limit)], found.height
 
 
 def _text(item: Item) -> str:

@@ -15,7 +15,6 @@ class ServerMetrics:
 
     def __init__(self, service: Service):
         self.registry = CollectorRegistry()
-        self._service = service
         self.requests = Counter("laserrec_requests", "Requests answered.", ["route", "method", "status"],
                                 registry=self.registry)
         self.seconds = Histogram("laserrec_request_seconds", "Seconds from a request to its answer.", ["route"],
@@ -24,17 +23,17 @@ class ServerMetrics:
                             registry=self.registry)
         self.cache = Counter("laserrec_cache", "Requests for recommendations, by whether the answer was kept.",
                              ["found"], registry=self.registry)
-        self._batches = Histogram("laserrec_batch_size", "Requests that went through the model together.",
-                                  buckets=_SIZES, registry=self.registry)
+        batches = Histogram("laserrec_batch_size", "Requests that went through the model together.", buckets=_SIZES,
+                            registry=self.registry)
+        service.worker.batched = batches.observe
         for name, text, read in (
             ("laserrec_queue", "Requests that wait for the model.", lambda: service.worker.waiting),
+            ("laserrec_queue_seconds", "How long a request that comes now would take.",
+             lambda: service.worker.expected_seconds),
             ("laserrec_items", "Items that can be recommended.", lambda: len(service.listing)),
             ("laserrec_cached_answers", "Answers in the cache.", lambda: len(service.cache)),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
 
     def text(self) -> bytes:
-        sizes = self._service.batch_sizes
-        while sizes:
-            self._batches.observe(sizes.pop())
         return generate_latest(self.registry)

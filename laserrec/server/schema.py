@@ -2,49 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from laserrec.server.settings import MAX_CANDIDATES, MAX_HISTORY, MAX_ID, MAX_K, MAX_NEW_ITEMS, MAX_TEXT
+from laserrec.server.settings import MAX_CANDIDATES, MAX_EXCLUDE, MAX_HISTORY, MAX_ID, MAX_K, MAX_NEW_ITEMS, MAX_TEXT
+from laserrec.server.texts import clean_id, clean_text, clean_title
 
-ItemId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID)]
-_Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+ItemId = Annotated[str, StringConstraints(min_length=1), AfterValidator(clean_id)]
+"""Any id that a catalogue may hold."""
+_NewId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID), AfterValidator(clean_id)]
+_Title = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT), AfterValidator(clean_title)]
+_Text = Annotated[str, StringConstraints(max_length=MAX_TEXT), AfterValidator(clean_text)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=True, json_schema_extra={"additionalProperties": False})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unknown_fields(cls, given: Any) -> Any:
+        # Not extra="forbid", which makes one error of each of a hundred thousand fields.
+        if isinstance(given, dict) and (unknown := given.keys() - cls.model_fields.keys()):
+            raise ValueError(f"{len(unknown)} unknown fields, among them {min(unknown)[:40]!r}; "
+                             f"known are: {', '.join(cls.model_fields)}")
+        return given
 
 
 class RecommendRequest(_Body):
-    """Who asks is not said: a user is a history."""
+    """A user is a history; nothing else about users is sent or stored."""
 
-    history: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_HISTORY)]
+    history: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_HISTORY, fail_fast=True)]
     """Item ids, oldest first."""
     k: Annotated[int, Field(ge=1, le=MAX_K)] = 10
     """How many items at most."""
     exclude_seen: bool = False
-    """Never recommend what stands in the history."""
-    candidates: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_CANDIDATES)] | None = None
+    """Never recommend items of the history."""
+    exclude: Annotated[list[ItemId], Field(max_length=MAX_EXCLUDE, fail_fast=True)] = []
+    """Never recommend these items. Ids that are not in the catalogue change nothing."""
+    candidates: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_CANDIDATES, fail_fast=True)] | None = None
     """Recommend only from among these items."""
     explain: bool = False
-    """Say for each item which item of the history is the nearest to it."""
+    """Name for each recommended item the item of the history that is nearest to it."""
 
 
-class ItemText(_Body):
-    """An item's texts."""
+class NewItem(_Body):
+    """An item to add. HTML entities are decoded and white space is folded, as when a model is fitted."""
 
-    item_id: ItemId
-    title: Annotated[_Text, Field(min_length=1)]
+    item_id: _NewId
+    title: _Title
     brand: _Text | None = None
     category: _Text | None = None
 
 
-class Near(_Body):
+class NewItems(_Body):
+    items: Annotated[list[NewItem], Field(min_length=1, max_length=MAX_NEW_ITEMS, fail_fast=True)]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class ItemText(_Answer):
+    """An item's texts, as the catalogue has them."""
+
+    item_id: str
+    title: str | None = None
+    brand: str | None = None
+    category: str | None = None
+
+
+class Near(_Answer):
     """The history's item that is nearest to a recommended one."""
 
     item_id: str
-    title: str
+    title: str | None
     similarity: float
     """Cosine of the two items' embeddings."""
 
@@ -57,7 +89,7 @@ class Scored(ItemText):
     nearest_history_item: Near | None = None
 
 
-class RecommendAnswer(_Body):
+class RecommendAnswer(_Answer):
     items: list[Scored]
     expert: int | None
     """The query expert (from 0) that the router chose for this history; null where the model has no router."""
@@ -65,37 +97,61 @@ class RecommendAnswer(_Body):
     """Ids of the history that are not in the catalogue; they were left out."""
 
 
-class SimilarAnswer(_Body):
+class SimilarAnswer(_Answer):
     items: list[Scored]
 
 
-class ItemsPage(_Body):
+class ItemsPage(_Answer):
     items: list[ItemText]
     total: int
     """Items found in all."""
 
 
-class NewItems(_Body):
-    items: Annotated[list[ItemText], Field(min_length=1, max_length=MAX_NEW_ITEMS)]
+class Changed(_Answer):
+    """A finished change: it is on disk."""
 
-
-class Changed(_Body):
     changed: int
-    """Items that were added or removed."""
+    """Items that were added or removed; those that were there already, with the same texts, are not counted."""
     n_items: int
     """Items in the catalogue now."""
 
 
-class ModelFacts(_Body):
+class ChangeStatus(_Answer):
+    """A change of the catalogue and how far it is."""
+
+    id: str
+    state: Literal["running", "done", "failed"]
+    """Only a change that is done is on disk; of one that failed nothing remains."""
+    done: int
+    """Items changed so far."""
+    total: int
+    """Items to change."""
+    status_url: str
+    """Where to ask again."""
+    detail: str | None = None
+    """Why it failed."""
+
+
+class ModelFacts(_Answer):
     name: str
     version: str
     """Of laserrec."""
+    method: str
     n_items: int
-    backbone: str
+    backbone: str | None
+    """The LLM; null where the method reads no text."""
     experts: int | None
-    max_items: int
+    """Query experts of the router; null where the model has none."""
+    max_items: int | None
     """The LLM reads the last so many items of a history."""
     added: int
     """Items added since the fit."""
     removed: int
     """Fitted items that were removed."""
+
+
+class Problem(_Answer):
+    """Every error's body."""
+
+    detail: str
+    """What is wrong and what to do."""

@@ -1,4 +1,5 @@
-"""One thread that alone touches the model. Requests that wait together go through it together."""
+"""One thread that alone touches the model. Requests that wait together go through it together; changes of the catalogue
+advance one step between two batches, so that neither waits for the whole of the other."""
 
 from __future__ import annotations
 
@@ -6,49 +7,55 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from laserrec.server.settings import Limits
+
 _MEMORY = 0.9
-"""How much of the running mean of seconds per request survives a batch."""
+"""How much of a running mean one more request leaves."""
+_GAIN = 0.75
+"""Seconds per request in a batch of twice the size, before such a batch was seen."""
 
 
 class OverloadedError(Exception):
     """The queue is full."""
 
     def __init__(self, retry_after: int):
-        super().__init__(f"too many requests wait; try again in {retry_after} s")
+        super().__init__(f"the server has more work than it can do in time; try again in {retry_after} s")
         self.retry_after = retry_after
         """Whole seconds."""
 
 
 class ClosedError(Exception):
-    """The worker takes nothing more."""
+    """The server is shutting down."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
 
 
 @dataclass
 class _Job:
     payload: Any
-    alone: bool
-    """`payload` is a function to call, not a request to batch."""
     future: Future = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
 
 
 class Worker:
-    """Parameters: `answer` takes a list of requests and gives as many answers; `batched` is told each batch's size."""
+    """Parameters: `answer` takes a list of requests and gives as many answers."""
 
-    def __init__(self, answer: Callable[[list[Any]], Sequence[Any]], max_batch: int, max_wait: float, max_queue: int,
-                 batched: Callable[[int], None] = lambda size: None):
-        self._answer, self._batched = answer, batched
-        self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait, max_queue
+    def __init__(self, answer: Callable[[list[Any]], Sequence[Any]], limits: Limits):
+        self._answer, self._limits = answer, limits
+        self.batched: Callable[[int], None] = lambda size: None
+        """Called with the size of each batch, in the worker's thread."""
         self._jobs: deque[_Job] = deque()
-        self._asks = 0
-        self._changed = threading.Condition()
-        self._closed = False
-        self._seconds = 0.02  # per request, a guess until the first batch
+        self._changes: deque[tuple[Generator[None, None, Any], Future]] = deque()
+        self._wake = threading.Condition()
+        self._closed_at = math.inf
+        self._pace = {1: 0.02}  # seconds per request by the batch size's number of bits; a guess at first
+        self._running, self._began = 0, 0.0  # the batch under way
         self._thread = threading.Thread(target=self._run, name="laserrec-model", daemon=True)
 
     def start(self) -> None:
@@ -57,80 +64,128 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return self._asks
+        return len(self._jobs)
 
     @property
     def open(self) -> bool:
         """Whether it takes requests."""
-        return self._thread.is_alive() and not self._closed
+        return self._thread.is_alive() and self._closed_at == math.inf
+
+    @property
+    def expected_seconds(self) -> float:
+        """How long a request that comes now would take, judged by the time that recent batches took."""
+        ahead, running = len(self._jobs) + 1, self._running
+        begun = max(0.0, running * self._per_request(running) - (time.monotonic() - self._began))
+        return ahead * self._per_request(min(ahead, self._limits.max_batch)) + begun
+
+    def _per_request(self, batch: int) -> float:
+        """Seconds per request in a batch of this size, as in the batches nearest in size that were seen."""
+        bits = batch.bit_length()
+        seen = min(list(self._pace), key=lambda other: abs(other - bits))
+        return self._pace[seen] * _GAIN ** (bits - seen)
+
+    def check_room(self) -> None:
+        """Raises OverloadedError if one more request would take too long. One may always wait, so that the model is
+        never idle."""
+        late = self._jobs and self.expected_seconds > self._limits.queue_seconds
+        if late or len(self._jobs) >= self._limits.max_queue:
+            raise OverloadedError(max(1, math.ceil(self.expected_seconds)))
 
     def submit(self, ask: Any) -> Future:
-        """Queue a request. Raises OverloadedError where too many wait, ClosedError after `close`."""
-        with self._changed:
-            if self._asks >= self._max_queue:
-                raise OverloadedError(max(1, math.ceil(self._asks * self._seconds)))
-            return self._put(_Job(ask, alone=False))
+        """Queue a request. Raises OverloadedError where it would wait too long, ClosedError after `close`."""
+        with self._wake:
+            self._check_open()
+            self.check_room()
+            job = _Job(ask)
+            self._jobs.append(job)
+            self._wake.notify_all()
+            return job.future
 
-    def call(self, work: Callable[[], Any]) -> Future:
-        """Run `work` in the worker's thread, in turn; not counted as a request. Raises ClosedError after `close`."""
-        with self._changed:
-            return self._put(_Job(work, alone=True))
+    def change(self, steps: Generator[None, None, Any]) -> Future:
+        """Run `steps` in the worker's thread, one step between two batches; changes run one after another. The future
+        holds what the generator returns and can't be cancelled. Raises ClosedError after `close`."""
+        future: Future = Future()
+        future.set_running_or_notify_cancel()
+        with self._wake:
+            self._check_open()
+            self._changes.append((steps, future))
+            self._wake.notify_all()
+        return future
 
-    def close(self) -> None:
-        """Take nothing more, finish what is queued, end the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+    def close(self, grace_seconds: float = 0.0) -> None:
+        """Take nothing more, answer what waits, end the thread. Changes that are not finished after `grace_seconds` are
+        given up: their generators are closed and their futures raise ClosedError."""
+        with self._wake:
+            self._closed_at = min(self._closed_at, time.monotonic() + grace_seconds)
+            self._wake.notify_all()
         if self._thread.is_alive():
             self._thread.join()
 
-    def _put(self, job: _Job) -> Future:
-        if self._closed:
-            raise ClosedError("the server is shutting down")
-        self._jobs.append(job)
-        self._asks += not job.alone
-        self._changed.notify_all()
-        return job.future
+    def _check_open(self) -> None:
+        if self._closed_at < math.inf:
+            raise ClosedError
 
     def _run(self) -> None:
-        while batch := self._next():
+        while self._await_work():
+            start = time.monotonic()
+            if self._changes:
+                self._step()
+            stepped = time.monotonic() - start
+            batch = self._next_batch()
             live = [job for job in batch if job.future.set_running_or_notify_cancel()]  # others gave up meanwhile
-            if not live:
-                continue
-            if live[0].alone:
-                _settle(live, lambda live=live: [live[0].payload()])
-            else:
+            if live:
                 self._answer_batch(live)
+                self._learn_pace(len(live), stepped + time.monotonic() - self._began)
+            self._running = 0
 
-    def _next(self) -> list[_Job]:
-        """The next job that runs alone, or the next batch; empty when the worker has been closed and is done."""
-        with self._changed:
-            while not self._jobs:
-                if self._closed:
-                    return []
-                self._changed.wait()
-            if self._jobs[0].alone:
-                return [self._jobs.popleft()]
-            # Waiting for company ends when the batch is full or when something waits that would be held up by it.
-            until = self._jobs[0].arrived + self._max_wait
-            while self._asks == len(self._jobs) < self._max_batch and not self._closed:
+    def _await_work(self) -> bool:
+        """False when the worker was closed and everything is done."""
+        with self._wake:
+            while not self._jobs and not self._changes:
+                if self._closed_at < math.inf:
+                    return False
+                self._wake.wait()
+            return True
+
+    def _step(self) -> None:
+        """Advance the oldest change by one step."""
+        steps, future = self._changes[0]
+        try:
+            if time.monotonic() > self._closed_at:
+                steps.close()
+                raise ClosedError
+            next(steps)
+            return
+        except StopIteration as end:
+            future.set_result(end.value)
+        except BaseException as error:  # the thread must outlive anything a change does
+            future.set_exception(error)
+        self._changes.popleft()
+
+    def _next_batch(self) -> list[_Job]:
+        """What waits, after some time for company where nothing else is to be done."""
+        with self._wake:
+            if not self._jobs:
+                return []
+            until = self._jobs[0].arrived + self._limits.max_wait_seconds
+            while len(self._jobs) < self._limits.max_batch and not self._changes and self._closed_at == math.inf:
                 left = until - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
+                if left <= 0 or not self._wake.wait(left):
                     break
-            batch = []
-            while self._jobs and not self._jobs[0].alone and len(batch) < self._max_batch:
-                batch.append(self._jobs.popleft())
-            self._asks -= len(batch)
+            batch = [self._jobs.popleft() for _ in range(min(len(self._jobs), self._limits.max_batch))]
+            self._running, self._began = len(batch), time.monotonic()
             return batch
 
     def _answer_batch(self, live: list[_Job]) -> None:
-        start = time.monotonic()
-        self._batched(len(live))
+        self.batched(len(live))
         if not _settle(live, lambda: self._answer([job.payload for job in live]), last=len(live) == 1):
             for job in live:  # one bad request must not take the others down
                 _settle([job], lambda job=job: self._answer([job.payload]))
-        per_request = (time.monotonic() - start) / len(live)
-        self._seconds = _MEMORY * self._seconds + (1 - _MEMORY) * per_request
+
+    def _learn_pace(self, batch: int, seconds: float) -> None:
+        """`seconds`: of a batch and of the changes' step before it, but not of idle time."""
+        memory, bits, one = _MEMORY**batch, batch.bit_length(), seconds / batch
+        self._pace[bits] = memory * self._pace.get(bits, one) + (1 - memory) * one
 
 
 def _settle(jobs: list[_Job], work: Callable[[], Sequence[Any]], last: bool = True) -> bool:

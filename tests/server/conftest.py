@@ -14,5 +14,5 @@ def model_folder(llm, llm_folder, tmp_path_factory):
                          head={"id_share": 0.3, "whiten_dims": 8, "projection": True, "seen_offset": True},
                          train={"lr": 1e-2, "stage_one_epochs": 1, "stage_two_epochs": 0, "batch_size": 32})
     folder = tmp_path_factory.mktemp("served") / "model"
-    LaserRecommender.fit_dataset(tiny.planted(N, users=16), tiny.id_model(N), config, folder, False, llm())
+    LaserRecommender.fit_dataset(tiny.planted(N, users=16), config, folder, progress=False)
     return folder

@@ -61,3 +61,20 @@ def test_random_histories_are_fixed_by_their_seed():
     one, two = bench.random_histories(names, 5, 10, 1), bench.random_histories(names, 5, 10, 2)
     assert one == bench.random_histories(names, 5, 10, 1) and one != two
     assert all(len(h) == 10 for h in one) and json.dumps(one)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--max-batch", "0"], "max-batch is 0"), (["--timeout", "0"], "timeout-seconds is 0"),
+    (["--max-queue", "0"], "max-queue is 0"), (["--queue-seconds", "nan"], "queue-seconds is nan"),
+    (["--port", "99999"], "port is 99999"), (["--port", "-1"], "port is -1"), (["--threads", "0"], "threads is 0"),
+    (["--host", ""], "host is empty"), (["--allowed-hosts", "http://x"], "allowed host 'http://x'"),
+    (["--max-wait-ms", "-1"], "max-wait-seconds is -0.001"), (["--read-timeout", "0"], "read-seconds is 0"),
+    (["--host", "203.0.113.7"], "can't listen"),
+])
+def test_settings_that_can_not_work_are_refused_before_the_model_is_loaded(flags, message, monkeypatch):
+    import signal
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("laserrec.server.service.Service.opened", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=message):
+        cli_serve.serve_app(["no-such-model", *flags], exit_on_error=False, result_action="return_value")

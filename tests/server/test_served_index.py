@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from laserrec import LaserRecommender
-from laserrec.retrieval.build import build_index
+from laserrec.recommender.indexing import build_index
 from laserrec.retrieval.index import IndexKind
-from laserrec.server.service import Service
+from laserrec.server.service import Service, Similar
 from laserrec.server.settings import Limits
 from laserrec.util.errors import UserError
 
@@ -32,7 +32,8 @@ def alike(services, history, **how):
     answers = []
     for service in services:
         ask, _ = service.ask(history, 9, how.get("exclude_seen", False), how.get("candidates"))
-        answers += [service.submit(ask).result(60).ranked, service.similar(history[0], 4).result(60)]
+        near = Similar(service.listing.row(history[0]), 4)
+        answers += [service.submit(ask).result(60).ranked, service.submit(near).result(60)]
     for mine, plain in zip(answers[:2], answers[2:], strict=True):
         assert mine.items.tolist() == plain.items.tolist() and mine.expert == plain.expert
         np.testing.assert_allclose(mine.scores, plain.scores, atol=1e-6)
@@ -44,14 +45,14 @@ def test_as_without_through_changes_and_a_restart(model_folder, tmp_path, index)
         assert services[0].model.index is not None and services[1].model.index is None
         alike(services, ["i1", "i5"])
         for service in services:
-            service.add([NEW]).result(60)
-            service.remove("i7").result(60)
+            service.add([NEW]).future.result(60)
+            service.remove("i7").future.result(60)
         assert "i7" not in alike(services, ["new", "i5"]) and "new" in alike(services, ["i2"], candidates=["new", "i4"])
         want = alike(services, ["i3", "i5", "new"], exclude_seen=True)
     with both(model_folder, tmp_path, index) as services:
         assert alike(services, ["i3", "i5", "new"], exclude_seen=True) == want
         for service in services:
-            service.remove("new").result(60)
+            service.remove("new").future.result(60)
         assert "new" not in alike(services, ["i3", "i5"])
 
 

@@ -1,0 +1,201 @@
+"""A server at twice its capacity for a while: what is answered, refused, lost or wrong, how long answers take, memory.
+
+Server and callers share this machine and talk over loopback alone. First each history is asked for alone, so that the
+right answers are known, and the capacity is measured by callers who ask again as soon as they are answered. Then
+requests are sent at fixed times, twice as many as that, whether or not earlier ones were answered.
+
+  python benchmarks/soak.py runs/quickstart/model --minutes 30 --out benchmarks/results/soak.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from laserrec.util.io import write_json
+
+CALLERS = 96
+"""Requests that may be under way at once."""
+MOST_REQUESTS = 2_000_000
+_PROBE_SECONDS = 0.05
+"""Between two looks at /healthz."""
+
+
+@contextmanager
+def served(model: Path) -> Iterator[tuple[int, int]]:
+    """(port, process id) of a fresh server without a cache."""
+    with tempfile.TemporaryDirectory(prefix="laserrec-soak-") as state:
+        command = [sys.executable, "-m", "laserrec", "serve", str(model), "--port", "0", "--state", f"{state}/served",
+                   "--cache", "0"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            line = process.stderr.readline()
+            if (found := re.search(r"ready at http://127\.0\.0\.1:(\d+)", line)) is None:
+                raise SystemExit(f"the server did not start: {line}{process.stderr.read()}")
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # its log must not fill the pipe
+            yield int(found[1]), process.pid
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+class Caller:
+    """One connection; a new one after each failure."""
+
+    def __init__(self, port: int):
+        self._port, self._connection = port, None
+
+    def ask(self, history: list[str]) -> tuple[int, dict]:
+        return self.call("POST", "/v1/recommend", json.dumps({"history": history, "exclude_seen": True}))
+
+    def call(self, method: str, path: str, body: str | None = None) -> tuple[int, dict]:
+        """Status and JSON; status 0 if there was no answer."""
+        for retry in (True, False):
+            fresh = self._connection is None
+            self._connection = self._connection or HTTPConnection("127.0.0.1", self._port, timeout=30)
+            try:
+                self._connection.request(method, path, body, {"Content-Type": "application/json"})
+                answer = self._connection.getresponse()
+                return answer.status, json.loads(answer.read() or b"{}")
+            except (OSError, HTTPException, ValueError):
+                self._connection.close()
+                self._connection = None
+                if fresh or not retry:  # a kept connection may have been closed by the server in between
+                    break
+        return 0, {}
+
+
+def same(answer: dict, want: dict) -> bool:
+    """Equal but for rounding: batches change the last digits of scores, and so the order of items that are level."""
+    scores = [np.array([item["score"] for item in a["items"]]) for a in (answer, want)]
+    if len(scores[0]) != len(scores[1]) or not np.allclose(*scores, atol=1e-4):
+        return False
+    ids = [[item["item_id"] for item in a["items"]] for a in (answer, want)]
+    level = {item["item_id"]: item["score"] for item in want["items"]}
+    last = want["items"][-1]["score"] if want["items"] else 0.0
+    return all(one == other or abs(level.get(one, last) - level[other]) < 2e-4
+               for one, other in zip(*ids, strict=True))
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    threads = [threading.Thread(target=work, args=(j,), daemon=True) for j in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def capacity(port: int, histories: list[list[str]], callers: int, seconds: float) -> float:
+    """Answers a second to callers who ask again as soon as they are answered."""
+    until, answered = time.monotonic() + seconds, Counter()
+
+    def work(number: int) -> None:
+        caller = Caller(port)
+        for history in itertools.cycle(histories[number::callers]):
+            if time.monotonic() > until:
+                return
+            answered[number] += caller.ask(history)[0] == 200
+
+    in_threads(callers, work)
+    return answered.total() / seconds
+
+
+def flood(port: int, histories: list[list[str]], wanted: list[dict], rate: float, seconds: float) -> dict:
+    """`rate` requests a second at fixed times, and looks at /healthz beside them."""
+    count = min(MOST_REQUESTS, round(rate * seconds))
+    turn, begin, over = itertools.count(), time.monotonic(), threading.Event()
+    seen, waits, probes, lock = Counter(), [], [], threading.Lock()
+
+    def work(_: int) -> None:
+        caller = Caller(port)
+        while (number := next(turn)) < count:
+            time.sleep(max(0.0, begin + number / rate - time.monotonic()))
+            which, start = number % len(histories), time.monotonic()
+            status, answer = caller.ask(histories[which])
+            took = time.monotonic() - start
+            kind = {200: "answered", 429: "refused", 503: "refused"}.get(status, "lost")
+            with lock:
+                seen[kind] += 1
+                if kind == "answered":
+                    waits.append(took)
+                    seen["wrong"] += not same(answer, wanted[which])
+
+    def probe() -> None:
+        caller = Caller(port)
+        while not over.wait(_PROBE_SECONDS):
+            start = time.monotonic()
+            alive = caller.call("GET", "/healthz")[0] == 200
+            probes.append(time.monotonic() - start if alive else 30.0)
+
+    looking = threading.Thread(target=probe, daemon=True)
+    looking.start()
+    in_threads(CALLERS, work)
+    took = time.monotonic() - begin
+    over.set()
+    looking.join()
+    counts = {kind: seen[kind] for kind in ("answered", "refused", "lost", "wrong")}
+    return {"minutes": round(took / 60, 2), "sent": count, **counts,
+            "answered_per_second": round(seen["answered"] / took, 1),
+            "accepted_wait_p50_ms": _quantile(waits, 0.5), "accepted_wait_p99_ms": _quantile(waits, 0.99),
+            "healthz_p99_ms": _quantile(probes, 0.99)}
+
+
+def _quantile(seconds: list[float], q: float) -> float | None:
+    return round(1000 * float(np.quantile(seconds, q)), 1) if seconds else None
+
+
+def rss_mib(process: int) -> float:
+    """Resident memory of a process."""
+    text = Path(f"/proc/{process}/status").read_text("utf-8")
+    return round(int(re.search(r"VmRSS:\s+(\d+) kB", text)[1]) / 1024, 1)
+
+
+def soak(model: Path, minutes: float, length: int, warm_seconds: float) -> dict:
+    """The whole measurement."""
+    ids, rng = pl.read_parquet(model / "items.parquet")["item_id"].to_list(), np.random.default_rng(0)
+    histories = [[ids[row] for row in rng.integers(0, len(ids), length)] for _ in range(200)]
+    with served(model) as (port, process):
+        caller = Caller(port)
+        answers = [caller.ask(history) for history in histories]
+        if any(status != 200 for status, _ in answers):
+            raise SystemExit(f"the server did not answer alone: {Counter(status for status, _ in answers)}")
+        can = capacity(port, histories, 16, warm_seconds)
+        start = rss_mib(process)
+        row = flood(port, histories, [answer for _, answer in answers], 2 * can, 60 * minutes)
+        return {**row, "capacity_per_second": round(can, 1), "goodput": round(row["answered_per_second"] / can, 3),
+                "rss_start_mib": start, "rss_end_mib": rss_mib(process)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--minutes", type=float, default=30.0, help="at most 120")
+    parser.add_argument("--history", type=int, default=10, help="items of each history")
+    parser.add_argument("--warm-seconds", type=float, default=20.0, help="for measuring the capacity")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    if not 0 < given.minutes <= 120:
+        parser.error("--minutes must be above 0 and at most 120")
+    row = soak(given.model, given.minutes, given.history, given.warm_seconds)
+    print(json.dumps(row, indent=2))
+    if given.out is not None:
+        write_json(given.out, row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Changes of the catalogue: in slices between requests, honestly answered, repeatable, never in the way of a start."""
+
+import contextlib
+import threading
+import time
+
+import numpy as np
+import polars as pl
+import pytest
+import tiny
+from serving import NEW, ids, served
+
+from laserrec import LaserRecommender
+from laserrec.server.changes import Changes
+from laserrec.server.worker import OverloadedError
+
+
+def many(count, first=0):
+    return [{**NEW, "item_id": f"n{j}", "title": f"red saw {j}"} for j in range(first, first + count)]
+
+
+@pytest.fixture
+def client(model_folder, tmp_path):
+    with served(model_folder, tmp_path / "state") as client:
+        yield client
+
+
+@pytest.fixture
+def slow(client, monkeypatch):
+    """Encoding takes 20 ms an item, as a real LLM's does."""
+    add, sizes = client.service.model.add_items, []
+
+    def slowly(frame, *more):
+        sizes.append(frame.height)
+        time.sleep(0.02 * frame.height)
+        return add(frame, *more)
+
+    monkeypatch.setattr(client.service.model, "add_items", slowly)
+    client.sizes = sizes
+    return client
+
+
+@contextlib.contextmanager
+def timeout(client, seconds):
+    limits = client.service.limits
+    object.__setattr__(limits, "timeout_seconds", seconds)
+    yield
+    object.__setattr__(limits, "timeout_seconds", 10.0)
+
+
+def finished(client, status):
+    for _ in range(400):
+        if status["state"] != "running":
+            return status
+        time.sleep(0.05)
+        status = client("GET", status["status_url"]).json()
+    raise AssertionError("not finished")
+
+
+def test_recommendations_go_on_while_a_thousand_items_are_added(slow):
+    with timeout(slow, 0.1):
+        answer = slow("POST", "/v1/items", json={"items": many(100)})
+    assert answer.status_code == 202 and answer.json()["state"] == "running"
+    assert answer.headers["Location"] == answer.json()["status_url"]
+    waits, status = [], answer.json()
+    while status["state"] == "running":
+        start = time.monotonic()
+        assert slow.recommend(["i1", f"i{1 + len(waits) % 12}"], k=1 + len(waits) % 7).status_code == 200
+        waits.append(time.monotonic() - start)
+        before, status = status["done"], slow("GET", status["status_url"]).json()
+        assert before <= status["done"] <= status["total"] == 100
+    assert status["state"] == "done" and len(slow.service.listing) == 112
+    assert len(waits) >= 5 and max(slow.sizes) < 10  # so a slice is far from a second
+
+
+def test_a_repeated_request_is_the_same_change_and_then_changes_nothing(slow):
+    with timeout(slow, 0.05):
+        first, second = (slow("POST", "/v1/items", json={"items": many(50)}) for _ in range(2))
+    assert first.status_code == second.status_code == 202 and first.json()["id"] == second.json()["id"]
+    assert finished(slow, first.json())["done"] == 50
+    again = slow("POST", "/v1/items", json={"items": many(51)})
+    assert again.status_code == 201 and again.json() == {"changed": 1, "n_items": 63}
+
+
+def test_changes_that_time_out_do_not_lock_the_catalogue(client, monkeypatch):
+    gate, rank = threading.Event(), client.service.model.rank
+    monkeypatch.setattr(client.service.model, "rank", lambda asks: gate.wait(30) and rank(asks))
+    with timeout(client, 0.1):
+        assert client.recommend(["i1"]).status_code == 503  # and the model is busy from here on
+        answers = [client("POST", "/v1/items", json={"items": many(1, j)}) for j in range(9)]
+    assert [a.status_code for a in answers] == [202] * 8 + [429] and answers[8].headers["Retry-After"]
+    gate.set()
+    for answer in answers[:8]:
+        assert finished(client, answer.json())["state"] == "done"
+    assert client("POST", "/v1/items", json={"items": many(1, 8)}).status_code == 201
+    assert len(client.service.listing) == 21
+
+
+def test_other_texts_for_a_known_id_are_a_conflict_and_nothing_is_added(client):
+    other = {**NEW, "item_id": "i3"}
+    answer = client("POST", "/v1/items", json={"items": [NEW, other]})
+    assert answer.status_code == 409 and "'i3' has other texts" in answer.json()["detail"]
+    twice = client("POST", "/v1/items", json={"items": [NEW, {**NEW, "title": "other"}]})
+    assert twice.status_code == 409 and "elsewhere in this request" in twice.json()["detail"]
+    assert client("GET", "/v1/items/new 1/a").status_code == 404 and len(client.service.listing) == 12
+
+
+def test_of_a_failed_change_nothing_remains(slow, monkeypatch):
+    add = slow.service.model.add_items
+
+    def failing(frame, *more):
+        if "n7" in frame["item_id"]:
+            raise RuntimeError("no")
+        return add(frame, *more)
+
+    monkeypatch.setattr(slow.service.model, "add_items", failing)
+    assert slow("POST", "/v1/items", json={"items": many(9)}).status_code == 500
+    assert len(slow.service.listing) == 12 and slow.service.model.unknown_items(["n0"]) == ["n0"]
+    monkeypatch.setattr(slow.service.model, "add_items", add)
+    assert slow("POST", "/v1/items", json={"items": many(9)}).json() == {"changed": 9, "n_items": 21}
+
+
+def test_a_change_that_can_not_be_kept_is_not_made(client, monkeypatch):
+    def full(kept):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(client.service._state, "write", full)
+    answer = client("POST", "/v1/items", json={"items": [NEW]})
+    assert answer.status_code == 500 and "No space left" in answer.json()["detail"]
+    assert client.recommend(["new 1/a", "i1"]).json()["unknown"] == ["new 1/a"]
+    assert client("DELETE", "/v1/items/i2").status_code == 500 and client("GET", "/v1/items/i2").status_code == 200
+
+
+def test_a_change_under_way_when_the_server_ends_is_finished_or_undone(model_folder, tmp_path, monkeypatch):
+    with served(model_folder, tmp_path, timeout_seconds=0.3) as client:
+        add = client.service.model.add_items
+        monkeypatch.setattr(client.service.model, "add_items", lambda frame: time.sleep(0.05) or add(frame))
+        change = client.service.add(many(1_000))
+        with pytest.raises(TimeoutError):
+            change.future.result(0.2)
+    assert "shutting down" in str(change.future.exception(0))
+    with served(model_folder, tmp_path) as client:
+        assert len(client.service.listing) == 12
+
+
+def test_a_just_added_item_is_never_an_error(client, monkeypatch):
+    gate, add = threading.Event(), client.service.listing.add
+    monkeypatch.setattr(client.service.listing, "add", lambda items: gate.wait(5) and add(items))
+    change = client.service.add([NEW])  # the model has it before it is listed
+    while client.service.model.unknown_items(["new 1/a"]):
+        time.sleep(0.01)
+    answers = [client("GET", "/v1/items/new 1/a"), client("GET", "/v1/items/new 1/a/similar"),
+               client("DELETE", "/v1/items/new 1/a")]
+    assert [a.status_code for a in answers] == [404, 404, 404]
+    gate.set()
+    assert change.future.result(10) == 1 and client("GET", "/v1/items/new 1/a").json() == NEW
+
+
+def test_items_that_another_model_encoded_are_encoded_anew(model_folder, tmp_path):
+    with served(model_folder, tmp_path) as client:
+        client("POST", "/v1/items", json={"items": [NEW]})
+        want = client.service.model.encode_items(["new 1/a"])
+    file = tmp_path / "items.parquet"
+    frame = pl.read_parquet(file).with_columns(pl.lit("another").alias("model"), pl.lit([9.0]).alias("embedding"))
+    frame.write_parquet(file)
+    with served(model_folder, tmp_path) as client:
+        assert np.allclose(client.service.model.encode_items(["new 1/a"]), want, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def newer_model(llm, llm_folder, tmp_path_factory):
+    """Fitted on 14 items, where the other knows 12."""
+    config = tiny.config(llm_folder(), train={"stage_one_epochs": 1, "stage_two_epochs": 0})
+    folder = tmp_path_factory.mktemp("newer") / "model"
+    LaserRecommender.fit_dataset(tiny.planted(14, users=16), config, folder, progress=False)
+    return folder
+
+
+def test_added_items_that_a_newer_model_knows_are_its_own(model_folder, newer_model, tmp_path):
+    with served(model_folder, tmp_path) as client:
+        for item in ({"item_id": "i13", "title": "added"}, NEW):
+            assert client("POST", "/v1/items", json={"items": [item]}).status_code == 201
+        assert client("DELETE", "/v1/items/i2").status_code == 200
+        assert client("POST", "/v1/items", json={"items": [{"item_id": "i2", "title": "again"}]}).status_code == 201
+    for _ in range(2):
+        with served(newer_model, tmp_path) as client:
+            assert client("GET", "/v1/items/i13").json()["title"] != "added"
+            assert client("GET", "/v1/items/new 1/a").json() == NEW
+            assert client("GET", "/v1/items/i2").json()["title"] == "again"
+            facts = client("GET", "/v1/model").json()
+            assert facts["n_items"] == 15 and facts["added"] == 2
+            assert len(ids(client.recommend(["i13"], k=20))) == 15
+
+
+def test_texts_are_cleaned_as_those_of_a_fit(client):
+    raw = {"item_id": " x ", "title": " Saw &amp; <b>drill</b>\n ", "brand": " <br> "}
+    assert client("POST", "/v1/items", json={"items": [raw]}).status_code == 201
+    want = {"item_id": "x", "title": "Saw & drill", "brand": None, "category": None}
+    assert client("GET", "/v1/items/x").json() == want
+    for bad in ({"item_id": "y", "title": "<br>"}, {"item_id": "  ", "title": "z"}):
+        answer = client("POST", "/v1/items", json={"items": [bad]})
+        assert answer.status_code == 422 and "blank" in answer.json()["detail"]
+
+
+def test_finished_changes_are_forgotten_in_turn(monkeypatch):
+    monkeypatch.setattr("laserrec.server.changes._KEPT", 3)
+    changes = Changes(most=2)
+
+    def done(change):
+        change.future.set_result(1)
+        return change.future
+
+    made = [changes.begin(j, 1, done) for j in range(6)]
+    assert changes.get(made[0].id) is None and changes.get(made[5].id).state == "done"
+    waiting = changes.begin("w", 1, lambda change: change.future)
+    assert changes.begin("w", 1, done) is waiting
+    changes.begin("v", 1, lambda change: change.future)
+    with pytest.raises(OverloadedError):
+        changes.begin("u", 1, done)
+    assert changes.get(waiting.id).state == "running"
