@@ -221,11 +221,11 @@ def test_item_tables_made_from_text(kind, llm):
     model.loss(model.targets(torch.tensor([[1, 2, 3, 4]]))).backward()
     assert model.adaptor.weight.grad.abs().sum() > 0
     assert not model.item.weight.grad[:N].any()
-    for model in (started, model):
-        config = tiny.config("x", id_model=model.config.model_dump())
+    for made in (started, model):
+        config = tiny.config("x", id_model=made.config.model_dump())
         given = Given(config, tiny.items(N), N, tiny.features(llm()))
-        again = METHODS[kind].restore(given, model.state_dict(), {})
-        assert torch.equal(score(again, [3, 4]), score(model.eval(), [3, 4]))
+        again = METHODS[kind].restore(given, made.state_dict(), {})
+        assert torch.equal(score(again, [3, 4]), score(made.eval(), [3, 4]))
         assert not any(p.requires_grad for p in again.parameters())
 
 

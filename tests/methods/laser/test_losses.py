@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from laserrec.methods.laser.mformer import Route, Router
 from laserrec.methods.laser.losses import item_contrast, load_balance
+from laserrec.methods.laser.mformer import Route, Router
 
 
 def cosine(a: list[float], b: list[float]) -> float:
