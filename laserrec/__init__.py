@@ -1,6 +1,6 @@
 """Laser: sequential recommendation with a frozen LLM, tuned by a prefix and a suffix alone."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["LaserRecommender", "UserError", "__version__"]
 
 from laserrec.util.errors import UserError
