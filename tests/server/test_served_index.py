@@ -15,7 +15,7 @@ from laserrec.util.errors import UserError
 NEW = {"item_id": "new", "title": "steel drill 99", "brand": "redco", "category": None}
 
 
-@pytest.fixture(params=list(IndexKind))
+@pytest.fixture(params=[IndexKind.EXACT, IndexKind.USEARCH])
 def index(request, model_folder, tmp_path):
     build_index(LaserRecommender.from_pretrained(model_folder), request.param, tmp_path / "index", queries=5)
     return tmp_path / "index"
