@@ -351,7 +351,7 @@ class HeadConfig(_Section):
     """Learn one number that is added to the scores of all items in the user's history (not in the paper). Those items
     are the closest by text, while the rate of repeat purchases differs from shop to shop."""
     seen_offset_start: float = -1.0
-    """Initial value of that number. -1, a cosine's range, suits shops where people rarely buy an item twice."""
+    """Initial value of that number. Negative, since most people buy something new."""
 
 
 class NeighboursConfig(_Section):
