@@ -22,6 +22,7 @@ myst_enable_extensions = ["deflist", "attrs_inline"]
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False  # those of torch are not in our form
 default_role = "code"
 smartquotes = False  # two dashes are a flag
 nitpicky = True

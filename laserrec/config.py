@@ -1,7 +1,8 @@
-"""Every setting of laserrec in one frozen tree.
+"""All settings of laserrec, in one frozen tree.
 
-A config is built from a preset, then a TOML file, then single overrides (`--train.lr 1e-3`); unknown names are
-errors. Symbols in brackets are the paper's (Zhang et al. 2024, "Laser"); a default that differs from the paper says so.
+A config is built from a preset, then a TOML file, then single overrides (`--train.lr 1e-3`); later ones win and unknown
+names are errors. Symbols in brackets are those of the paper (Zhang et al. 2024, "Laser"). "Not in the paper" marks
+options that we added.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class _Section(BaseModel):
 
 
 class Split(StrEnum):
+    """How interactions are split into training, validation and test."""
+
     LEAVE_ONE_OUT = "leave_one_out"
     TEMPORAL = "temporal"
 
@@ -31,46 +34,54 @@ class DataConfig(_Section):
     """How raw files become a data folder (`laserrec prepare`)."""
 
     min_user_interactions: int = Field(5, ge=1)
-    """k-core: users with fewer interactions are dropped (repeated until nothing changes)."""
+    """k-core filter: drop users with fewer interactions. Users and items are filtered in turn until nothing changes."""
     min_item_interactions: int = Field(5, ge=1)
-    """k-core: items with fewer interactions are dropped (repeated until nothing changes)."""
+    """k-core filter: drop items with fewer interactions. Users and items are filtered in turn until nothing changes."""
     drop_untitled: bool = True
-    """Drop items without a title, and their interactions, before the k-core. (The paper drops them too, from data that
-    are 5-core already: 4.1.1.)"""
+    """Drop items without a title, and their interactions, before the k-core filter. The paper drops them after it
+    (4.1.1)."""
     drop_duplicates: bool = True
-    """Keep one of several interactions with equal (user, item, timestamp)."""
+    """Keep one of several interactions with the same user, item and timestamp."""
     split: Split = Split.LEAVE_ONE_OUT
-    """leave_one_out: last item = test, one before = validation (paper, 4.1.3). temporal: two global points in time."""
+    """leave_one_out: each user's last item is test, the one before it validation (paper, 4.1.3). temporal: two cut-off
+    times, the same for all users."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
-    """temporal only: share of all interactions, by time, that is validation."""
+    """temporal only: share of all interactions that falls between the two cut-off times."""
     test_fraction: float = Field(0.1, gt=0, lt=1)
-    """temporal only: share of all interactions, by time, that is test."""
+    """temporal only: share of all interactions that comes after the second cut-off time."""
 
 
 class IdModelKind(StrEnum):
+    """Architecture of the ID model."""
+
     SASREC = "sasrec"
     BERT4REC = "bert4rec"
     NONE = "none"
 
 
 class IdLoss(StrEnum):
+    """Training loss of the ID model."""
+
     CROSS_ENTROPY = "cross_entropy"
     BCE = "bce"
 
 
 class ItemTable(StrEnum):
+    """Where the ID model's item embeddings come from."""
+
     IDS = "ids"
     LLM_START = "llm_start"
     TEXT = "text"
 
 
 class IdModelConfig(_Section):
-    """The ID-based sequential recommender that is pretrained, frozen and read by the M-Former."""
+    """The ID model: a sequential recommender that is trained first and then frozen. The M-Former reads its states."""
 
     kind: IdModelKind = IdModelKind.SASREC
-    """sasrec (causal, next item), bert4rec (bidirectional, cloze; the paper's), or none: Laser without an ID model."""
+    """sasrec: causal attention, predicts the next item. bert4rec: bidirectional attention, predicts masked items (used
+    by the paper). none: Laser without an ID model."""
     d_id: int = Field(128, ge=2)
-    """Width of the states C_u [d_i]; the paper's BERT4Rec has 64."""
+    """Width of the hidden states [C_u, d_i]. The paper's BERT4Rec has 64."""
     blocks: int = Field(2, ge=1)
     """Transformer blocks."""
     heads: int = Field(2, ge=1)
@@ -78,34 +89,34 @@ class IdModelConfig(_Section):
     dropout: float = Field(0.5, ge=0, lt=1)
     """Dropout on embeddings, attention output and feed-forward output."""
     max_history: int = Field(50, ge=2)
-    """Window: only the last so many items are read."""
+    """Number of most recent items that the model reads."""
     loss: IdLoss = IdLoss.CROSS_ENTROPY
     """cross_entropy: full softmax over all items. bce: one sampled negative per positive (sasrec only)."""
     items: ItemTable = ItemTable.IDS
-    """ids: a free vector per item (paper). llm_start: the same, started from the frozen LLM's item embeddings, whitened
-    and cut to d_id dimensions. text: no free vectors, a linear map of those embeddings (the text model that others call
-    UniSRec, without its pretraining on other data)."""
+    """ids: one trained vector per item, random at first (paper). llm_start: one trained vector per item that starts as
+    the item's embedding from the frozen LLM, whitened to d_id dimensions. text: no trained vectors, only a trained
+    linear map of the LLM's item embeddings (UniSRec's design, without its pretraining on other data)."""
     seen_offset: bool = False
-    """Learn one number that is added to the logits of items which stand in the history already."""
+    """Learn one number that is added to the logits of all items in the user's history."""
     shuffle: float = Field(0.0, ge=0, le=1)
-    """Share of the training sequences that are read in a random order each epoch. Where order says little this makes
-    many sequences of few."""
+    """Share of the training sequences whose order is shuffled in each epoch: data augmentation for data where the order
+    carries little information."""
     mask_probability: float = Field(0.2, gt=0, lt=1)
-    """bert4rec: share of the items that the cloze task hides."""
+    """bert4rec only: share of the items that are masked."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
     batch_size: int = Field(128, ge=1)
-    """Users per step."""
+    """Users per training step."""
     max_epochs: int = Field(200, ge=1)
-    """Upper bound; early stopping on validation NDCG@10 normally ends it before."""
+    """Upper bound on the epochs. Early stopping on validation NDCG@10 usually ends training before."""
     patience: int = Field(10, ge=1)
-    """Stop after so many evaluations without a better validation NDCG@10."""
+    """Stop after this many evaluations without a better validation NDCG@10."""
     eval_every: int = Field(1, ge=1)
-    """Epochs between two looks at validation."""
+    """Epochs between two evaluations on validation."""
     seed: int = 0
-    """Seed of initialisation, order, dropout and masking."""
+    """Random seed for initialisation, batch order, dropout and masking."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> IdModelConfig:
@@ -119,56 +130,63 @@ class IdModelConfig(_Section):
 
 
 class Precision(StrEnum):
+    """Number format of the frozen LLM's weights and outputs."""
+
     AUTO = "auto"
     BF16 = "bf16"
     FP32 = "fp32"
 
 
 class Engine(StrEnum):
+    """Implementation of the LLM's forward pass."""
+
     AUTO = "auto"
     NATIVE = "native"
     TRANSFORMERS = "transformers"
 
 
 class Quantization(StrEnum):
+    """Quantisation of the LLM's weights."""
+
     NONE = "none"
     INT8 = "int8"
     INT4 = "int4"
 
 
 class BackboneConfig(_Section):
-    """The frozen decoder LLM."""
+    """The frozen decoder LLM (the backbone)."""
 
     name: str = "smollm2-135m"
-    """`smollm2-135m` (embedded default), a Hugging Face id, or a local folder."""
+    """`smollm2-135m` (the default, installed through the package index), a Hugging Face id, or a local folder."""
     revision: str | None = None
-    """Commit or tag of a Hugging Face id."""
+    """Commit, branch or tag, where `name` is a Hugging Face id."""
     layers: int | None = Field(None, ge=1)
-    """Use only the first so many layers; None = all (paper)."""
+    """Use only this many of the first layers; none: all (paper)."""
     mean_layers: tuple[int, ...] = ()
-    """Layers behind which an item text's outputs are averaged (prompt.item_side mean, neighbours, text-aware ID
-    models), their vectors side by side; none: behind the last of `layers`. Layers that no history is read with may be
-    among them: item texts are read once."""
+    """Layers whose outputs are averaged over an item's text to make its text vector; the averages of all these layers
+    are concatenated. Used by prompt.item_side mean, neighbours and the text-based ID models. Empty: the last of
+    `layers`. Values above `layers` are allowed and cheap, since each item text is read only once."""
     precision: Precision = Precision.AUTO
-    """auto times bf16 against fp32 on this machine once and takes the faster."""
+    """auto: measure bf16 and fp32 once on this machine and use the faster."""
     engine: Engine = Engine.AUTO
-    """native: laserrec's own forward for the Llama family; transformers: any decoder; auto: native where it can."""
+    """native: laserrec's own forward pass, for the Llama family. transformers: any decoder. auto: native where it
+    supports the model."""
     compiled: bool = False
-    """native only: fuse the pointwise steps with torch.compile (needs a C++ compiler; some seconds at the first use,
-    kept on disk between runs)."""
+    """native only: fuse pointwise operations with torch.compile. Needs a C++ compiler; compiling takes some seconds at
+    first use and is cached on disk."""
     gradient_checkpointing: bool = False
-    """Keep one tensor per layer for the backward pass and compute the rest again: less memory, about a third more
-    time."""
+    """Keep one tensor per layer for the backward pass and recompute the rest: less memory, about a third more time."""
     quantization: Quantization = Quantization.NONE
-    """int8 or int4 weights (extra `quant`) on transformers' own forward, for backbones that don't fit otherwise."""
+    """int8 or int4 weights, for backbones that do not fit otherwise. Needs the extra `quant` and runs on transformers'
+    forward pass."""
     shard: bool = False
-    """Under torchrun each process holds a part of the weights (FSDP, on transformers' own forward), for backbones that
-    are too large for one; needs prompt.layout prefix_first. One process alone holds all."""
+    """Under torchrun, split the weights over the processes (FSDP), for backbones that are too large for one. Runs on
+    transformers' forward pass and needs prompt.layout prefix_first. No effect with a single process."""
 
     @model_validator(mode="before")
     @classmethod
     def _no_file_allows_code(cls, tree: Any) -> Any:
-        """Folders of version 0.1 name trust_remote_code; off, it is what they get anyway."""
+        """Accept folders of version 0.1, which have trust_remote_code among the settings, if it is off there."""
         if not isinstance(tree, dict) or "trust_remote_code" not in tree:
             return tree
         if tree["trust_remote_code"]:
@@ -195,6 +213,8 @@ class BackboneConfig(_Section):
 
 
 class Template(StrEnum):
+    """Wording of the prompt."""
+
     PAPER = "paper"
     NO_SINGLE_TOKEN = "no_single_token"
     NO_INSTRUCTION = "no_instruction"
@@ -202,38 +222,43 @@ class Template(StrEnum):
 
 
 class Layout(StrEnum):
+    """Order of prefix and text in the prompt."""
+
     PREFIX_FIRST = "prefix_first"
     TEXT_FIRST = "text_first"
     NONE = "none"
 
 
 class ItemSide(StrEnum):
+    """How items are embedded."""
+
     TRAINED = "trained"
     PLAIN = "plain"
     MEAN = "mean"
 
 
 class PromptConfig(_Section):
-    """The text of a history and where the trained tokens stand."""
+    """The prompt: how a history is written as text, and where the trained tokens go."""
 
     template: Template = Template.PAPER
-    """paper, or a variant of Table 6: no_single_token (1), no_instruction (2), item_instruction (3)."""
+    """paper: the template of the paper. no_single_token, no_instruction and item_instruction: variants 1 to 3 of
+    Table 6."""
     layout: Layout = Layout.PREFIX_FIRST
-    """prefix_first: [prefix][text][suffix] (paper, Eq. 1). text_first (not in the paper):
-    [text][prefix][suffix], where each item's text attends to itself and the instruction only, so that the frozen
-    LLM reads every item once and its keys and values are reused for all users and epochs. none (not in the paper):
-    the LLM reads items alone, no histories; needs item_side mean."""
+    """prefix_first: [prefix][text][suffix] (paper, Eq. 1). text_first (not in the paper): [text][prefix][suffix], where
+    each item's text attends only to itself and the instruction. The LLM then reads each item once, and the item's keys
+    and values are reused for all users and epochs. none (not in the paper): the LLM reads items but no histories; needs
+    item_side mean."""
     item_side: ItemSide = ItemSide.TRAINED
-    """trained: an item is read with the same prefix and suffix as a user (paper). plain (not in the paper): with no
-    prefix and a frozen [EOS] as suffix, so that users train against a target that stands still. mean (not in the
-    paper): an item is the mean of the LLM's outputs over its own text, and a user starts as the sum of the history's
-    items, newer ones heavier (neighbours.decay), to which a trained map adds the output at the suffix."""
+    """trained: an item is embedded with the same prefix and suffix as a user (paper). plain (not in the paper): with no
+    prefix and a frozen [EOS] as suffix, so that the targets do not move while users are trained. mean (not in the
+    paper): an item is the average of the LLM's outputs over its text; a user is the sum of the history's items, recent
+    items weighted more (neighbours.decay), plus a trained linear map of the output at the suffix."""
     max_items: int = Field(20, ge=1)
-    """Only the last so many items of a history are written out."""
+    """Number of most recent items that are written into the prompt."""
     max_item_tokens: int = Field(64, ge=4)
-    """Tokens per item line; a longer line is cut at its end."""
+    """Maximum tokens per item; longer texts are truncated at the end."""
     attributes: tuple[str, ...] = ("brand", "category")
-    """Item columns written in brackets after the title."""
+    """Item columns that are written in brackets after the title."""
 
     @model_validator(mode="after")
     def _shared_text_has_one_instruction(self) -> PromptConfig:
@@ -244,6 +269,8 @@ class PromptConfig(_Section):
 
 
 class Prefix(StrEnum):
+    """How the prefix is made."""
+
     MFORMER = "mformer"
     ONE_EXPERT = "one_expert"
     LEARNED = "learned"
@@ -251,34 +278,40 @@ class Prefix(StrEnum):
 
 
 class Routing(StrEnum):
+    """How the router is trained."""
+
     HARD = "hard"
     GATE_SCALED = "gate_scaled"
 
 
 class MFormerConfig(_Section):
-    """The MoE-based querying transformer that makes the prefix (paper, 3.2)."""
+    """The M-Former: a querying transformer with a mixture of query experts, which makes the prefix (paper, 3.2)."""
 
     prefix: Prefix = Prefix.MFORMER
-    """mformer; one_expert (Table 4 w/o MoE); learned (w/o M-Former: a free prefix); none (w/o prefix)."""
+    """mformer: the full model. The ablations of Table 4: one_expert (w/o MoE), learned (one trained prefix for all
+    users, w/o M-Former) and none (w/o prefix)."""
     experts: int = Field(8, ge=1)
-    """Query experts [K]."""
+    """Number of query experts [K]."""
     queries: int = Field(32, ge=1)
-    """Virtual tokens per expert = prefix length [L]."""
+    """Query vectors per expert, which is also the length of the prefix in tokens [L]."""
     blocks: int = Field(12, ge=1)
-    """Transformer blocks [Z]; every other one (first, third ...) cross-attends to the ID states."""
+    """Transformer blocks [Z]. Every second one, from the first on, cross-attends to the ID model's states."""
     d_model: int = Field(768, ge=2)
-    """Width of the virtual tokens [d_m]."""
+    """Width of the query vectors [d_m]."""
     heads: int = Field(12, ge=1)
     """Attention heads."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout inside the blocks."""
+    """Dropout inside the transformer blocks."""
     routing: Routing = Routing.HARD
-    """hard: argmax only, the router learns from the balance loss alone (paper). gate_scaled: the chosen expert's
-    tokens are multiplied by gate / stop_gradient(gate), which gives the router the task's gradient."""
+    """hard: the best expert is taken and the router is trained by the balance loss alone (paper). gate_scaled: the
+    chosen expert's tokens are multiplied by gate / stop_gradient(gate), so that the recommendation loss trains the
+    router too."""
     zero_init: bool = False
-    """Start the projection's weight at zero, so that the prefix starts as a constant (not in the paper)."""
+    """Initialise the output projection's weight with zeros, so that at first all users have the same prefix (not in the
+    paper)."""
     state_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of training examples whose ID states are hidden, which prepares for items the ID model never saw."""
+    """Share of the training examples whose ID states are hidden, as they are for items that the ID model does not
+    know."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> MFormerConfig:
@@ -288,146 +321,158 @@ class MFormerConfig(_Section):
 
 
 class Pooling(StrEnum):
+    """Which LLM outputs make the embedding."""
+
     SUFFIX = "suffix"
     MEAN = "mean"
     EOS = "eos"
 
 
 class HeadConfig(_Section):
-    """From the LLM's outputs to an embedding."""
+    """The head: from the LLM's outputs to an embedding."""
 
     pooling: Pooling = Pooling.SUFFIX
-    """suffix: output at the trained last token (paper); mean: over text outputs; eos: a frozen [EOS] (Table 5)."""
+    """suffix: the output at the trained last token (paper). mean: the average over the text's outputs. eos: the output
+    at a frozen [EOS] token. The last two are the variants of Table 5."""
     suffix_from_eos: bool = False
-    """Start the suffix as the LLM's [EOS] embedding instead of at random (not in the paper)."""
+    """Initialise the suffix with the LLM's [EOS] embedding instead of at random (not in the paper)."""
     whiten_dims: int = Field(0, ge=0)
-    """0: the LLM's output as it is (paper). n: centre and whiten to n dimensions with the covariance of the
-    untrained items' outputs, computed once before training and frozen."""
+    """0: use the LLM's output as it is (paper). n: centre it and whiten it to n dimensions (PCA whitening, not in the
+    paper). Mean and covariance are computed once over all items, before training."""
     projection: bool = False
-    """A trained linear map behind the (whitened) output, started as the identity (not in the paper)."""
+    """Add a trained linear map after the whitening, initialised as the identity (not in the paper)."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the projection's input."""
+    """Dropout before the projection."""
     id_share: float = Field(0.0, ge=0, lt=1)
-    """0: the LLM's output alone (paper). Else the frozen ID model's user state / item embedding stands beside it and
-    the score is (1 - id_share) x LLM cosine + id_share x ID cosine. The training loss sees the LLM's part alone: the
-    ID model has seen the training targets, so a mix weighed on them would trust it too much."""
+    """Weight of the ID model's own cosine in the score: (1 - id_share) x LLM cosine + id_share x ID cosine. 0: the LLM
+    cosine alone (paper). The training loss uses the LLM cosine alone, because the ID model has already been trained on
+    the same targets and the mixture would rely on it too much."""
     seen_offset: bool = False
-    """Learn one number that is added to the scores of items which stand in the user's history already (not in the
-    paper). They are the nearest by text, and how often people buy again differs between shops."""
+    """Learn one number that is added to the scores of all items in the user's history (not in the paper). Those items
+    are the closest by text, while the rate of repeat purchases differs from shop to shop."""
     seen_offset_start: float = -1.0
-    """Where that number starts: a cosine less, since most people buy something new."""
+    """Initial value of that number. Negative, since most people buy something new."""
 
 
 class NeighboursConfig(_Section):
-    """Item-to-item regression on training sequences and texts that stands beside the embeddings (not in the paper;
-    laserrec.methods.neighbours). An item that the history's items pull scores higher than its cosine."""
+    """Closed-form item-to-item regression (EASE) on training sequences and item texts (not in the paper). Each pair of
+    items gets a neighbour weight; items with high weights to the history's items get a score boost on top of their
+    cosine. Method and sources: laserrec.methods.neighbours."""
 
     count: int = Field(0, ge=0)
-    """Neighbours that are kept per item; 0: none, scores are cosines (paper)."""
+    """Number of neighbours kept per item. 0: no neighbours, the score is the cosine (paper)."""
     l2: float = Field(200.0, gt=0)
-    """Ridge penalty on the regression's weights."""
+    """L2 (ridge) penalty of the regression."""
     text_weight: float = Field(4.0, ge=0)
-    """Weight of the items' text vectors beside the sequences; 0: IDs alone."""
+    """Weight of the item texts relative to the training sequences in the regression. 0: sequences alone."""
     length_power: float = Field(0.5, ge=0)
-    """A sequence of n items weighs n ** -length_power: long ones don't outweigh the many short ones."""
+    """Sequences of n distinct items are weighted by n ** -length_power, so that long ones do not dominate. 0: all
+    sequences weigh the same."""
     row_power: float = Field(0.0, ge=0, le=1)
-    """An item's weights are divided by (their positive ones' sum / the items' mean) ** row_power: with 1 all items say
-    as much."""
+    """Normalisation of the neighbour weights per history item: they are divided by their sum ** row_power, with the
+    sum relative to the mean over items. 0: none. 1: every history item gives the same total boost."""
     decay: float = Field(0.8, gt=0, le=1)
-    """What an item of a history weighs beside the next newer one."""
+    """Decay per step back in time: the weight of a history item relative to the next newer one. 1: no decay."""
     share: float = Field(0.7, gt=0)
-    """What the softmax over cosines weighs beside the neighbours."""
+    """Weight of the cosines relative to the neighbours. Higher values make the score boost smaller."""
     temperature: float = Field(0.1, gt=0)
-    """Of that softmax [tau of the join]; the loss has its own."""
+    """Softmax temperature at which cosines and neighbour weights are combined. The training loss has its own,
+    train.temperature."""
 
 
 class Cuts(StrEnum):
+    """Which positions of a training sequence are targets."""
+
     ALL = "all"
     RANDOM = "random"
 
 
 class TrainConfig(_Section):
-    """Fitting Laser's trainable parts in two stages (paper, 3.3)."""
+    """Training of Laser in two stages (paper, 3.3)."""
 
     lr: float = Field(1e-4, gt=0)
-    """Peak learning rate of Adam."""
+    """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay of the linear maps' weights; 0 is Adam (paper)."""
+    """AdamW's decoupled weight decay, applied to the weights of linear layers only. 0: Adam (paper)."""
     warmup_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of stage 1's steps in which the rate rises linearly from zero."""
+    """Share of stage 1's steps during which the learning rate rises linearly from zero."""
     cosine_decay: bool = False
-    """Let the rate fall to zero along a cosine within each stage (not in the paper)."""
+    """Let the learning rate fall to zero along a cosine within each stage (not in the paper)."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are clipped to this norm."""
+    """Clip gradients to this norm."""
     batch_size: int = Field(4, ge=1)
-    """Examples per step."""
+    """Examples per training step."""
     stage_one_epochs: int = Field(15, ge=0)
-    """Epochs with items re-encoded at the start of each; the best epoch on validation is kept. 0: no stage 1."""
+    """Epochs of stage 1, which recomputes the item embeddings in every epoch. The best epoch on validation is kept. 0:
+    no stage 1."""
     stage_two_epochs: int = Field(5, ge=0)
-    """Epochs against the best epoch's fixed item embeddings. 0: no stage 2."""
+    """Epochs of stage 2, which continues from the best epoch with its item embeddings fixed. 0: no stage 2."""
     tokens_per_pass: int = Field(2048, ge=1)
-    """prefix_first: a step's batch goes through the LLM in passes of about so many tokens, whose gradients add up to
-    the whole batch's; bounds the memory of a step."""
+    """prefix_first only: split each batch into passes of about this many tokens through the LLM and add up their
+    gradients. Limits memory and does not change the result."""
     cuts: Cuts = Cuts.ALL
-    """all: every position of a training sequence is a target each epoch (paper); random: one per user and epoch."""
+    """all: every position of a training sequence is a target in every epoch (paper). random: one random position per
+    user and epoch."""
     item_gradient: bool = False
-    """Stage 1: items pass the head anew at every step, with gradient to it; their LLM outputs stay the epoch's (not
-    in the paper, where an epoch's item embeddings are fixed)."""
+    """Stage 1 only: recompute the item embeddings from their LLM outputs at every step, so that the head gets gradients
+    from the items too (not in the paper, where item embeddings are fixed within an epoch)."""
     history_negatives: bool = True
-    """True: the softmax runs over all items (paper). False: the history's own items are no negatives. They are the
-    nearest by text and almost never the target, so that pushing them away costs the text match (not in the paper;
-    without effect where head.seen_offset does the pushing)."""
+    """true: all items are negatives in the softmax (paper). false: the history's own items are left out, because they
+    are the closest by text but almost never the target, and pushing them away would damage the text match (not in the
+    paper). No effect with head.seen_offset, which lowers the scores of those items instead."""
     temperature: float = Field(0.05, gt=0)
     """Softmax temperature [tau]."""
     learn_temperature: bool = False
-    """Train the temperature beside the rest, from `temperature` on (not in the paper)."""
+    """Train the temperature too, starting from `temperature` (not in the paper)."""
     balance_weight: float = Field(0.01, ge=0)
     """Weight of the load-balancing loss [lambda]."""
     validation_users: int | None = Field(None, ge=1)
-    """Choose the epoch on so many randomly drawn validation users; None = all."""
+    """Choose the best epoch on this many validation users, drawn at random; none: all."""
     checkpoint_minutes: float = Field(5.0, gt=0)
-    """Minutes between two resumable checkpoints."""
+    """Minutes between two checkpoints from which an interrupted training resumes."""
     seed: int = 0
-    """Seed of initialisation, order, cuts and dropout."""
+    """Random seed for initialisation, batch order, cuts and dropout."""
 
 
 class EvalConfig(_Section):
-    """The one evaluator."""
+    """Evaluation by full ranking, the same for every method."""
 
     k: int = Field(10, ge=1)
     """Cut-off of Recall@k and NDCG@k."""
     batch_size: int = Field(64, ge=1)
-    """Users encoded and ranked at once."""
+    """Users that are encoded and ranked together."""
     validates: bool = True
-    """Choose the epoch on validation. False: train all epochs and keep the last, for data too small to validate on."""
+    """Choose the best epoch on validation. false: train all epochs and keep the last, for data too small to validate
+    on."""
 
 
 class StudentConfig(_Section):
-    """Distilling a fitted model (laserrec.recommender.distil). Not in the paper, and no part of `Config`: a student is
-    made of a model that is fitted already."""
+    """Distilling a fitted model into a small network that needs no LLM for users (not in the paper). A setting of
+    `laserrec distil`, not part of `Config`."""
 
     hidden: int = Field(512, ge=1)
     """Width of the hidden layer."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """On its input and its output."""
+    """Dropout on the network's input and output."""
     views: int = Field(3, ge=0)
-    """Histories that are drawn of each training sequence, beside the whole one: beginnings and parts, in turn."""
+    """Additional histories made from each training sequence: alternately its beginning, up to a random item, and a
+    random subset of its items in order."""
     histories: int = Field(50_000, ge=1)
-    """At most so many are read by the LLM; of more a random part is drawn."""
+    """Maximum number of histories that the teacher reads; if there are more, a random sample is drawn."""
     epochs: int = Field(3, ge=1)
-    """Passes over them."""
+    """Epochs over those histories."""
     lr: float = Field(1e-3, gt=0)
-    """Peak learning rate of AdamW; it rises over 50 steps and falls to zero along a cosine."""
+    """Peak learning rate of AdamW, with 50 warm-up steps and cosine decay to zero."""
     weight_decay: float = Field(0.1, ge=0)
     """AdamW's decoupled weight decay."""
     batch_size: int = Field(128, ge=1)
-    """Histories per step."""
+    """Histories per training step."""
     seed: int = 0
-    """Seed of histories, initialisation, order and dropout."""
+    """Random seed for the choice of histories, initialisation, batch order and dropout."""
 
 
 class Config(_Section):
-    """The whole tree."""
+    """All settings, one section per part."""
 
     data: DataConfig = DataConfig()
     id_model: IdModelConfig = IdModelConfig()
@@ -439,7 +484,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     student: StudentConfig | None = None
-    """Of a distilled model alone; set by `laserrec distil`."""
+    """Settings of the student; only in distilled models, set by `laserrec distil`."""
 
     @model_validator(mode="after")
     def _layout_fits(self) -> Config:
@@ -479,7 +524,10 @@ def load_config(preset: str = "small", file: Path | None = None, overrides: dict
 
 
 def valid(kind: type[_S], tree: dict[str, Any], source: str) -> _S:
-    """Settings from a nested dict. Raises UserError with each setting's dotted name, what is wrong and the source."""
+    """Build settings from a nested dict.
+
+    Raises UserError that names `source`, each wrong setting (`train.lr`) and what is wrong with it.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -488,7 +536,7 @@ def valid(kind: type[_S], tree: dict[str, Any], source: str) -> _S:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, nested tables merged; neither is changed."""
+    """Merge two nested dicts into a new one; values of `over` win."""
     out = dict(base)
     for key, value in over.items():
         inner = out.get(key)

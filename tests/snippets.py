@@ -21,9 +21,12 @@ from cyclopts import App
 
 from laserrec.bench.serve import running
 from laserrec.cli import main as cli
+from laserrec.config import Config
 
 ROOT = Path(__file__).parents[1]
 RUN, SHOWN = ("python", "console"), ("text", "toml", "json")
+SECTIONS = {name: info.annotation for name, info in Config.model_fields.items() if isinstance(info.annotation, type)}
+"""The sections of the settings; `student` is optional and no section."""
 _FENCE = re.compile(r"(?:<!-- shown only: (?P<why>[^\n]+) -->\n+)?^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$",
                     re.MULTILINE | re.DOTALL)
 

@@ -1,22 +1,35 @@
-"""laserrec's docstrings are plain text with `code`; this makes them reStructuredText, so that nothing else in them
-(`*`, `|`, a name with _ at its end) is taken for markup."""
+"""Converts laserrec's docstrings, which are plain text with `code`, to reStructuredText.
+
+Characters that would be markup there (`*`, `|`, a trailing underscore) are escaped. Indented lines, such as a folder's
+list of files, become a literal block.
+"""
 
 from __future__ import annotations
 
 import re
+from itertools import groupby
 from typing import Any
 
 from sphinx.application import Sphinx
 
 
 def escape(line: str) -> str:
-    """`code` becomes a literal, the rest plain text."""
-    parts = re.split(r"(`[^`]+`)", line)
-    return "".join(f"`{p}`" if p.startswith("`") else re.sub(r"([\\*|`_])", r"\\\1", p) for p in parts)
+    """Keep `code` as a literal and escape the rest."""
+    parts = re.split(r"(`[^`\s](?:[^`]*[^`\s])?`)", line)
+    return "".join(p if i % 2 else re.sub(r"([\\*|`_])", r"\\\1", p) for i, p in enumerate(parts))
+
+
+def convert(lines: list[str]) -> list[str]:
+    """The lines of a docstring as reStructuredText."""
+    out: list[str] = []
+    for indented, group in groupby(lines, key=lambda line: line.startswith(" ")):
+        same = list(group)
+        out += ["", "::", "", *(f"    {line}" for line in same), ""] if indented else map(escape, same)
+    return out
 
 
 def _process(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = [escape(line) for line in lines]
+    lines[:] = convert(lines)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

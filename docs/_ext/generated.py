@@ -1,6 +1,6 @@
-"""What is made from the code and from benchmarks/results: commands, settings, modules, tables.
+"""Parts of pages that are generated from the code and from benchmarks/results: commands, settings, modules, tables.
 
-A page has a mark for each.
+A page marks the place of each: `<!-- generated: NAME ARGUMENT -->`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 
-from laserrec.cli import app as command_line
+from laserrec.cli.main import app as command_line
 from laserrec.config import Config
 from laserrec.presets import PRESETS
 
 _DOCS = Path(__file__).parents[1]
+_PACKAGE = _DOCS.parent / "laserrec"
 _RESULTS = _DOCS.parent / "benchmarks" / "results"
+_SECTIONS = {name: info.annotation for name, info in Config.model_fields.items() if isinstance(info.annotation, type)}
+"""The sections of the settings; `student`, which is optional, is set by `laserrec distil` alone."""
 
 # -- the command line ---------------------------------------------------------------------------------------------
 
@@ -34,22 +37,21 @@ _SETTINGS_ARE_FLAGS = ("* Every setting of the [configuration](configuration.md)
 
 
 def commands() -> str:
-    """Markdown of all commands, as cyclopts writes it. The settings, which many commands take as flags, are left to
-    their own page."""
+    """Markdown of all commands, as cyclopts writes it, without the settings, which have their own page."""
     text = command_line.generate_docs(output_format="markdown")
     text = re.sub(r"^(laserrec\b[^\[\n]*?) -m \S+", r"\1", text, flags=re.MULTILINE)  # `python -m sphinx` gets in
     return _with_examples(_without_settings(text[text.index("**Commands**") :]))
 
 
 def _without_settings(text: str) -> str:
-    """A parameter is a bullet; its further lines are indented."""
-    settings = "|".join(name.replace("_", "-") for name in Config.model_fields)
+    """Replace the bullets of all settings by one line. A parameter is a bullet with indented lines below it."""
+    settings = "|".join(name.replace("_", "-") for name in _SECTIONS)
     bullet = rf"^\* `--(?:{settings})\..*\n(?:    .*\n)*"
     return re.sub(rf"(?:{bullet})+", _SETTINGS_ARE_FLAGS + "\n", text, flags=re.MULTILINE)
 
 
 def _with_examples(text: str) -> str:
-    """'Example: COMMAND' and 'Examples:' with indented lines become console blocks."""
+    """Turn 'Example: COMMAND' and 'Examples:' with indented lines into console blocks."""
 
     def block(match: re.Match) -> str:
         lines = [line.strip() for line in match[1].splitlines() if line.strip()]
@@ -62,8 +64,8 @@ def _with_examples(text: str) -> str:
 
 
 def settings() -> str:
-    """Markdown of every setting: per section a table of the presets' values and what each setting means."""
-    return "\n".join(_section(name, info.annotation) for name, info in Config.model_fields.items())
+    """Markdown of all settings: per section a table of the presets' values and a description of each setting."""
+    return "\n".join(_section(name, section) for name, section in _SECTIONS.items())
 
 
 def _section(name: str, section: type[BaseModel]) -> str:
@@ -82,7 +84,7 @@ def _section(name: str, section: type[BaseModel]) -> str:
 
 
 def _preset_columns() -> list[list[str]]:
-    """Presets of equal values share a column."""
+    """Columns of the table: presets with equal values share one."""
     columns: list[list[str]] = []
     for name, tree in PRESETS.items():
         same = next((names for names in columns if PRESETS[names[0]] == tree), None)
@@ -95,7 +97,7 @@ def _anchor(full: str) -> str:
 
 
 def _text(text: str | None) -> str:
-    """One line, with nothing that Markdown would take for markup but `code`."""
+    """Join to one line and escape Markdown, except `code`."""
     if not text:
         raise ValueError("a setting or section has no description")
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
@@ -142,25 +144,43 @@ def _flag(full: str, info: FieldInfo) -> str:
 
 
 def sections() -> str:
-    """The config's classes for the Python reference; their fields are described by `settings`."""
+    """The config classes for the Python reference. Their fields are described by `settings`."""
     lines = ["```{eval-rst}", ".. py:class:: laserrec.config.Config", "", f"   {Config.__doc__} Frozen.", ""]
-    for name, info in Config.model_fields.items():
-        kind = info.annotation.__name__
-        lines += [f"   .. py:attribute:: {name}", f"      :type: {kind}", ""]
-    for name, info in Config.model_fields.items():
-        lines += [f".. py:class:: laserrec.config.{info.annotation.__name__}", "",
-                  f"   {escape(' '.join(info.annotation.__doc__.split()))} Fields: :ref:`section-{name}`.", ""]
+    for name, section in _SECTIONS.items():
+        lines += [f"   .. py:attribute:: {name}", f"      :type: {section.__name__}", ""]
+    for name, section in _SECTIONS.items():
+        lines += [f".. py:class:: laserrec.config.{section.__name__}", "",
+                  f"   {escape(' '.join(section.__doc__.split()))} Fields: :ref:`section-{name}`.", ""]
     return "\n".join([*lines, "```"])
+
+
+# -- the Python reference -------------------------------------------------------------------------------------------
+
+
+def api(room: str) -> str:
+    """Every public class and function of a room, module by module, for autodoc."""
+    folder = _PACKAGE.joinpath(*room.split("."))
+    return "\n".join(_members(file) for file in sorted(folder.rglob("[!_]*.py")))
+
+
+def _members(file: Path) -> str:
+    module = ".".join(file.relative_to(_PACKAGE.parent).with_suffix("").parts)
+    lines = [f"## {module.removeprefix('laserrec.')}", "", "```{eval-rst}", f".. automodule:: {module}", ""]
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            kind, options = ("class", "   :members:") if isinstance(node, ast.ClassDef) else ("function", "")
+            lines += [f".. auto{kind}:: {module}.{node.name}", options, ""]
+    return "\n".join([*lines, "```", ""])
 
 
 # -- the pages in order ---------------------------------------------------------------------------------------------
 
-_GUIDES = ("concepts", "data", "troubleshooting", "python", "watching", "serving", "sharing", "scaling", "reproducing",
-           "method", "code")
+_GUIDES = ("concepts", "data", "troubleshooting", "python", "watching", "serving", "security", "sharing", "scaling",
+           "reproducing", "method", "code")
 
 
 def guides() -> str:
-    """A table of contents of the pages that are there: those named above in their order, then all others."""
+    """A table of contents: the pages of _GUIDES in that order, then all others."""
     there = {file.stem for file in _DOCS.glob("*.md")} - {"index"}
     pages = [page for page in _GUIDES if page in there] + sorted(there - {*_GUIDES})
     return "\n".join(["```{toctree}", ":caption: Guide", ":maxdepth: 1", "", *pages, "```"])
@@ -169,18 +189,31 @@ def guides() -> str:
 # -- the code -------------------------------------------------------------------------------------------------------
 
 
+_ROOMS = ("cli", "experiments", "bench", "server", "batch", "report", "recommender", "retrieval", "training", "methods",
+          "methods.laser", "evaluation", "llm", "data", "util")
+
+
 def modules() -> str:
-    """A table per package: each module and what its docstring begins with."""
-    root = _DOCS.parent / "laserrec"
-    parts = []
-    for folder in [root, *sorted({file.parent for file in root.glob("*/*.py")})]:
-        rows = [["module", "what"], ["---", "---"]]
-        for file in sorted(folder.glob("[!_]*.py")):
-            lines = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).split("\n\n")[0]
-            rows.append([f"`{file.stem}`", _text(lines)])
-        name = ".".join(folder.relative_to(root.parent).parts)
-        parts.append(f"## {name}\n\n{_table(rows)}")
-    return "\n".join(parts)
+    """A section per room, from the highest to the lowest: its docstring and a table of its modules."""
+    there = {".".join(file.parent.relative_to(_PACKAGE).parts) for file in _PACKAGE.glob("*/**/__init__.py")}
+    rooms = [room for room in _ROOMS if room in there] + sorted(there - {*_ROOMS})
+    return "\n".join([*map(_room, rooms), "## laserrec itself\n\n" + _module_table(_PACKAGE)])
+
+
+def _room(name: str) -> str:
+    folder = _PACKAGE.joinpath(*name.split("."))
+    return f"## {name}\n\n{_summary(folder / '__init__.py')}\n\n{_module_table(folder)}"
+
+
+def _module_table(folder: Path) -> str:
+    files = sorted(folder.glob("[!_]*.py"))
+    return _table([["module", "what"], ["---", "---"], *([f"`{file.stem}`", _summary(file)] for file in files)])
+
+
+def _summary(file: Path) -> str:
+    """First paragraph of a module's docstring."""
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return _text(docstring.split("\n\n")[0]) if docstring else ""
 
 
 # -- measured figures ---------------------------------------------------------------------------------------------
@@ -232,19 +265,19 @@ def _table(rows: list[list[str]]) -> str:
 
 # -- into the pages -----------------------------------------------------------------------------------------------
 
-PARTS: dict[str, Callable[[], str]] = {"commands": commands, "settings": settings,
+PARTS: dict[str, Callable[..., str]] = {"api": api, "commands": commands, "settings": settings,
                                        "sections": sections, "guides": guides, "modules": modules,
                                        "quality": quality, "cold-start": cold_start}
-"""NAME -> what replaces a page's line `<!-- generated: NAME -->`."""
-_MARK = re.compile(r"^<!-- generated: (.+) -->$", re.MULTILINE)
+"""The function that generates each NAME."""
+_MARK = re.compile(r"^<!-- generated: (\S+)(.*) -->$", re.MULTILINE)
 
 
 def _fill(app: Sphinx, page: str, content: list[str]) -> None:
-    content[0] = _MARK.sub(lambda mark: PARTS[mark[1]](), content[0])
+    content[0] = _MARK.sub(lambda mark: PARTS[mark[1]](*mark[2].split()), content[0])
 
 
 def _generated(app: Sphinx, env: Any, added: set, changed: set, removed: set) -> list[str]:
-    """These pages are read anew at every build: their source doesn't tell when the code changed."""
+    """Pages with generated parts are rebuilt every time, since changes of the code do not show in their source."""
     return [page for page in env.found_docs if _MARK.search(Path(env.doc2path(page)).read_text(encoding="utf-8"))]
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     LASERREC_LOG=debug a traceback above it); Ctrl-C tells how to go on and exits with 130. Of several processes
     (torchrun) one alone speaks."""
     with warnings.catch_warnings():
-        warnings.showwarning = _print_warning
+        warnings.showwarning = _print_warning  # ty: ignore[invalid-assignment]
         try:
             _read_environment()
             app(sys.argv[1:], exit_on_error=False)

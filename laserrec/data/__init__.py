@@ -1,0 +1,1 @@
+"""Raw files to a data folder: readers, cleaning, splits, histories and their text."""

@@ -1,0 +1,1 @@
+"""One evaluator for every method: full ranking and its metrics."""

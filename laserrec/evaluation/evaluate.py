@@ -1,7 +1,7 @@
-"""One evaluator for every model and baseline: the target's rank among all items.
+"""One evaluator for all methods: the target's rank among all items.
 
-Nothing is filtered by default. Beside it stands `exclude_seen`, where the history's items are not ranked and a target
-that is a repeat purchase counts as lost (rank = number of items).
+Nothing is filtered by default. The variant `exclude_seen` leaves the history's items out of the ranking; a target that
+is a repeat purchase then gets the last rank (the number of items).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from laserrec.util.memory import rows_at_once
 
 @runtime_checkable
 class Scorer(Protocol):
-    """All that the evaluator asks of a model."""
+    """What the evaluator needs of a model."""
 
     def score(self, histories: Histories) -> Float[Tensor, "users items"]:
         """One column per item row; higher is better. Called without gradient."""
@@ -36,7 +36,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The target's rank in each case, 1 = best."""
+    """The target's rank in each test case, 1 = best."""
 
     plain: Float[np.ndarray, "cases"]
     """Among all items."""
@@ -47,8 +47,10 @@ class Ranks:
 @torch.no_grad()
 def rank_cases(model: Scorer, cases: Cases, batch_size: int, n_items: int,
                progress: Callable[[int], None] | None = None) -> Ranks:
-    """Rank every case's target; at most batch_size x n_items scores are held at once, fewer where items are many.
-    Raises ValueError for scores of another shape or a NaN among them."""
+    """Rank every case's target among all items. Batches are smaller where the scores would take too much memory.
+
+    progress: called with the number of cases done after each batch. Raises ValueError for a wrong shape or NaN.
+    """
     batch_size = rows_at_once(n_items, batch_size)
     plain, filtered = [torch.zeros(0, dtype=torch.double)], [torch.zeros(0, dtype=torch.double)]
     order = cases.histories.lengths.argsort(stable=True)  # histories of like length go through a model together
@@ -69,7 +71,7 @@ def rank_cases(model: Scorer, cases: Cases, batch_size: int, n_items: int,
 
 @dataclass(frozen=True)
 class Result:
-    """One model on one split."""
+    """Metrics and ranks of one model on one split."""
 
     model: str
     split: str
@@ -79,7 +81,7 @@ class Result:
     seconds: float
 
     def row(self) -> dict[str, object]:
-        """{model, split, recall@k, ndcg@k, mrr, users, seconds, exclude_seen: {...}}."""
+        """As a flat dict for tables: model, split, recall@k, ndcg@k, mrr, users, seconds, exclude_seen."""
         hidden = self.exclude_seen.as_dict()
         hidden.pop("users")
         return {"model": self.model, "split": self.split, **self.plain.as_dict(),
@@ -88,8 +90,11 @@ class Result:
 
 def evaluate(name: str, model: Scorer, dataset: Dataset, split: str, k: int = 10, batch_size: int = 64,
              progress: Callable[[int], None] | None = None) -> Result:
-    """Full ranking of one split, `batch_size` users at once (setting `eval.batch_size`). `seconds` is the time this
-    took. Raises UserError for a split without cases."""
+    """Evaluate one model on one split, "validation" or "test", by full ranking.
+
+    batch_size: users scored together (`eval.batch_size`). `seconds` in the result is the time of the whole evaluation.
+    Raises UserError for a split without cases.
+    """
     start = time.monotonic()
     ranks = rank_cases(model, dataset.cases(split), batch_size, dataset.n_items, progress)
     return Result(name, split, Metrics.from_ranks(ranks.plain, k), Metrics.from_ranks(ranks.exclude_seen, k), ranks,
@@ -97,7 +102,7 @@ def evaluate(name: str, model: Scorer, dataset: Dataset, split: str, k: int = 10
 
 
 def save_ranks(path: Path, dataset: Dataset, split: str, ranks: Ranks) -> None:
-    """Per-case ranks with the caller's user ids, for significance tests."""
+    """Write each case's ranks with the user's own id as Parquet, for significance tests."""
     users = dataset.users["user_id"].gather(dataset.cases(split).users.tolist())
     frame = pl.DataFrame({"user_id": users, "rank": ranks.plain, "rank_exclude_seen": ranks.exclude_seen})
     write_parquet(path, frame)

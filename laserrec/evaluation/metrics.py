@@ -1,7 +1,7 @@
-"""The target's rank and the metrics of one rank (paper, 4.1.3).
+"""Ranks of the target items and the metrics made from them (paper, 4.1.3).
 
-Tie rule: the target's rank is the mean of the places that it and its equals would take, 1 + better + (equals - 1) / 2,
-`equals` counting the target itself. A model that scores everything alike thus gets the middle rank, not the first.
+Tied items share the mean of their ranks: rank = 1 + better + (equal - 1) / 2, where `equal` counts the target itself. A
+model that gives all items the same score thus gets the middle rank, not the first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from laserrec.util.errors import UserError
 def mean_ranks(
     scores: Float[Tensor, "batch items"], targets: Int[Tensor, "batch"]
 ) -> Float[Tensor, "batch"]:
-    """Rank of column `targets[i]` in row i, 1 = best, under the tie rule above; float64.
+    """Rank of column `targets[i]` in row i, 1 = best, ties at their mean rank. Float64.
 
     Raises ValueError for a NaN score.
     """
@@ -38,8 +38,10 @@ def ranks_without(
     targets: Int[Tensor, "batch"],
     excluded: Pairs,
 ) -> Float[Tensor, "batch"]:
-    """`mean_ranks` had the excluded (row, column) pairs not been ranked. An excluded target can never be recommended:
-    its rank is the last, `items`."""
+    """`mean_ranks` with the excluded (row, column) pairs left out of the ranking.
+
+    An excluded target can never be recommended and gets the last rank, `items`. `ranks` are those of `mean_ranks`.
+    """
     own, others = scores.gather(1, targets[:, None])[excluded.users, 0], scores[excluded.users, excluded.items]
     ahead = (others > own).double() + (others == own).double() / 2
     out = ranks.index_add(0, excluded.users, -ahead)
@@ -50,19 +52,19 @@ def ranks_without(
 
 @dataclass(frozen=True)
 class Metrics:
-    """Means over users. MRR is over the full ranking, uncut."""
+    """Recall@k, NDCG@k and MRR, averaged over users. MRR uses the full ranking, without a cut-off."""
 
     k: int
     recall: float
-    """Share of targets with rank <= k."""
+    """Recall@k: share of the targets with rank <= k."""
     ndcg: float
-    """Mean of 1 / log2(1 + rank) where rank <= k, else 0 (one relevant item, so the ideal DCG is 1)."""
+    """NDCG@k: mean of 1 / log2(1 + rank) where rank <= k, else 0. With one relevant item the ideal DCG is 1."""
     mrr: float
     users: int
 
     @staticmethod
     def from_ranks(ranks: np.ndarray, k: int = 10) -> Metrics:
-        """Raises UserError for no ranks at all."""
+        """Compute the metrics of ranks (1 = best). Raises UserError if there are none."""
         if len(ranks) == 0:
             raise UserError("there is no case to evaluate: no user of this split has an item before the target")
         hit = ranks <= k
@@ -70,5 +72,5 @@ class Metrics:
         return Metrics(k, float(hit.mean()), float(gain.mean()), float((1 / ranks).mean()), len(ranks))
 
     def as_dict(self) -> dict[str, float | int]:
-        """`recall@k`, `ndcg@k`, `mrr`, `users`."""
+        """As {recall@k, ndcg@k, mrr, users}."""
         return {f"recall@{self.k}": self.recall, f"ndcg@{self.k}": self.ndcg, "mrr": self.mrr, "users": self.users}

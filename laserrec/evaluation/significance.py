@@ -1,4 +1,4 @@
-"""Is one model better than another on the same users? Paired differences and their bootstrap interval."""
+"""Paired comparison of two models on the same users: differences and their bootstrap interval."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def user_ndcg(ranks: Float[np.ndarray, "cases"], k: int = 10) -> Float[np.ndarra
 
 
 def read_ranks(file: Path) -> Float[np.ndarray, "cases"]:
-    """The unfiltered ranks of a file that `evaluate.save_ranks` wrote."""
+    """Read the unfiltered ranks from a file of `evaluate.save_ranks`."""
     return pl.read_parquet(file)["rank"].to_numpy()
 
 
 def bootstrap_interval(difference: Float[np.ndarray, "cases"], draws: int = 2000) -> tuple[float, float]:
-    """95% interval of the mean, by resampling cases (Efron & Tibshirani 1993); the same for the same input."""
+    """95% bootstrap interval of the mean difference, by resampling cases (Efron & Tibshirani 1993). Deterministic."""
     rng = np.random.default_rng(0)
     means = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(draws)]
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))

@@ -1,0 +1,1 @@
+"""Tables and figures that train several models and compare them."""

@@ -1,0 +1,1 @@
+"""Nearest-neighbour indexes of item embeddings: exact, usearch and Qdrant."""

@@ -1,4 +1,4 @@
-"""Tensors and plain facts in one safetensors file, written whole or not at all. No pickle."""
+"""Tensors and JSON metadata ("facts") in one safetensors file, written whole or not at all. No pickle."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _FACTS = "laserrec"
 
 
 def save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
-    """Whole, flushed to the disk and readable as the umask says, or not at all: an interrupted save leaves the previous
-    file. Raises UserError where the disk refuses."""
+    """Write one file atomically, flushed to disk, with the permissions of the umask. An interrupted save leaves the
+    previous file as it was. Raises UserError if the disk is full or cannot be written."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with new_file(path) as temporary:
         try:
@@ -29,7 +29,7 @@ def save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = 
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts; UserError if the file is missing or broken."""
+    """Read tensors and facts. Raises UserError if the file is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
@@ -43,13 +43,13 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as flat names `index.key`."""
+    """The optimiser's state as tensors named `PARAMETER_INDEX.KEY`."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{key}": torch.as_tensor(value) for i, entry in state.items() for key, value in entry.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; hyperparameters stay those of `optimizer`."""
+    """Inverse of `optimizer_tensors`. Hyperparameters stay as they are in `optimizer`."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
@@ -58,5 +58,5 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors named `prefix.*`, without the prefix."""
+    """Select the tensors named `prefix.*` and remove the prefix from their names."""
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{prefix}.")}

@@ -1,4 +1,4 @@
-"""Which device a run computes on. It is chosen once, at the door, and handed down."""
+"""The device that a run computes on. It is chosen once, at the start, and passed down."""
 
 from __future__ import annotations
 

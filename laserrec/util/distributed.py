@@ -1,8 +1,8 @@
-"""Several processes that train as one, started by torchrun or Accelerate; else a world of one process.
+"""Data-parallel training in several processes, started by torchrun or Accelerate.
 
-Every process holds all that is trained, takes its share of the work, and what it finds is summed or gathered, so that
-all go the same way. Tensors of the CPU travel by gloo; where each process has a GPU to itself, that GPU's travel by
-NCCL. In a world of one nothing here does anything.
+Every process has a full copy of the trained weights and does its share of the work. Gradients are summed and results
+gathered over all processes, so that the copies stay equal. CPU tensors are sent by gloo, those of a GPU by NCCL where
+each process has a GPU to itself. With a single process nothing here has any effect.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ from laserrec.util.device import own_gpu
 from laserrec.util.errors import UserError
 
 _PATIENCE = timedelta(hours=24)
-"""How long a process waits for the others. One that dies closes its connections, which the others see at once; this is
-for a machine that vanishes, and must outlast the difference between a fast and a slow one."""
+"""How long a process waits for the others. A process that dies closes its connections, which the others notice at once;
+this limit is for a machine that disappears. It must be longer than a slow machine lags behind a fast one."""
 _MEETING = timedelta(minutes=30)
-"""How long the first process waits for all to come."""
+"""How long the first process waits for all others to connect."""
 
 
 class PeerLostError(UserError):
-    """Another process ended while this one waited for it."""
+    """Another process ended while this one was waiting for it."""
 
 
 @dataclass(frozen=True)
 class World:
-    """All processes of one training; this one is `rank` of `size`. Methods that name no single process are called by
-    all of them at the same place. They raise PeerLostError when another one has ended."""
+    """All processes of one training; this one is number `rank` of `size`, from 0.
+
+    All processes must call the same methods in the same order. They raise PeerLostError when another process has ended.
+    """
 
     rank: int = 0
     size: int = 1
@@ -47,21 +49,21 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes files and prints."""
+        """Whether this is the first process, which writes files and prints."""
         return self.rank == 0
 
     # -- dividing work ------------------------------------------------------------------------------------------
 
     def share(self, n: int) -> np.ndarray:
-        """This process's part of n pieces of work; every piece is someone's, a share may be empty."""
+        """Indices (Int64) of this process's part of n pieces of work. Shares are disjoint, cover n, may be empty."""
         return np.arange(self.rank, n, self.size)
 
     def even_share(self, n: int) -> np.ndarray:
-        """The same for `gather_rows`: shares are equally long, for which the last ones begin anew with the first."""
+        """Like `share`, but equally long in all processes, for `gather_rows`: indices past n wrap around to 0."""
         return (np.arange(-(-n // self.size)) * self.size + self.rank) % max(1, n)
 
     def gather_rows(self, rows: Tensor, n: int) -> Tensor:
-        """All n rows in order, from the rows of each one's `even_share(n)`."""
+        """Gather n rows in order. `rows` are those of this process's `even_share(n)`."""
         if self.size == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.size)]
@@ -72,9 +74,11 @@ class World:
     # -- agreeing -----------------------------------------------------------------------------------------------
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], numbers: Tensor) -> Tensor:
-        """Replace every gradient by its sum over the processes and return the sum of `numbers` [n], which are on the
-        parameters' device. A parameter whose
-        gradient is None everywhere keeps none, so that an optimiser leaves it alone."""
+        """Replace every gradient by its sum over the processes, and return the sum of `numbers` [n].
+
+        `numbers` are on the parameters' device. A parameter whose gradient is None in all processes keeps None, so that
+        the optimiser does not update it.
+        """
         if self.size == 1:
             return numbers
         given = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)  # on the CPU: no GPU waits
@@ -89,7 +93,7 @@ class World:
         return numbers
 
     def most(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """The maximum of `number` over all processes."""
         if self.size == 1:
             return number
         largest = torch.tensor(number)
@@ -98,24 +102,26 @@ class World:
         return int(largest)
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether `flag` is true in any process."""
         return self.most(int(flag)) > 0
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have reached this call."""
         self.most(0)
 
     # -- following the first ------------------------------------------------------------------------------------
 
     def follow(self, tensors: Iterable[Tensor], leader: int = 0) -> None:
-        """Overwrite these contiguous tensors with the leading process's."""
+        """Overwrite these contiguous tensors with those of process `leader`."""
         if self.size > 1:
             for tensor in tensors:
                 self._send(tensor.detach(), leader)
 
     def from_main(self, make: Callable[[], tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
-        """What `make` gives in the first process, which alone calls it: tensors by name, each on the CPU or on each
-        process's own GPU, and a value that JSON can hold."""
+        """Call `make` in the first process only and return its result in all: tensors by name, and a JSON value.
+
+        Tensors that were on the first process's GPU are on each process's own GPU.
+        """
         if self.size == 1:
             return make()
         tensors, value = make() if self.is_main else ({}, None)
@@ -129,7 +135,7 @@ class World:
         return out, value
 
     def told(self, make: Callable[[], Any]) -> Any:
-        """`from_main` without tensors."""
+        """Call `make` in the first process only and return its JSON value in all."""
         return self.from_main(lambda: ({}, make()))[1]
 
     def _send_json(self, value: Any) -> Any:
@@ -151,8 +157,10 @@ class World:
 
     @contextmanager
     def own_randomness(self, *key: int) -> Iterator[None]:
-        """In here each process of several draws other numbers, made from `key` and its rank. Outside, all stay at the
-        same place of the same sequence, whatever was drawn in here."""
+        """Context with a random generator of its own in each process, seeded with `key` and the rank.
+
+        On leaving, torch's generators are as they were, so that all processes continue with the same sequence.
+        """
         if self.size == 1:
             yield
             return
@@ -177,17 +185,17 @@ _store: dist.Store | None = None
 
 
 def several() -> bool:
-    """Whether this process was started as one of several."""
+    """Whether this process is one of several."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size() > 1
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def join() -> World:
-    """The world this process was started in: torch.distributed's own if that runs already, else the one that torchrun
-    or Accelerate announced in the environment, else a world of one. May be called again.
+    """Connect to the other processes of this training; a World of size 1 if there are none. May be called again.
 
-    Raises UserError if the announced processes can't be met.
+    A torch.distributed that is already initialised is used; otherwise the environment variables that torchrun and
+    Accelerate set. Raises UserError if the other processes cannot be reached.
     """
     global _joined, _store
     if not several():
@@ -209,7 +217,7 @@ def join() -> World:
 
 
 def _backend() -> str:
-    """gloo for tensors of the CPU, and NCCL for a GPU's where each process has one to itself."""
+    """The backends: gloo for CPU tensors, and NCCL for those of a GPU where each process has one to itself."""
     gpu = own_gpu()
     if gpu is None or not dist.is_nccl_available():
         return "gloo"
@@ -218,19 +226,19 @@ def _backend() -> str:
 
 
 def _leave() -> None:
-    """A process that ends while gloo's threads run is aborted now and then, and torchrun takes that for a failure."""
+    """Close gloo's threads: a process that exits while they run is sometimes aborted, a failure to torchrun."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def alone(what: str) -> None:
-    """Raises UserError where several processes run: `what` is the work of one."""
+    """Raise UserError if this is one of several processes. `what` names the work that must run in one."""
     if several():
         raise UserError(f"{what} runs in one process; start it without torchrun (only `laserrec fit` takes several)")
 
 
 def speaks() -> bool:
-    """Of several processes that fail, one says why: the first to ask here. The others end because it did."""
+    """Whether this process should print the error it failed with: True for the first of all processes that asks."""
     if _store is None:
         return not several() or os.environ.get("RANK", "0") == "0"
     try:

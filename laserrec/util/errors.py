@@ -1,5 +1,5 @@
-"""Errors that are the user's to mend."""
+"""Errors that the user can fix."""
 
 
 class UserError(Exception):
-    """Bad input or settings. The message says what is wrong, where, and what to do; the CLI prints it alone."""
+    """Wrong input or settings. The message says what is wrong, where, and what to do; the CLI prints only that."""

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps, not inside one: a checkpoint must never hold half an optimiser step."""
+"""Ctrl-C takes effect between two steps, so that a checkpoint never holds half an optimiser step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from types import FrameType
 
 
 class DeferredInterrupt:
-    """`with DeferredInterrupt() as asked: ...; asked.check()` raises KeyboardInterrupt at `check` if Ctrl-C, or the
-    SIGTERM of a scheduler, came since. A second Ctrl-C is raised at once. Outside the main thread, where signals can't
-    be caught, it does nothing. say: tell on stderr that the signal was heard."""
+    """Defers Ctrl-C and SIGTERM: `with DeferredInterrupt() as asked: ...; asked.check()`.
+
+    `check` raises KeyboardInterrupt if a signal has arrived. A second Ctrl-C is raised at once. Outside the main
+    thread, where Python cannot catch signals, nothing is deferred. say: confirm the first signal on stderr.
+    """
 
     def __init__(self, say: bool = True) -> None:
         self.requested, self.say = False, say
@@ -37,5 +39,7 @@ class DeferredInterrupt:
             print("\nfinishing this step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
 
     def check(self) -> None:
+        """Raise KeyboardInterrupt if a signal has arrived."""
+        """Raise KeyboardInterrupt if a signal has arrived."""
         if self.requested:
             raise KeyboardInterrupt

@@ -1,8 +1,8 @@
-"""Write files and folders whole or not at all, so that a kill or a power cut at any moment leaves the old or the new.
+"""Files and folders are written whole or not at all: a kill or a power cut leaves either the old or the new content.
 
-New content is made in `.NAME.XXXX.tmp` beside NAME, flushed to the disk and renamed. A folder that is replaced waits as
-`.NAME.old` between two renames; where a kill leaves it there, `recover` gives it its name back. What dead processes
-left behind is removed by the next writer. All failures of the disk are UserErrors.
+New content is written to `.NAME.XXXX.tmp` beside NAME, flushed to disk and renamed. While a folder is replaced, the old
+one is called `.NAME.old` between two renames; if a kill leaves it there, `recover` renames it back. Leftovers of dead
+processes are removed by the next writer. All disk failures are UserErrors.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _Record = TypeVar("_Record", bound=BaseModel)
 
 @contextlib.contextmanager
 def new_file(path: Path | str) -> Iterator[Path]:
-    """A name to write a file to. It becomes `path` when the block ends, readable as the umask says; missing parent
-    folders are made. Raises UserError where the disk refuses."""
+    """Context with the name of a temporary file that becomes `path` when the block ends, with the permissions of the
+    umask. Missing parent folders are created. Raises UserError if the disk is full or cannot be written."""
     path = Path(os.path.abspath(path))
     with _clear(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,12 +59,12 @@ def write_bytes(path: Path | str, data: bytes) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """UTF-8, atomically; line ends as they are in `text`."""
+    """Write `text` as UTF-8, atomically. Line ends are not changed."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def read_json(path: Path, advice: str) -> Any:
-    """Raises UserError for a missing or unreadable file, and for a damaged one with `advice` on what to do."""
+    """Read JSON. Raises UserError for a missing, unreadable or damaged file; `advice` says what to do about damage."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -76,7 +76,7 @@ def read_json(path: Path, advice: str) -> Any:
 
 
 def read_record(path: Path, kind: type[_Record], advice: str) -> _Record:
-    """A JSON file of known fields. Raises UserError, with `advice`, also for fields of the wrong type."""
+    """Read JSON into a pydantic model. Raises UserError as `read_json` does, also for missing or wrong fields."""
     try:
         return kind.model_validate(read_json(path, advice))
     except ValidationError as error:
@@ -86,17 +86,17 @@ def read_record(path: Path, kind: type[_Record], advice: str) -> _Record:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """`json_text`, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
+    """Write `json_text(value)` atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json_text(value))
 
 
 def json_text(value: Any) -> str:
-    """Indented, key order kept, unicode as it is, with a final newline."""
+    """Format as JSON: indented, keys in their order, Unicode unescaped, with a final newline."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_parquet(path: Path | str, frame: pl.DataFrame) -> None:
-    """`parquet_bytes`, atomically."""
+    """Write `parquet_bytes(frame)` atomically."""
     write_bytes(path, parquet_bytes(frame))
 
 
@@ -114,11 +114,11 @@ def parquet_bytes(frame: pl.DataFrame, metadata: dict[str, str] | None = None) -
 
 @contextlib.contextmanager
 def new_folder(path: Path | str, replace: Collection[str] = ()) -> Iterator[Path]:
-    """An empty folder to fill. It takes the name `path` when the block ends and vanishes when the block fails.
+    """Context with an empty temporary folder that becomes `path` when the block ends; it is removed if the block fails.
 
-    replace: a folder that holds a file of one of these names is replaced, any other that isn't empty is refused: no
-    mistyped path costs a stranger's files. Raises UserError for that, for a file, for a mount point or the current
-    folder (neither can be renamed), and where the disk refuses.
+    replace: an existing folder is replaced only if it holds a file of one of these names, so that a mistyped path does
+    not delete other files. Raises UserError for any other folder that is not empty, for a file, for a mount point or
+    the current folder (which cannot be renamed), and if the disk is full or cannot be written.
     """
     path = Path(os.path.realpath(path))
     recover(path)
@@ -140,8 +140,8 @@ def new_folder(path: Path | str, replace: Collection[str] = ()) -> Iterator[Path
 
 
 def recover(path: Path | str) -> None:
-    """To be called before a folder that `new_folder` writes is read: where a writer was killed between its two renames,
-    the folder that it was about to replace gets its name back."""
+    """Call this before reading a folder that `new_folder` writes: if a writer was killed between its two renames, the
+    old folder gets its name back."""
     path = Path(os.path.realpath(path))
     if not os.path.lexists(path):
         with contextlib.suppress(OSError):  # there is none, or another reader was faster

@@ -1,6 +1,6 @@
-"""Size and sha256 of a folder's files: tells a damaged or changed copy from what was written.
+"""Size and sha256 of a folder's files, to detect damaged or changed copies.
 
-It guards against accidents. Whoever can change a file can change the manifest too.
+This guards against accidents, not forgery: whoever can change a file can change the manifest too.
 """
 
 from __future__ import annotations
@@ -8,19 +8,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from laserrec.util.errors import UserError
 
 
-def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int | str]]:
-    """name -> {"bytes", "sha256"} of files that are there; names are relative, with "/"."""
+def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Map each file name to its {"bytes", "sha256"}. Names are relative to `folder`, with "/"."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
 
 
-def check(folder: Path, files: Mapping[str, Mapping[str, int | str]], advice: str, links: bool = True) -> None:
-    """Raises UserError, with `advice` on what to do, for the first file that is missing or is not what `describe` saw,
-    for `files` of another form, for names that lead out of the folder, and (links=False) for symbolic links.
-    Files are read in pieces, so memory doesn't grow with them; all sizes are looked at before anything is read."""
+def check(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str, links: bool = True) -> None:
+    """Compare a folder with what `describe` recorded; all sizes are checked before any file is read.
+
+    Raises UserError for the first file that is missing or different, for malformed `files`, for names that lead out of
+    the folder and, with links=False, for symbolic links. `advice` says what to do.
+    """
     if not (isinstance(files, Mapping) and all(map(_is_entry, files, files.values()))):
         raise UserError(f"the list of files of {folder} is damaged; {advice}")
     for name, known in files.items():
@@ -47,5 +50,6 @@ def _is_entry(name: object, known: object) -> bool:
 
 
 def file_sha256(file: Path) -> str:
+    """The file's sha256 as 64 hex digits; read in pieces, so that large files need no memory."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,17 +1,17 @@
-"""How much of a users x items matrix is held at once: a million items need no more memory than a few thousand."""
+"""Bounds on how much of a users x items score matrix is held at once, so that memory does not grow with the items."""
 
 LIMIT_BYTES = 256 * 2**20
-"""Bound on the scores that are held at once, with the copies that a softmax or a ranking makes of them."""
+"""Limit for the scores held at once, including the copies that a softmax or a ranking makes."""
 _COPIES = 4
 
 
 def columns_at_once(rows: int, n_items: int, width: int, limit: int = LIMIT_BYTES) -> int:
-    """Items whose float32 scores for so many users, and whose unit embeddings, fit into `limit` bytes; at least 1."""
+    """Number of items (at least 1) whose float32 scores for `rows` users, and embeddings, fit into `limit` bytes."""
     return max(1, min(n_items, limit // (4 * (_COPIES * max(1, rows) + 2 * width))))
 
 
 def rows_at_once(n_items: int, wanted: int, limit: int = LIMIT_BYTES) -> int:
-    """Users whose float32 scores of all items fit into `limit` bytes; at least 1, at most `wanted`."""
+    """Number of users (1 to `wanted`) whose float32 scores of all items fit into `limit` bytes."""
     return max(1, min(wanted, limit // (4 * _COPIES * max(1, n_items))))
 
 

@@ -1,4 +1,4 @@
-"""A progress bar on stderr: a live one in a terminal, a line now and then elsewhere, nothing when switched off."""
+"""Progress on stderr: a bar in a terminal, a line every 30 seconds elsewhere, nothing if switched off."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 _LINE_SECONDS = 30.0
-"""Pause between two lines where there is no terminal, so that logs stay readable."""
+"""Seconds between two lines where there is no terminal."""
 
 
 class Progress:
-    """`with Progress("validating", 8442) as bar: bar.advance(64)`; keyword numbers are shown beside the bar."""
+    """A progress bar: `with Progress("validating", 8442) as bar: bar.advance(64, loss=1.5)`."""
 
     def __init__(self, title: str, total: int, show: bool = True, done: int = 0):
         self.title, self.total, self.done, self.show = title, total, done, show
@@ -35,7 +35,7 @@ class Progress:
             self._live.stop()
 
     def advance(self, steps: int = 1, **numbers: float) -> None:
-        """`steps` more are done."""
+        """Count `steps` more as done; the keyword numbers are shown beside the bar."""
         self.done += steps
         note = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
         if self._live is not None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from snippets import ROOT, leaves
+from snippets import ROOT, SECTIONS, leaves
 
 from laserrec.cli.main import app
-from laserrec.config import Config, load_config
+from laserrec.config import load_config
 from laserrec.presets import PRESETS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -34,6 +34,8 @@ class Page(HTMLParser):
         self.file, self.ids, self.links, self.loads, self.rows = file, set(), [], [], []
         self._row: list[str] | None = None
         self.words: list[str] = []
+        self.preformatted: list[str] = []
+        self._in_pre = False
         self.feed(file.read_text(encoding="utf-8"))
         self.text = " ".join("".join(self.words).split())
 
@@ -44,18 +46,25 @@ class Page(HTMLParser):
             self.links.append(attrs["href"])
         if attrs.get(LOADED.get(tag)):
             self.loads.append(attrs[LOADED[tag]])
+        if tag == "pre":
+            self.preformatted.append("")
+            self._in_pre = True
         if tag == "tr":
             self._row = []
         if tag in ("td", "th") and self._row is not None:
             self._row.append("")
 
     def handle_endtag(self, tag):
+        if tag == "pre":
+            self._in_pre = False
         if tag == "tr":
             self.rows.append([cell.strip() for cell in self._row])
             self._row = None
 
     def handle_data(self, data):
         self.words.append(data)
+        if self._in_pre:
+            self.preformatted[-1] += data
         if self._row:
             self._row[-1] += data
 
@@ -126,8 +135,8 @@ def test_every_setting_with_its_value_in_every_preset(pages):
     named = {name: column for column, text in enumerate(head) for name in text.split(", ")}
     assert {"default", *PRESETS} <= named.keys()
     flags = []
-    for section, info in Config.model_fields.items():
-        for field, setting in info.annotation.model_fields.items():
+    for section, kind in SECTIONS.items():
+        for field, setting in kind.model_fields.items():
             row = rows[f"{section}.{field}"]
             assert f"setting-{section}-{field}".replace("_", "-") in page.ids
             for preset in PRESETS:
@@ -136,7 +145,7 @@ def test_every_setting_with_its_value_in_every_preset(pages):
             assert read(row[named["default"]]) == plain(setting.default), (section, field)
             assert " ".join(setting.description.replace("`", "").split()) in page.text
             flags += re.findall(rf"--{section}\.{field}(?= |$)".replace("_", "-"), page.text)[:1]
-    count = sum(len(info.annotation.model_fields) for info in Config.model_fields.values())
+    count = sum(len(kind.model_fields) for kind in SECTIONS.values())
     assert len(flags) == count == len(set(flags))
     known = {name for a in app["fit"].assemble_argument_collection() for name in a.names}
     assert {*flags} <= known
@@ -145,11 +154,28 @@ def test_every_setting_with_its_value_in_every_preset(pages):
 def test_public_python_is_in_the_reference(pages):
     from laserrec import LaserRecommender
 
-    ids = pages["reference/api.html"].ids
+    ids = {name for path, page in pages.items() if path.startswith("reference/api") for name in page.ids}
     methods = [n for n, m in vars(LaserRecommender).items() if not n.startswith("_") and getattr(m, "__doc__", None)]
     assert {"fit", "recommend", "add_items"} <= {*methods}
     assert {f"laserrec.recommender.recommender.LaserRecommender.{n}" for n in methods} <= ids
-    assert {f"laserrec.config.{info.annotation.__name__}" for info in Config.model_fields.values()} <= ids
+    assert {f"laserrec.config.{kind.__name__}" for kind in SECTIONS.values()} <= ids
+
+
+def test_every_public_name_of_a_documented_room_is_in_the_reference(pages):
+    rooms = [Path(path).stem for path in pages if path.startswith("reference/api/")]
+    assert {"recommender", "methods", "data"} <= {*rooms}
+    for room in {*rooms} - {"config"}:
+        page = pages[f"reference/api/{room}.html"]
+        for file in (ROOT / "laserrec" / room).rglob("[!_]*.py"):
+            module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            names = re.findall(r"^(?:class|def) ([A-Za-z]\w*)", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert {f"{module}.{name}" for name in names} <= page.ids, module
+
+
+def test_indented_lines_of_a_docstring_keep_their_form(pages):
+    block = next(text for text in pages["reference/api/data.html"].preformatted if "items.parquet" in text)
+    columns = [line.index("Int32") for line in block.splitlines() if ".parquet" in line]
+    assert len(columns) == 3 and len({*columns}) == 1, block  # the three files' columns stand below each other
 
 
 def test_every_module_is_in_the_layout(pages):

@@ -11,8 +11,7 @@ import pytest
 import tiny
 from snippets import Reader
 
-from laserrec.cli import main as cli
-from laserrec.recommender import recommender
+from laserrec import LaserRecommender, presets
 
 ROOT = Path(__file__).parents[2]
 IDS = ["SKU-17", "SKU-4", "SKU-9", *(f"SKU-{i}" for i in range(100, 107))]
@@ -36,8 +35,7 @@ def shop(tmp_path, monkeypatch, llm_folder):
     monkeypatch.chdir(tmp_path)
     own_id = pl.col("item_id").replace({f"i{i}": sku for i, sku in enumerate(IDS, 1)})
     config = tiny.config(llm_folder(), data={"min_user_interactions": 2, "min_item_interactions": 1})
-    monkeypatch.setattr(recommender, "load_config", lambda *a: config)
-    monkeypatch.setattr(cli, "load_config", lambda *a: config)
+    monkeypatch.setitem(presets.PRESETS, "small", config.model_dump())
     return tuple(table.with_columns(own_id) for table in tiny.planted_tables(len(IDS), users=30))
 
 
@@ -63,7 +61,7 @@ def test_own_data_in_ten_lines(shop, monkeypatch):
 
 def test_in_production(shop, tmp_path, monkeypatch):
     orders, goods = shop
-    recommender.LaserRecommender.fit(orders, goods, recommender.load_config(), "runs", progress=False)
+    LaserRecommender.fit(orders, goods, folder="runs", progress=False)
     orders.group_by("user_id").agg(pl.col("item_id").alias("items")).write_parquet("histories.parquet")
     with fake_hub.used(monkeypatch, tmp_path / "cache") as hub:
         monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)

@@ -9,13 +9,14 @@ import fake_hub
 import polars as pl
 import pytest
 import tiny
-from snippets import ROOT, RUN, SHOWN, Block, Reader, blocks, leaves, parse, starts_with
+from snippets import ROOT, RUN, SECTIONS, SHOWN, Block, Reader, blocks, leaves, parse, starts_with
 
 from laserrec import LaserRecommender, presets
 from laserrec.cli.main import app
-from laserrec.config import Config, load_config, merge
+from laserrec.config import load_config, merge
 from laserrec.data import sources
-from laserrec.llm import backbone
+from laserrec.llm import weights
+from laserrec.recommender import fitting
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 IDS = ["SKU-17", "SKU-4", "SKU-9", *(f"SKU-{i}" for i in range(100, 107)), "B0001", "B0002"]
@@ -52,9 +53,11 @@ def patch(llm_folder):
         for name, tree in presets.PRESETS.items():
             whiten = {"head": {"whiten_dims": 8}} if tree.get("head", {}).get("whiten_dims") else {}
             patch.setitem(presets.PRESETS, name, merge(merge(merge(tree, TINY), here), whiten))
-        for kind in list(presets.ID_MODELS):
-            patch.setitem(presets.ID_MODELS, kind, TINY["id_model"] | {"max_epochs": 1})
-        patch.setattr(backbone, "fetch_default", llm_folder)
+        for name, tree in presets.METHOD_SETTINGS.items():
+            own = {"id_model": TINY["id_model"] | {"max_epochs": 1}} if "id_model" in tree else {}
+            patch.setitem(presets.METHOD_SETTINGS, name, merge(tree, own))
+        for module in (weights, fitting):
+            patch.setattr(module, "fetch_default", llm_folder)
         yield patch
 
 
@@ -66,7 +69,7 @@ def made(patch, tmp_path_factory):
     config = load_config("small")
     LaserRecommender.fit(pl.read_csv(base / "orders.csv"), pl.read_csv(base / "goods.csv"), config, base / "runs",
                          progress=False)
-    names = ("data", "id_model", "model")
+    names = ("data", "model")
     return {f"runs/{n}": base / "runs" / n for n in names} | {f"runs/quickstart/{n}": base / "runs" / n for n in names}
 
 
@@ -141,14 +144,13 @@ def test_commands_that_are_only_shown_parse():
 def test_flags_and_settings_named_in_the_text_are_there():
     flags = {name for command in leaves(app).values() for argument in command.assemble_argument_collection()
              for name in argument.names} | {"--help"}
-    settings = {f"{section}.{field}" for section, info in Config.model_fields.items()
-                for field in info.annotation.model_fields}
+    settings = {f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields}
     seen = set()
     for page in (*PAGES, ROOT / "README.md"):
         text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         for code in re.findall(r"`([^`\n]+)`", text):
             named = {*re.findall(r"(?<!\S)--[a-z][\w.-]*", code)}
-            named |= {*re.findall(rf"^(?:{'|'.join(Config.model_fields)})\.[a-z_]+(?![\w.])", code)}
+            named |= {*re.findall(rf"^(?:{'|'.join(SECTIONS)})\.[a-z_]+(?![\w.])", code)}
             assert named <= flags | settings, f"{page.relative_to(ROOT)}: {named - flags - settings}"
             seen |= named
     assert {"--preset", "prompt.layout", "--mformer.prefix"} <= seen
