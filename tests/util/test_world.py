@@ -1,4 +1,11 @@
-"""Which way tensors travel between processes; how processes behave together is tested in tests/training."""
+"""Which way tensors travel between processes, and that they arrive; fits of several are tested in tests/training."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,3 +64,35 @@ def test_own_randomness_sets_the_own_gpu_back_too(machine, monkeypatch):
             drawn.append((torch.rand(3), torch.rand(3, generator=gpu)))
         assert torch.equal(gpu.get_state(), before)
     assert not torch.equal(drawn[0][0], drawn[1][0]) and not torch.equal(drawn[0][1], drawn[1][1])
+
+
+TWO = """
+import json
+import torch
+from laserrec.util.distributed import join
+
+world = join()
+p, never = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))
+if world.rank == 1:  # the other has no gradient at all
+    p.grad = torch.tensor([1.0, 2.0])
+numbers = world.sum_gradients([p, never], torch.tensor([0.5 + world.rank, 3.0]))
+tensors, value = world.from_main(lambda: ({"half": torch.ones(2, dtype=torch.bfloat16), "none": torch.empty(0, 3)}, 7))
+rows = torch.tensor([[float(i)] for i in world.even_share(5)])
+print(json.dumps([p.grad.tolist(), never.grad is None, numbers.tolist(), value,
+                  {n: [str(t.dtype), list(t.shape), str(t.device)] for n, t in tensors.items()},
+                  world.gather_rows(rows, 5).tolist()]))
+"""
+
+
+def test_two_processes_sum_send_and_gather():
+    with socket.socket() as at:
+        at.bind(("127.0.0.1", 0))
+        port = at.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen([sys.executable, "-c", TWO], env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE,
+                             text=True) for rank in (0, 1)]
+    found = [json.loads(process.communicate(timeout=240)[0]) for process in both]
+    assert found[0] == found[1] == [
+        [1.0, 2.0], True, [2.0, 6.0], 7,
+        {"half": ["torch.bfloat16", [2], "cpu"], "none": ["torch.float32", [0, 3], "cpu"]}, [[0.0], [1], [2], [3], [4]]]
