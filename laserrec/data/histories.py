@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from laserrec.util.device import move
+
 
 @dataclass(frozen=True)
 class Histories:
@@ -73,7 +75,7 @@ class Histories:
         """The same on another device."""
         if self.device == device:
             return self
-        return Histories(self.items.to(device, non_blocking=True), self.ends.to(device, non_blocking=True))
+        return Histories(move(self.items, device), move(self.ends, device))
 
     def take(self, users: Int[Tensor, "some"] | np.ndarray | Sequence[int]) -> Histories:
         """Some users' histories, in the order given."""
@@ -121,4 +123,4 @@ class Pairs:
 
     def to(self, device: torch.device) -> Pairs:
         """The same on another device."""
-        return Pairs(self.users.to(device, non_blocking=True), self.items.to(device, non_blocking=True))
+        return Pairs(move(self.users, device), move(self.items, device))

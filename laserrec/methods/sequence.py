@@ -20,6 +20,7 @@ from laserrec.config import IdLoss, IdModelConfig, ItemTable
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories, Pairs
 from laserrec.methods.terms import SeenOffset
+from laserrec.util.device import move
 from laserrec.util.errors import UserError
 
 _ITEM_STD = 0.02
@@ -86,7 +87,7 @@ class Targets:
 
     def to(self, device: torch.device) -> Targets:
         """The same on another device."""
-        moved = (x.to(device, non_blocking=True) for x in (self.inputs, self.places, self.items))
+        moved = (move(x, device) for x in (self.inputs, self.places, self.items))
         return Targets(*moved, self.seen.to(device))
 
 
@@ -194,7 +195,7 @@ class SequenceModel(nn.Module):
         if len(histories) and int(histories.lengths.min()) == 0:
             row = int(histories.lengths.argmin())
             raise UserError(f"history {row} (counted from 0) is empty; a sequence model needs at least one item")
-        return histories.last(self.max_history).padded(self.pad).to(self.device, non_blocking=True)
+        return move(histories.last(self.max_history).padded(self.pad), self.device)
 
     def users(self, histories: Histories) -> Float[Tensor, "users d_out"]:
         """The state for the next item, and a one that takes the item's bias."""

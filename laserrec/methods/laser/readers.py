@@ -15,6 +15,7 @@ from laserrec.llm.backbone import Backbone
 from laserrec.methods.laser.id_states import IdStates
 from laserrec.methods.laser.mformer import MFormer, Route
 from laserrec.methods.laser.texts import Texts
+from laserrec.util.device import move
 
 
 class Reader(nn.Module):
@@ -95,7 +96,7 @@ class PrefixFirst(Reader):
         backbone, texts = self.backbone, self.texts.texts(histories, as_item)
         # One transfer for the batch: the texts lie one behind another.
         ids = torch.cat([torch.as_tensor(t, dtype=torch.long) for t in texts])
-        embeds = backbone.embed(ids.to(backbone.device, non_blocking=True)).to(prefix.dtype)
+        embeds = backbone.embed(move(ids, backbone.device)).to(prefix.dtype)
         parts = embeds.split([len(t) for t in texts])
         rows = [torch.cat([p, t, suffix]) for p, t in zip(prefix, parts, strict=True)]
         if self.pooling == Pooling.MEAN:

@@ -21,6 +21,7 @@ from laserrec.llm.whitening import fit_whitening, whiten
 from laserrec.methods.laser.losses import item_contrast, load_balance
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.sides import MeanItems
+from laserrec.util.device import move
 from laserrec.util.distributed import World
 from laserrec.util.progress import Progress
 
@@ -191,7 +192,7 @@ class LaserTask:
         users, route = laser.user_side.text(histories, hide)
         offset = None if laser.seen is None else laser.seen.offset
         seen = histories.distinct().to(laser.device) if offset is not None or not train.history_negatives else None
-        targets = batch.targets[torch.as_tensor(rows)].to(laser.device, non_blocking=True)
+        targets = move(batch.targets[torch.as_tensor(rows)], laser.device)
         contrast = item_contrast(users, self._items_to_learn_from(), targets, laser.temperature, seen, offset)
         share = len(rows) / len(batch.targets)
         contrast = contrast * share

@@ -15,6 +15,7 @@ from laserrec.data.histories import Histories
 from laserrec.data.prompt import PromptEncoder
 from laserrec.llm.attention import Past, TextCache
 from laserrec.llm.backbone import Backbone
+from laserrec.util.device import move
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
 from laserrec.util.progress import Progress
@@ -78,7 +79,7 @@ class Texts:
         lengths = torch.tensor([len(r) for r in rows])
         index = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(r) for r in rows], batch_first=True)
         device = self.backbone.device
-        return Past(self._cache, index.to(device, non_blocking=True), lengths.to(device, non_blocking=True))
+        return Past(self._cache, move(index, device), move(lengths, device))
 
     # -- the cache ----------------------------------------------------------------------------------------------
 
@@ -118,7 +119,7 @@ class Texts:
     def _read_chunk(self, blocks: list[tuple[np.ndarray, int]]) -> None:
         """Token ids, and the cache's row behind their last."""
         ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(b, dtype=torch.long) for b, _ in blocks], True)
-        embeds = self.backbone.embed(ids.to(self.backbone.device, non_blocking=True))
+        embeds = self.backbone.embed(move(ids, self.backbone.device))
         k, v = self.backbone.decoder.encode_text(embeds, self._instruction(len(blocks)))
         for row, (block, end) in enumerate(blocks):
             where = slice(end - len(block), end)
