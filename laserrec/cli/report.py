@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import App, Parameter
-from rich.console import Console
+from cyclopts import App
+
+from laserrec.cli.options import Device, JsonFile, finish, say
 
 report_app = App(name="report")
 
 
 @report_app.default
 def report(run: Path, *, out: Path | None = None, data: Path | None = None, results: Path | None = None,
-           map: Literal["tsne", "pca"] | None = None, device: str = "auto",
-           json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
+           map: Literal["tsne", "pca"] | None = None, device: Device = "auto", json_file: JsonFile = None) -> None:
     """Write one HTML page about a run: curves, results, what the experts do, a map of the items, recommendations.
 
     Works for every method; what a method does not have is left out. The page loads nothing else and can be mailed.
@@ -37,20 +37,15 @@ def report(run: Path, *, out: Path | None = None, data: Path | None = None, resu
         What evaluate --json or reproduce quality wrote.
     map
         tsne keeps neighbours together, pca shows the directions of most variance; else tsne unless items are too few.
-    device
-        Where the model computes: auto, cpu, cuda, cuda:N or mps.
-    json_file
-        Write the experts' and examples' numbers to this file.
     """
     from laserrec.report.collect import collect
     from laserrec.report.page import render
     from laserrec.report.places import find
-    from laserrec.util.io import write_json, write_text
+    from laserrec.util.io import write_text
 
     found = collect(find(run, data, results), map, device)
     out = out or run / "report.html"
     text = render(found)
     write_text(out, text)
-    if json_file is not None:
-        write_json(json_file, found.numbers())
-    Console().print(f"report {out}: {len(text.encode()) / 2**20:.1f} MiB", soft_wrap=True, highlight=False)
+    say(f"report {out}: {len(text.encode()) / 2**20:.1f} MiB")
+    finish(found.numbers(), json_file)

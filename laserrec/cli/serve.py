@@ -1,4 +1,4 @@
-"""`laserrec serve`. Thin, as cli.py."""
+"""`laserrec serve`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from cyclopts import App
 from rich.console import Console
 
+from laserrec.cli.options import OPENING, Index, Model, Opening
 from laserrec.server.settings import Limits, check_hosts, check_range
 from laserrec.util.errors import UserError
 
@@ -19,19 +20,17 @@ _TOKEN = "LASERREC_API_TOKEN"
 
 
 @serve_app.default
-def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file: Path | None = None,
-          allowed_hosts: list[str] | None = None, state: Path | None = None, index: Path | None = None,
+def serve(model: Model, *, host: str = "127.0.0.1", port: int = 8000, token_file: Path | None = None,
+          allowed_hosts: list[str] | None = None, state: Path | None = None, index: Index = None,
           max_batch: int = 32, max_wait_ms: float = 2.0, queue_seconds: float = 0.5, max_queue: int = 1024,
           timeout: float = 10.0, read_timeout: float = 10.0, max_body: int = 1_048_576, cache: int = 4096,
-          threads: int | None = None, device: str = "auto") -> None:
+          threads: int | None = None, opening: Opening = OPENING) -> None:
     """Serve a model over HTTP: recommendations, similar items, adding and removing items, a page to try it.
 
     Example: laserrec serve runs/quickstart/model --port 8000
 
     Parameters
     ----------
-    model
-        A model folder, or ORG/NAME[@REVISION] on the Hugging Face Hub.
     host
         Address to listen on; the default can be reached from this machine alone.
     port
@@ -43,8 +42,6 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
         *.example.org; "*" allows all. The names of loopback and the address of --host are always allowed.
     state
         Folder for items that callers add and remove; default: MODEL/served, for a model of the hub served/ORG/NAME.
-    index
-        Folder that laserrec index build made of MODEL; else requests are compared with all items. It is only read.
     max_batch
         Requests that go through the model together.
     max_wait_ms
@@ -63,8 +60,6 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
         Answers kept for repeated requests; 0 keeps none.
     threads
         Threads of torch; else its own choice.
-    device
-        auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # to be ended so is no failure
     token = _read_token(token_file)
@@ -88,12 +83,11 @@ def serve(model: Path, *, host: str = "127.0.0.1", port: int = 8000, token_file:
                       f"(--token-file or {_TOKEN}); anybody there can change the catalogue")
     if state is None:  # never inside the hub's cache, which people delete; one for all revisions
         state = Path("served") / model.as_posix().partition("@")[0] if is_repo(model) else model / "served"
-    _run(model, host, port, token, allowed_hosts or [], state, index, limits, threads, device,
-         console)
+    _run(model, host, port, token, allowed_hosts or [], state, index, limits, threads, opening, console)
 
 
 def _run(model: Path, host: str, port: int, token: str | None, allowed_hosts: list[str], state: Path,
-         index: Path | None, limits: Limits, threads: int | None, device: str, console: Console) -> None:
+         index: Path | None, limits: Limits, threads: int | None, opening: Opening, console: Console) -> None:
     import torch
 
     from laserrec.recommender.hub import is_repo, local_folder
@@ -108,7 +102,7 @@ def _run(model: Path, host: str, port: int, token: str | None, allowed_hosts: li
     hosts = [*LOOPBACK, own, *allowed_hosts]
     name = model.as_posix() if is_repo(model) else model.name
     with (listening.bind(host, port) as listener,  # before the model, which takes long to load
-          Service.opened(local_folder(model), state, limits, index, name, device) as service):
+          Service.opened(local_folder(model), state, limits, index, name, **vars(opening)) as service):
         address = f"http://{own}:{listener.getsockname()[1]}"
         listening.run(make_app(service, token, hosts), listener, limits, lambda: console.print(
             f"{len(service.listing):,} items; ready at {address}, page at /, API at /docs", highlight=False))

@@ -84,13 +84,14 @@ class Service:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, folder: Path, state_folder: Path, limits: Limits, index: Path | None = None,
-               name: str | None = None, device: str = "auto") -> Iterator[Service]:
+               name: str | None = None, device: str = "auto", backbone: Path | str | None = None,
+               trust_remote_code: bool = False) -> Iterator[Service]:
         """Load the model, an index of it if one is named, and the changes that were made to its catalogue, and start
-        the worker; at the end, answer what is queued. name: what callers are told, else the folder's. device: as in
-        `LaserRecommender.from_pretrained`. Raises UserError for a folder that is no model, an index of another model,
-        a damaged state or one in use."""
+        the worker; at the end, answer what is queued. name: what callers are told, else the folder's. device,
+        backbone, trust_remote_code: as in `LaserRecommender.from_pretrained`. Raises UserError for a folder that is no
+        model, an index of another model, a damaged state or one in use."""
         state = State(state_folder, model_identity(folder))
-        model = LaserRecommender.from_pretrained(folder, device=device)
+        model = LaserRecommender.from_pretrained(folder, backbone, device=device, trust_remote_code=trust_remote_code)
         model.use_index(index)  # before the changes: it is of the catalogue as it was fitted
         with locked(state_folder, "a server"):
             service = cls(model, state, limits, name or folder.name)

@@ -1,49 +1,14 @@
-"""The command line in this process, and a small shop for it."""
+"""The command line in this process, and a data folder for it."""
 
 import re
 import sys
 
 import pytest
-import tiny
+from shop import TINY, write_raw
 
 from laserrec.cli import main as cli
 from laserrec.config import load_config
 from laserrec.data.prepare import prepare_source
-
-N = 10
-"""Items of the shop."""
-TINY = """
-[data]
-min_user_interactions = 2
-min_item_interactions = 1
-[id_model]
-d_id = 16
-blocks = 1
-max_epochs = 2
-max_history = 6
-[prompt]
-layout = "prefix_first"
-item_side = "trained"
-template = "no_instruction"
-max_items = 2
-max_item_tokens = 4
-[mformer]
-experts = 2
-queries = 2
-blocks = 1
-d_model = 16
-heads = 2
-[head]
-whiten_dims = 0
-[train]
-stage_one_epochs = 1
-stage_two_epochs = 1
-[backbone]
-layers = 2
-mean_layers = [1, 3]
-precision = "fp32"
-name = "{folder}"
-"""
 
 
 @pytest.fixture
@@ -69,13 +34,6 @@ def settings(llm_folder, tmp_path_factory):
     file = tmp_path_factory.mktemp("settings") / "tiny.toml"
     file.write_text(TINY.replace("{folder}", str(llm_folder())), encoding="utf-8")
     return file
-
-
-def write_raw(folder):
-    """orders.csv (customer, sku, timestamp) and goods.csv (sku, title, ...)."""
-    orders, goods = tiny.planted_tables(N, users=12)
-    orders.rename({"user_id": "customer", "item_id": "sku"}).write_csv(folder / "orders.csv")
-    goods.rename({"item_id": "sku"}).write_csv(folder / "goods.csv")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import N, write_raw
+from shop import N, write_raw
 
 
 def test_prepare_tells_what_it_made_and_dropped(run, settings, tmp_path):
