@@ -50,7 +50,6 @@ def test_the_help_shows_every_command(run):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["pretrain", "{tmp}/none", "{tmp}/out"], "none is not a data folder"),
     (["fit", "{tmp}/none", "{tmp}/out"], "none is not a data folder"),
-    (["fit", "{tmp}/none", "{tmp}/out", "--preset", "quickstart"], "unknown preset 'quickstart'; there are: small,"),
     (["recommend", "{tmp}/none", "--history", "a"], "none is not a model folder; make one with fit"),
     (["recommend", "{tmp}/none"], "give either --history ID,ID,... or --histories FILE"),
     (["recommend", "{tmp}/none", "--histories", "{tmp}/x.csv"], "no such file"),
