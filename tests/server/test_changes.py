@@ -13,6 +13,7 @@ from serving import NEW, ids, served
 from laserrec import LaserRecommender
 from laserrec.server.changes import Changes
 from laserrec.server.worker import OverloadedError
+from laserrec.util.errors import UserError
 
 
 def many(count, first=0):
@@ -190,6 +191,29 @@ def test_added_items_that_a_newer_model_knows_are_its_own(model_folder, newer_mo
             facts = client("GET", "/v1/model").json()
             assert facts["n_items"] == 15 and facts["added"] == 2
             assert len(ids(client.recommend(["i13"], k=20))) == 15
+
+
+@pytest.mark.parametrize("embedding", [[9.0], [float("nan")] * 24, []])
+def test_embeddings_of_a_state_that_do_not_fit_are_made_anew(model_folder, tmp_path, embedding):
+    with served(model_folder, tmp_path) as client:
+        client("POST", "/v1/items", json={"items": [NEW]})
+        want = client.service.model.encode_items(["new 1/a"])
+    file, other = tmp_path / "items.parquet", pl.Series("embedding", [embedding], pl.List(pl.Float32))
+    pl.read_parquet(file).with_columns(other).write_parquet(file)
+    with served(model_folder, tmp_path) as client:
+        assert np.allclose(client.service.model.encode_items(["new 1/a"]), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"item_id": pl.lit(None, pl.String)}, {"title": pl.lit(None, pl.String)},
+                                    {"removed": pl.lit("x")}, {"embedding": pl.lit("x")},
+                                    {"model": pl.lit(1).repeat_by(2)}])
+def test_a_damaged_state_is_named(model_folder, tmp_path, change):
+    with served(model_folder, tmp_path) as client:
+        client("POST", "/v1/items", json={"items": [NEW]})
+    file = tmp_path / "items.parquet"
+    pl.read_parquet(file).with_columns(**change).write_parquet(file)
+    with pytest.raises(UserError, match="is damaged"), served(model_folder, tmp_path):
+        pass
 
 
 def test_texts_are_cleaned_as_those_of_a_fit(client):

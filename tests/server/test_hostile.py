@@ -136,6 +136,21 @@ def test_any_catalogue_is_served_whole(odd_folder, tmp_path):
         assert ids(client.recommend(["plain"], k=20)) == ["plain"]
 
 
+@pytest.mark.parametrize("method", ["popularity", "ease"])
+def test_a_method_without_texts_or_vectors_says_what_it_can_not_do(method, llm_folder, tmp_path):
+    LaserRecommender.fit_dataset(tiny.planted(12, users=16), tiny.config(llm_folder()), tmp_path / "model", method,
+                                 progress=False)
+    with served(tmp_path / "model", tmp_path / "state") as client:
+        answer = client.recommend(["i1"], k=3, explain=True)
+        assert answer.status_code == 200 and len(ids(answer)) == 3
+        assert answer.json()["items"][0]["nearest_history_item"] is None
+        assert client("GET", "/v1/items/i1/similar").status_code == 422
+        refused = client("POST", "/v1/items", json={"items": [{"item_id": "n", "title": "saw"}]})
+        assert refused.status_code == 422 and "can't take new" in refused.json()["detail"]
+        facts = client("GET", "/v1/model").json()
+        assert facts["method"] == method and facts["backbone"] is None and facts["experts"] is None
+
+
 def test_excluded_items_are_never_recommended(client, model_folder):
     whole = ids(client.recommend(["i1", "i2"], k=12))
     for k in (1, 5, 12):
