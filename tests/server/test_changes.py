@@ -221,9 +221,18 @@ def test_texts_are_cleaned_as_those_of_a_fit(client):
     assert client("POST", "/v1/items", json={"items": [raw]}).status_code == 201
     want = {"item_id": "x", "title": "Saw & drill", "brand": None, "category": None}
     assert client("GET", "/v1/items/x").json() == want
-    for bad in ({"item_id": "y", "title": "<br>"}, {"item_id": "  ", "title": "z"}):
+    number = {"item_id": 7.0, "title": ["Red", ["saw"]], "category": [["Tools", "Saws"]]}
+    assert client("POST", "/v1/items", json={"items": [number]}).status_code == 201
+    want = {"item_id": "7", "title": "Red saw", "brand": None, "category": "Tools Saws"}
+    assert client("GET", "/v1/items/7").json() == client("GET", "/v1/items/7.0").json() == want
+    assert client.recommend([7, " i1 ", "7.0"]).json()["unknown"] == []
+    deep = ["x"]
+    for _ in range(400):
+        deep = [deep]
+    for bad, why in (({"item_id": "y", "title": "<br>"}, "blank"), ({"item_id": "  ", "title": "z"}, "empty id"),
+                     ({"item_id": True, "title": "z"}, "not an id"), ({"item_id": "y", "title": deep}, "too deep")):
         answer = client("POST", "/v1/items", json={"items": [bad]})
-        assert answer.status_code == 422 and "blank" in answer.json()["detail"]
+        assert answer.status_code == 422 and why in answer.json()["detail"]
 
 
 def test_finished_changes_are_forgotten_in_turn(monkeypatch):
