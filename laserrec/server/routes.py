@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import AfterValidator
 
 from laserrec import __version__
 from laserrec.server import schema
@@ -16,10 +17,11 @@ from laserrec.server.listing import Item
 from laserrec.server.metrics import ServerMetrics
 from laserrec.server.service import Answer, Service, Similar, wait
 from laserrec.server.settings import MAX_K, MAX_PAGE
+from laserrec.server.texts import clean_id
 
 _PAGE_POLICY = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
                 "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-_ItemPath = Annotated[str, Path(min_length=1, description="An item's id.")]
+_ItemPath = Annotated[str, Path(min_length=1, description="An item's id."), AfterValidator(clean_id)]
 _K = Annotated[int, Query(ge=1, le=MAX_K)]
 _Query = Annotated[str, Query(max_length=200)]
 

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema, model_validator
 
 from laserrec.server.settings import MAX_CANDIDATES, MAX_EXCLUDE, MAX_HISTORY, MAX_ID, MAX_K, MAX_NEW_ITEMS, MAX_TEXT
 from laserrec.server.texts import clean_id, clean_text, clean_title
 
-ItemId = Annotated[str, StringConstraints(min_length=1), AfterValidator(clean_id)]
-"""Any id that a catalogue may hold."""
-_NewId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID), AfterValidator(clean_id)]
-_Title = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT), AfterValidator(clean_title)]
-_Text = Annotated[str, StringConstraints(max_length=MAX_TEXT), AfterValidator(clean_text)]
+
+def _described(*kinds: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": list(kinds)})
+
+
+_NUMBER, _LIST = {"type": "number"}, {"type": "array"}
+ItemId = Annotated[str, BeforeValidator(clean_id), _described({"type": "string", "minLength": 1}, _NUMBER)]
+"""Any id that a catalogue may hold: text or a number."""
+_NewId = Annotated[str, StringConstraints(max_length=MAX_ID), BeforeValidator(clean_id),
+                   _described({"type": "string", "minLength": 1, "maxLength": MAX_ID}, _NUMBER)]
+_TEXT = {"type": "string", "maxLength": MAX_TEXT}
+_Title = Annotated[str, StringConstraints(max_length=MAX_TEXT), BeforeValidator(clean_title),
+                   _described({**_TEXT, "minLength": 1}, _LIST)]
+_Text = Annotated[str | None, Field(max_length=MAX_TEXT), BeforeValidator(clean_text),
+                  _described(_TEXT, _LIST, {"type": "null"})]
 
 
 class _Body(BaseModel):
@@ -47,12 +57,12 @@ class RecommendRequest(_Body):
 
 
 class NewItem(_Body):
-    """An item to add. HTML entities are decoded and white space is folded, as when a model is fitted."""
+    """An item to add. Texts are cleaned as when a model is fitted: without HTML, white space folded, lists joined."""
 
     item_id: _NewId
     title: _Title
-    brand: _Text | None = None
-    category: _Text | None = None
+    brand: _Text = None
+    category: _Text = None
 
 
 class NewItems(_Body):

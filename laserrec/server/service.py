@@ -22,7 +22,7 @@ import polars as pl
 import torch
 import torch.nn.functional as F
 
-from laserrec.methods.protocol import TwoTower
+from laserrec.methods.protocol import Growing, TwoTower
 from laserrec.recommender.folder import model_identity
 from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender
@@ -109,9 +109,13 @@ class Service:
         # What a newer model was fitted with is no longer an added item, unless it had been removed and added anew.
         stale = self._fitted.difference(gone) & self._kept.added.keys()
         added = {name: item for name, item in self._kept.added.items() if name not in stale}
+        if added and not isinstance(self.model.model, Growing):
+            _log.warning("%d items that were added to an earlier model are left out: method %s can't take new items",
+                         len(added), self.model.method)
+            return
         known, other = [], []
         for name, item in added.items():
-            (known if name in self._kept.embeddings else other).append(item)
+            (known if self._fits(self._kept.embeddings.get(name)) else other).append(item)
         if known:
             stored = np.stack([self._kept.embeddings[item["item_id"]] for item in known])
             self.model.add_items(_frame(known), torch.from_numpy(stored))
@@ -120,6 +124,10 @@ class Service:
         if other or stale:
             self._kept = replace(self._kept, added=added, embeddings=self._embeddings(list(added)))
             self._state.write(self._kept)
+
+    def _fits(self, embedding: np.ndarray | None) -> bool:
+        return embedding is not None and embedding.shape == self.model.embeddings.shape[1:] \
+            and bool(np.isfinite(embedding).all())
 
     def _live_items(self) -> list[tuple[int, Item]]:
         names = list(Item.__annotations__)

@@ -1,27 +1,32 @@
-"""One cleaning for the texts that come over HTTP: the one that `laserrec fit` gives to tables."""
+"""Ids and texts that come over HTTP mean what they mean in files and frames: see `laserrec.data.clean`."""
 
 from __future__ import annotations
 
-import polars as pl
+from typing import Any
 
-from laserrec.data import raw
-
-
-def clean_id(value: str) -> str:
-    """White space around it is dropped. Raises ValueError if nothing is left."""
-    value = value.strip()
-    if not value:
-        raise ValueError("an item id can't be blank")
-    return value
+from laserrec.data import clean
+from laserrec.util.errors import UserError
 
 
-def clean_text(value: str | None) -> str | None:
-    """HTML decoded and white space folded; None if nothing is left."""
-    return None if value is None else raw.clean_text(pl.Series([value], dtype=pl.String))[0]
+def clean_id(value: Any) -> str:
+    """The id as text. Raises ValueError for what is none."""
+    try:
+        return clean.item_id(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
 
-def clean_title(value: str) -> str:
-    """As `clean_text`. Raises ValueError if nothing is left of it."""
+def clean_text(value: Any) -> Any:
+    """Text, and lists joined, without markup; None if nothing is left. Values of other kinds are left to the schema.
+    Raises ValueError for lists in lists without end."""
+    try:
+        return clean.text(value) if isinstance(value, (str, list)) else value
+    except RecursionError:
+        raise ValueError("lists in lists, too deep to read") from None
+
+
+def clean_title(value: Any) -> Any:
+    """As `clean_text`. Raises ValueError if nothing is left."""
     text = clean_text(value)
     if text is None:
         raise ValueError("a title can't be blank")

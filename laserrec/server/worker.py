@@ -178,7 +178,8 @@ class Worker:
 
     def _answer_batch(self, live: list[_Job]) -> None:
         self.batched(len(live))
-        if not _settle(live, lambda: self._answer([job.payload for job in live]), last=len(live) == 1):
+        alone = len(live) == 1
+        if not _settle(live, lambda: self._answer([job.payload for job in live]), last=alone) and not alone:
             for job in live:  # one bad request must not take the others down
                 _settle([job], lambda job=job: self._answer([job.payload]))
 

@@ -13,6 +13,7 @@ from serving import NEW, ids, served
 from laserrec import LaserRecommender
 from laserrec.server.changes import Changes
 from laserrec.server.worker import OverloadedError
+from laserrec.util.errors import UserError
 
 
 def many(count, first=0):
@@ -192,14 +193,46 @@ def test_added_items_that_a_newer_model_knows_are_its_own(model_folder, newer_mo
             assert len(ids(client.recommend(["i13"], k=20))) == 15
 
 
+@pytest.mark.parametrize("embedding", [[9.0], [float("nan")] * 24, []])
+def test_embeddings_of_a_state_that_do_not_fit_are_made_anew(model_folder, tmp_path, embedding):
+    with served(model_folder, tmp_path) as client:
+        client("POST", "/v1/items", json={"items": [NEW]})
+        want = client.service.model.encode_items(["new 1/a"])
+    file, other = tmp_path / "items.parquet", pl.Series("embedding", [embedding], pl.List(pl.Float32))
+    pl.read_parquet(file).with_columns(other).write_parquet(file)
+    with served(model_folder, tmp_path) as client:
+        assert np.allclose(client.service.model.encode_items(["new 1/a"]), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"item_id": pl.lit(None, pl.String)}, {"title": pl.lit(None, pl.String)},
+                                    {"removed": pl.lit("x")}, {"embedding": pl.lit("x")},
+                                    {"model": pl.lit(1).repeat_by(2)}])
+def test_a_damaged_state_is_named(model_folder, tmp_path, change):
+    with served(model_folder, tmp_path) as client:
+        client("POST", "/v1/items", json={"items": [NEW]})
+    file = tmp_path / "items.parquet"
+    pl.read_parquet(file).with_columns(**change).write_parquet(file)
+    with pytest.raises(UserError, match="is damaged"), served(model_folder, tmp_path):
+        pass
+
+
 def test_texts_are_cleaned_as_those_of_a_fit(client):
     raw = {"item_id": " x ", "title": " Saw &amp; <b>drill</b>\n ", "brand": " <br> "}
     assert client("POST", "/v1/items", json={"items": [raw]}).status_code == 201
     want = {"item_id": "x", "title": "Saw & drill", "brand": None, "category": None}
     assert client("GET", "/v1/items/x").json() == want
-    for bad in ({"item_id": "y", "title": "<br>"}, {"item_id": "  ", "title": "z"}):
+    number = {"item_id": 7.0, "title": ["Red", ["saw"]], "category": [["Tools", "Saws"]]}
+    assert client("POST", "/v1/items", json={"items": [number]}).status_code == 201
+    want = {"item_id": "7", "title": "Red saw", "brand": None, "category": "Tools Saws"}
+    assert client("GET", "/v1/items/7").json() == client("GET", "/v1/items/7.0").json() == want
+    assert client.recommend([7, " i1 ", "7.0"]).json()["unknown"] == []
+    deep = ["x"]
+    for _ in range(400):
+        deep = [deep]
+    for bad, why in (({"item_id": "y", "title": "<br>"}, "blank"), ({"item_id": "  ", "title": "z"}, "empty id"),
+                     ({"item_id": True, "title": "z"}, "not an id"), ({"item_id": "y", "title": deep}, "too deep")):
         answer = client("POST", "/v1/items", json={"items": [bad]})
-        assert answer.status_code == 422 and "blank" in answer.json()["detail"]
+        assert answer.status_code == 422 and why in answer.json()["detail"]
 
 
 def test_finished_changes_are_forgotten_in_turn(monkeypatch):

@@ -26,6 +26,13 @@ def client(model_folder, tmp_path):
         yield client
 
 
+@pytest.fixture(scope="module")
+def shared(model_folder, tmp_path_factory):
+    """For tests after which the catalogue may be another."""
+    with served(model_folder, tmp_path_factory.mktemp("state")) as client:
+        yield client
+
+
 def post(client, body, path="/v1/recommend", kind="application/json"):
     return client("POST", path, content=body, headers={"Content-Type": kind})
 
@@ -35,8 +42,8 @@ def post(client, body, path="/v1/recommend", kind="application/json"):
 @pytest.mark.parametrize("body", ['{"history": ["i1"], "k": %s}', '{"history": [%s]}', '{"history": %s}', "%s",
                                   '{"history": ["i1"], "exclude_seen": %s}', '{"history": ["i1"], %s: 1}',
                                   '{"history": ["i1", %s], "candidates": [%s]}'])
-def test_values_that_are_no_json_or_of_another_kind(client, body, value):
-    answer = post(client, body.replace("%s", value).encode())
+def test_values_that_are_no_json_or_of_another_kind(shared, body, value):
+    answer = post(shared, body.replace("%s", value).encode())
     if answer.status_code == 200:
         assert value in ("true", '"\\u0000"')
     else:
@@ -46,19 +53,19 @@ def test_values_that_are_no_json_or_of_another_kind(client, body, value):
 
 @pytest.mark.parametrize("value", ['"\\ud800"', "NaN", "1e999", "[]", '"\\u0000"', '"  "'])
 @pytest.mark.parametrize("field", ["item_id", "title", "brand"])
-def test_new_items_of_odd_values(client, field, value):
+def test_new_items_of_odd_values(shared, field, value):
     item = {"item_id": '"new"', "title": '"saw"', "brand": '"b"'} | {field: value}
     fields = ", ".join(f'"{name}": {text}' for name, text in item.items())
     body = '{"items": [{' + fields + "}]}"
-    answer = post(client, body.encode(), "/v1/items")
+    answer = post(shared, body.encode(), "/v1/items")
     assert answer.status_code in (201, 400, 422)
-    assert client("GET", "/v1/items?limit=100").status_code == 200
+    assert shared("GET", "/v1/items?limit=100").status_code == 200
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff\xfe", b"[" * 500_000, b'{"a":' * 100_000, b'"' + b"x" * 900_000, 
                                   b"{}" * 9, b'{"history": ["i1"]}\x00', "{\"history\": [\"i1\"]}".encode("utf-16")])
-def test_bodies_that_can_not_be_read(client, body):
-    answer = post(client, body)
+def test_bodies_that_can_not_be_read(shared, body):
+    answer = post(shared, body)
     assert answer.status_code in (200, 400, 422) and len(answer.content) < 5_000
 
 
@@ -72,19 +79,19 @@ def huge():
 
 
 @pytest.mark.parametrize("what", list(huge()))
-def test_large_bodies_neither_hold_the_loop_nor_come_back(client, what):
+def test_large_bodies_neither_hold_the_loop_nor_come_back(shared, what):
     path = "/v1/items" if what == "items" else "/v1/recommend"
     start = time.process_time()
-    answer = post(client, huge()[what], path)
+    answer = post(shared, huge()[what], path)
     assert answer.status_code == 422 and len(answer.content) < 1_000
     assert time.process_time() - start < 1.5  # 6.7 s when each unknown field was an error of its own
 
 
-def test_a_form_from_another_site_changes_nothing(client):
+def test_a_form_from_another_site_changes_nothing(shared):
     body = b'{"items": [{"item_id": "evil", "title": "x"}]}'
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        assert post(client, body, "/v1/items", kind).status_code == 422
-    assert client("GET", "/v1/items/evil").status_code == 404
+        assert post(shared, body, "/v1/items", kind).status_code == 422
+    assert shared("GET", "/v1/items/evil").status_code == 404
 
 
 def test_hosts_of_other_names_are_turned_away(model_folder, tmp_path):
@@ -134,6 +141,21 @@ def test_any_catalogue_is_served_whole(odd_folder, tmp_path):
         for name in ODD[1:]:
             assert client("DELETE", f"/v1/items/{quote(name, safe='')}").status_code == 200
         assert ids(client.recommend(["plain"], k=20)) == ["plain"]
+
+
+@pytest.mark.parametrize("method", ["popularity", "ease"])
+def test_a_method_without_texts_or_vectors_says_what_it_can_not_do(method, llm_folder, tmp_path):
+    LaserRecommender.fit_dataset(tiny.planted(12, users=16), tiny.config(llm_folder()), tmp_path / "model", method,
+                                 progress=False)
+    with served(tmp_path / "model", tmp_path / "state") as client:
+        answer = client.recommend(["i1"], k=3, explain=True)
+        assert answer.status_code == 200 and len(ids(answer)) == 3
+        assert answer.json()["items"][0]["nearest_history_item"] is None
+        assert client("GET", "/v1/items/i1/similar").status_code == 422
+        refused = client("POST", "/v1/items", json={"items": [{"item_id": "n", "title": "saw"}]})
+        assert refused.status_code == 422 and "can't take new" in refused.json()["detail"]
+        facts = client("GET", "/v1/model").json()
+        assert facts["method"] == method and facts["backbone"] is None and facts["experts"] is None
 
 
 def test_excluded_items_are_never_recommended(client, model_folder):

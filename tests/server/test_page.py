@@ -108,6 +108,17 @@ def test_nothing_found_and_width(page):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 26)"  # dark
 
 
+def test_the_api_page_is_drawn_from_this_server_alone(browser, port):
+    context, hosts = browser.new_context(), set()
+    page = context.new_page()
+    page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+    page.goto(f"http://127.0.0.1:{port}/docs")
+    page.wait_for_selector('.opblock-summary-path[data-path="/v1/recommend"]')
+    page.wait_for_timeout(500)
+    assert hosts == {f"127.0.0.1:{port}"}
+    context.close()
+
+
 def test_titles_are_text_and_never_markup(page, port):
     page.evaluate("""() => fetch('/v1/items', {method: 'POST', headers: {'Content-Type': 'application/json'}, body:
         JSON.stringify({items: [{item_id: 'a/b,c', title: '<svg onload="window.hurt=1"> odd'}]})})""")

@@ -42,6 +42,16 @@ def test_one_bad_request_does_not_harm_the_others():
     worker.close()
 
 
+def test_a_bad_request_alone_does_not_end_the_worker():
+    worker = worker_of(lambda asks: [1 / ask for ask in asks])
+    worker.start()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            worker.submit(0).result(5)
+    assert worker.submit(2).result(5) == 0.5 and worker.open
+    worker.close()
+
+
 def test_a_full_queue_turns_away_and_a_closed_one_finishes():
     gate = threading.Event()
     worker = worker_of(lambda asks: gate.wait(5) and asks, max_batch=1, max_queue=2)
