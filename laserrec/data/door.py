@@ -135,8 +135,7 @@ def _named(histories: Any) -> _Named:
     if not isinstance(histories, (str, bytes, AbstractSet)) and isinstance(histories, Iterable):
         lists = list(histories)
         return _listed(range(len(lists)), lists)
-    raise UserError("histories: expected a dict, a list of lists, a Series of lists or a frame, not "
-                    f"{type(histories).__name__}")
+    raise UserError(f"histories: expected a dict, a list of lists or a frame, not {type(histories).__name__}")
 
 
 def _listed(users: Sequence, lists: list) -> _Named:

@@ -92,10 +92,13 @@ def to_polars(frame: Any, name: str = "the frame") -> pl.DataFrame:
 
 
 def _from_pandas(frame: Any) -> pl.DataFrame:
+    from pandas.api.types import infer_dtype
+
     frame = frame.reset_index([n for n in frame.index.names if n is not None and n not in frame.columns])
-    mixed = {c: column_of(str(c), frame[c]) for c in frame.select_dtypes(object)}
-    plain = pl.from_pandas(frame.drop(columns=list(mixed)))
-    return plain.with_columns(mixed.values()) if plain.width else pl.DataFrame(list(mixed.values()))
+    objects = [c for c in frame.select_dtypes(object) if infer_dtype(frame[c]) != "string"]
+    mixed = [column_of(str(c), frame[c]) for c in objects]
+    plain = pl.from_pandas(frame.drop(columns=objects))
+    return plain.with_columns(mixed) if plain.width else pl.DataFrame(mixed)
 
 
 # -- columns ------------------------------------------------------------------------------------------------------
