@@ -99,7 +99,8 @@ class Table:
 
     def result(self, name: str, seed: int | None = None) -> Measured:
         """One row, measured now or found again. seed: None leaves the config's own."""
-        row, file = self.rows[name], self._path(name, seed, ".json")
+        row, folder = self.rows[name], self.folder(name, seed)
+        file = folder.with_name(folder.name + ".json")
         if file.is_file():
             kept = read_json(file, "delete it to measure again")
             if isinstance(kept, dict) and kept.get("fingerprint") == self.fingerprint(name, seed):
@@ -107,8 +108,7 @@ class Table:
         parts = ((name,) if row.method else ()) + row.of
         models = [self.fitted(part, seed) for part in parts]
         file.parent.mkdir(parents=True, exist_ok=True)
-        place = Place(self.dataset, self._settings(name, seed), self._path(name, seed), self.progress)
-        scorer, seconds = row.make(place, *models)
+        scorer, seconds = row.make(Place(self.dataset, self._settings(name, seed), folder, self.progress), *models)
         seconds += sum(self.seconds(part, seed) for part in parts)
         kept = {**self.measure(self, name, scorer, file), "kind": row.kind, "seed": seed if row.seeded else None,
                 "train_seconds": round(seconds, 1), "fingerprint": self.fingerprint(name, seed)}
@@ -119,7 +119,7 @@ class Table:
 
     def fitted(self, name: str, seed: int | None = None) -> Fitted:
         """A row's model, fitted now or read from its folder. Raises UserError where the folder holds another one."""
-        return self._fit(self.rows[name].method, self._settings(name, seed), self._path(name, seed),
+        return self._fit(self.rows[name].method, self._settings(name, seed), self.folder(name, seed),
                          self._below(name, seed))
 
     def _fit(self, method: str, config: Config, folder: Path, below: Path | None = None) -> Fitted:
@@ -135,25 +135,30 @@ class Table:
 
     def _below(self, name: str, seed: int | None) -> Path | None:
         """The folder of the ID model below a Laser. Often that is a row of the table too, and is trained once."""
-        config, folder = self._settings(name, seed), self._path(name, seed)
+        config, folder = self._settings(name, seed), self.folder(name, seed)
         if self.rows[name].method != "laser" or config.id_model.kind == IdModelKind.NONE:
             return None
         for other, row in self.rows.items():
             if row.method == config.id_model.kind.value and self._settings(other, seed).id_model == config.id_model:
-                return self._path(other, seed)
+                return self.folder(other, seed)
         return folder.with_name(f"{folder.name}-id-model")
 
     def seconds(self, name: str, seed: int | None = None) -> float:
         """What a row's training took, with that of the ID model below. The item texts were read before."""
-        folders = [self._path(name, seed), self._below(name, seed)]
+        folders = [self.folder(name, seed), self._below(name, seed)]
         return sum(read_note(folder)["training"]["seconds"] for folder in folders if folder is not None)
+
+    def folder(self, name: str, seed: int | None = None) -> Path:
+        """Of a row's model."""
+        row = self.rows[name]
+        return (self.out / f"seed-{seed}" if row.seeded and seed is not None else self.out) / row.slug
 
     # -- what tells one result from another ---------------------------------------------------------------------
 
     def fingerprint(self, name: str, seed: int | None = None) -> str:
         """Of all that a row's result depends on: data, method, settings, the LLM, the weights in its folder, the rows
         it is made of, and the way of measuring."""
-        row, config, folder = self.rows[name], self._settings(name, seed), self._path(name, seed)
+        row, config, folder = self.rows[name], self._settings(name, seed), self.folder(name, seed)
         reads = row.method and find_method(row.method).reads_text(config)
         parts = {"data": self.dataset.fingerprint, "row": [row.name, row.method], "measured": self.measured_by,
                  "settings": config.model_dump(mode="json"), "llm": self.features.sha256 if reads else None,
@@ -165,10 +170,6 @@ class Table:
         row = self.rows[name]
         own = {} if seed is None or not row.seeded else {"train": {"seed": seed}, "id_model": {"seed": seed}}
         return Config.model_validate(merge(merge(self.config.model_dump(), row.settings), own))
-
-    def _path(self, name: str, seed: int | None, suffix: str = "") -> Path:
-        row = self.rows[name]
-        return (self.out / f"seed-{seed}" if row.seeded and seed is not None else self.out) / (row.slug + suffix)
 
 
 def rank_test(table: Table, name: str, scorer: Scorer, file: Path) -> Measured:
