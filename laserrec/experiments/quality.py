@@ -25,7 +25,6 @@ from laserrec.recommender.distil import distil
 from laserrec.recommender.fitting import Fitted
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.util.device import choose
-from laserrec.util.errors import UserError
 from laserrec.util.io import write_json
 
 LASER = "Laser"
@@ -117,26 +116,3 @@ def _distilled(place: Place, laser: Fitted) -> tuple[Scorer, float]:
 
 def _fused(place: Place, *models: Fitted) -> tuple[Scorer, float]:
     return FusedRanks(*(fitted.model for fitted in models)), 0.0
-
-
-def plot(summary: list[dict[str, Any]], file: Path, k: int = 10) -> None:
-    """Bars of Recall@k and NDCG@k with their standard deviations over seeds, as SVG or PNG by the file's name.
-    Raises UserError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the plot needs matplotlib: pip install 'laserrec[plot]'") from None
-    ordered = sorted(summary, key=lambda row: row[f"ndcg@{k}"])
-    colours = {"id": "#8a8f98", "text": "#5b8db8", "laser": "#d1495b", "fusion": "#edae49"}
-    figure = Figure(figsize=(10, 0.45 * len(ordered) + 1.2), layout="constrained")
-    metrics = f"recall@{k}", f"ndcg@{k}"
-    for axis, metric in zip(figure.subplots(1, 2, sharey=True), metrics, strict=True):
-        bars = axis.barh([row["model"] for row in ordered], [row[metric] for row in ordered],
-                         xerr=[row[f"{metric}_sd"] for row in ordered], error_kw={"ecolor": "#333", "capsize": 2},
-                         color=[colours[row["kind"]] for row in ordered])
-        axis.bar_label(bars, [f"{row[metric]:.4f}" for row in ordered], padding=6, fontsize=8)
-        axis.set_title(metric, fontsize=10)
-        axis.margins(x=0.2)
-        axis.spines[["top", "right"]].set_visible(False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)

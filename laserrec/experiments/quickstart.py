@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from laserrec.config import Config, load_config, merge
+from laserrec.config import Config, load_config
 from laserrec.data.dataset import Dataset
 from laserrec.data.prepare import prepare_source
 from laserrec.experiments.quality import LASER, closed_forms
@@ -26,45 +26,30 @@ from laserrec.util.device import choose
 from laserrec.util.io import write_json
 
 _DATA, _INSTANT, _SASREC = "amazon-scientific", "closed form", "SASRec"
-_SMALLER: dict[str, dict[str, Any]] = {
-    "backbone": {"mean_layers": (6,)},
-    "id_model": {"items": "ids", "patience": 3},
-    "train": {"validation_users": 2000},
-}
-"""Laid over the preset `small`. Item texts read at one depth in place of three take a fifth of the time, and narrower
-embeddings a fourth of a training step; on test that costs Laser 2% (dev/LOG.md). One SASRec is rival and ID model."""
 
 
-def smaller(config: Config) -> Config:
-    """The config, made quick enough for two slow cores wherever a section is still that of the preset `small`."""
-    small = load_config("small")
-    changes = {name: own for name, own in _SMALLER.items() if getattr(config, name) == getattr(small, name)}
-    return Config.model_validate(merge(config.model_dump(), changes))
-
-
-def rows(config: Config) -> list[Row]:
+def rows() -> list[Row]:
     """A model in closed form for the start, then those of the table."""
-    instant = {name: own for name, own in load_config("instant").model_dump().items()
-               if name in PRESETS["instant"] and name != "backbone"}
-    dims = min(instant["head"]["whiten_dims"], config.head.whiten_dims or instant["head"]["whiten_dims"])
-    instant = merge(instant, {"head": {"whiten_dims": dims}, "prompt": {"attributes": config.prompt.attributes}})
-    return [Row(_INSTANT, "text", "laser", instant, folder="instant"),
+    instant, whole = PRESETS["instant"], load_config("instant")
+    settings = {name: own for name, own in instant.items() if name != "backbone"}
+    settings |= {"head": whole.head.model_dump(), "neighbours": whole.neighbours.model_dump()}
+    return [Row(_INSTANT, "text", "laser", settings, folder="instant"),
             Row(LASER, "laser", "laser", folder="model"),
             Row(_SASREC, "id", "sasrec", {"id_model": {"kind": "sasrec", "items": "ids"}}),
             *closed_forms()]
 
 
 def run(out: Path, config: Config, progress: bool = True, device: str = "auto") -> list[Measured]:
-    """Everything, with headings, numbers and times on the console. Returns the table's rows, also written to
-    OUT/results.json: {model, kind, split, recall@k, ndcg@k, mrr, users, seconds, exclude_seen ...}; seconds = training
+    """Everything, with headings, numbers and times on the console; config: of the preset `quickstart`. Returns the
+    table's rows, also written to OUT/results.json: {model, kind, split, recall@k, ndcg@k, mrr, users, seconds, exclude_seen ...}; seconds = training
     and evaluation, without the reading of item texts, which all share."""
-    config, console, k = smaller(config), Console(), config.eval.k
+    console, k = Console(), config.eval.k
     with _step(console, 1, f"Prepare the data set {_DATA} in {out / 'data'}"):
         prepare_source(_DATA, out / "data", config.data)
         dataset = Dataset.load(out / "data")
         console.print(f"  {dataset.n_users:,} users, {dataset.n_items:,} items, {dataset.interactions.height:,} "
                       "interactions")
-    table = Table(rows(config), dataset, config, out, choose(device), progress)
+    table = Table(rows(), dataset, config, out, choose(device), progress)
     with _step(console, 2, f"Read each item's text once with the frozen language model {config.backbone.name}"):
         table.features.means(dataset.items)
     with _step(console, 3, "Recommend with a first model in closed form, without any training by gradient"):

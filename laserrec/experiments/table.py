@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from jaxtyping import Float
 
@@ -26,7 +27,7 @@ from laserrec.evaluation.significance import bootstrap_interval, read_ranks, use
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import find_method
 from laserrec.recommender.fitting import Fitted, fit
-from laserrec.recommender.folder import model_identity, read_note
+from laserrec.recommender.folder import model_identity
 from laserrec.recommender.results import record_result
 from laserrec.util.io import read_json, write_json
 from laserrec.util.progress import Progress
@@ -109,7 +110,8 @@ class Table:
         models = [self.fitted(part, seed) for part in parts]
         file.parent.mkdir(parents=True, exist_ok=True)
         scorer, seconds = row.make(Place(self.dataset, self._settings(name, seed), folder, self.progress), *models)
-        seconds += sum(self.seconds(part, seed) for part in parts)
+        used = {place for part in parts for place in (self.folder(part, seed), self._below(part, seed)) if place}
+        seconds += sum(self._fitted[place].facts["training"]["seconds"] for place in used)
         kept = {**self.measure(self, name, scorer, file), "kind": row.kind, "seed": seed if row.seeded else None,
                 "train_seconds": round(seconds, 1), "fingerprint": self.fingerprint(name, seed)}
         write_json(file, kept)
@@ -142,11 +144,6 @@ class Table:
             if row.method == config.id_model.kind.value and self._settings(other, seed).id_model == config.id_model:
                 return self.folder(other, seed)
         return folder.with_name(f"{folder.name}-id-model")
-
-    def seconds(self, name: str, seed: int | None = None) -> float:
-        """What a row's training took, with that of the ID model below. The item texts were read before."""
-        folders = [self.folder(name, seed), self._below(name, seed)]
-        return sum(read_note(folder)["training"]["seconds"] for folder in folders if folder is not None)
 
     def folder(self, name: str, seed: int | None = None) -> Path:
         """Of a row's model."""
@@ -189,37 +186,28 @@ def rank_test(table: Table, name: str, scorer: Scorer, file: Path) -> Measured:
 def summarise(rows: Sequence[Measured], out: Path, k: int = 10) -> list[dict[str, Any]]:
     """Per model: mean and standard deviation over seeds, and the paired difference of the users' NDCG to the best model
     of kind id with its 95% bootstrap interval (users resampled, seeds averaged first)."""
-    gains = _gains(rows, out, k)
-    best = best_of(rows, gains, "id")
-    table = []
-    for name, own in _by_model(rows).items():
-        entry = {"model": name, "kind": own[0]["kind"], "seeds": len(own), "against": best,
-                 **_difference(gains[name] - gains[best], k)}
-        for metric in (f"recall@{k}", f"ndcg@{k}", "mrr"):
-            values = [row[metric] for row in own]
-            entry |= {metric: float(np.mean(values)),
-                      f"{metric}_sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
-        table.append(entry)
-    return table
+    gains, metrics = _gains(rows, out, k), (f"recall@{k}", f"ndcg@{k}", "mrr")
+    frame = pl.DataFrame([{name: row[name] for name in ("model", "kind", *metrics)} for row in rows])
+    table = frame.group_by("model", maintain_order=True).agg(
+        pl.first("kind"), pl.len().alias("seeds"), *(pl.mean(metric) for metric in metrics),
+        *(pl.std(metric).fill_null(0.0).alias(f"{metric}_sd") for metric in metrics)).to_dicts()
+    best = _best(table, "id", k)["model"]
+    return [{**row, "against": best, **_difference(gains[row["model"]] - gains[best], k)} for row in table]
 
 
 def compare(name: str, rows: Sequence[Measured], out: Path, k: int = 10) -> list[dict[str, Any]]:
     """One model beside the best model of kind id and the best of kind text, by NDCG: how many times as high its means
     over seeds are, and the paired difference of the users' NDCG with its 95% bootstrap interval."""
-    gains, models = _gains(rows, out, k), _by_model(rows)
-    table = []
-    for kind in ("id", "text"):
-        best = best_of(rows, gains, kind)
-        ratios = {f"{metric}_ratio": float(np.mean([row[metric] for row in models[name]])
-                                           / np.mean([row[metric] for row in models[best]]))
-                  for metric in (f"recall@{k}", f"ndcg@{k}")}
-        table.append({"kind": kind, "best": best, **ratios, **_difference(gains[name] - gains[best], k)})
-    return table
+    gains, table = _gains(rows, out, k), summarise(rows, out, k)
+    own = next(row for row in table if row["model"] == name)
+    bests = {kind: _best(table, kind, k) for kind in ("id", "text")}
+    return [{"kind": kind, "best": best["model"],
+             **{f"{metric}_ratio": own[metric] / best[metric] for metric in (f"recall@{k}", f"ndcg@{k}")},
+             **_difference(gains[name] - gains[best["model"]], k)} for kind, best in bests.items()]
 
 
-def best_of(rows: Sequence[Measured], gains: Mapping[str, np.ndarray], kind: str) -> str:
-    """The model of this kind with the highest mean."""
-    return max((row["model"] for row in rows if row["kind"] == kind), key=lambda name: gains[name].mean())
+def _best(table: Sequence[dict[str, Any]], kind: str, k: int) -> dict[str, Any]:
+    return max((row for row in table if row["kind"] == kind), key=lambda row: row[f"ndcg@{k}"])
 
 
 def _difference(difference: Float[np.ndarray, "users"], k: int) -> dict[str, float]:
@@ -227,14 +215,9 @@ def _difference(difference: Float[np.ndarray, "users"], k: int) -> dict[str, flo
     return {f"ndcg@{k}_difference": float(difference.mean()), "low": low, "high": high}
 
 
-def _by_model(rows: Sequence[Measured]) -> dict[str, list[Measured]]:
-    models: dict[str, list[Measured]] = {}
-    for row in rows:
-        models.setdefault(row["model"], []).append(row)
-    return models
-
-
 def _gains(rows: Sequence[Measured], out: Path, k: int) -> dict[str, Float[np.ndarray, "users"]]:
     """NDCG@k of each user, averaged over seeds."""
-    return {name: np.mean([user_ndcg(read_ranks(out / row["ranks"]), k) for row in own], axis=0)
-            for name, own in _by_model(rows).items()}
+    files = {row["model"]: [] for row in rows}
+    for row in rows:
+        files[row["model"]].append(user_ndcg(read_ranks(out / row["ranks"]), k))
+    return {name: np.mean(own, axis=0) for name, own in files.items()}

@@ -68,11 +68,3 @@ def test_cosines_alone_are_a_user_and_all_items_with_the_seen_offset(small, llm,
     alone = CosinesAlone(model).score(histories)
     torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-4)
     assert (model.score(histories) > alone + 1e-4).any()
-
-
-def test_the_plot_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    rows = [{"model": name, "kind": "id", "recall@10": 0.1, "recall@10_sd": 0.0, "ndcg@10": value, "ndcg@10_sd": 0.01}
-            for name, value in (("a", 0.1), ("b", 0.2))]
-    quality.plot(rows, tmp_path / "plots" / "quality.svg")
-    assert (tmp_path / "plots" / "quality.svg").stat().st_size > 1000

@@ -6,10 +6,11 @@ import polars as pl
 import pytest
 import tiny
 
-from laserrec.config import load_config, merge
+from laserrec.config import load_config
 from laserrec.experiments import quickstart, table
-from laserrec.experiments.quickstart import smaller, verdict
+from laserrec.experiments.quickstart import verdict
 from laserrec.llm import text_features
+from laserrec.presets import PRESETS
 
 N = 10
 
@@ -26,7 +27,8 @@ def source(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def config(llm_folder):
+def config(llm_folder, monkeypatch):
+    monkeypatch.setitem(PRESETS["instant"]["head"], "whiten_dims", 8)
     return tiny.config(llm_folder(), data={"min_user_interactions": 2, "min_item_interactions": 1},
                        prompt={"layout": "text_first", "item_side": "mean", "max_items": 4, "max_item_tokens": 8},
                        head={"whiten_dims": 8, "projection": True}, neighbours={"count": 5, "l2": 1.0},
@@ -87,13 +89,9 @@ def test_a_stopped_quickstart_goes_on(source, config, tmp_path, monkeypatch):
     assert calls.count("SASRec") == 1 and calls.count("Laser") == 2 and len(rows) == 6
 
 
-def test_only_what_was_left_as_it_is_becomes_smaller():
-    small = load_config("small")
-    assert smaller(small).backbone.mean_layers == (6,) and smaller(small).id_model.items == "ids"
-    assert smaller(small).head == small.head and smaller(small).neighbours == small.neighbours
-    mine = load_config("small", None, merge({}, {"backbone": {"mean_layers": (12,)}, "train": {"lr": 1e-4}}))
-    assert smaller(mine).backbone == mine.backbone and smaller(mine).train == mine.train
-    assert smaller(mine).id_model.items == "ids"
+def test_the_preset_trains_one_sasrec():
+    config, sasrec = load_config("quickstart"), next(row for row in quickstart.rows() if row.name == "SASRec")
+    assert config.id_model.model_copy(update=sasrec.settings["id_model"]) == config.id_model
 
 
 @pytest.mark.parametrize(("low", "high", "word"), [(0.001, 0.02, "above"), (-0.001, 0.02, "level with"),
