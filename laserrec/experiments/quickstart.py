@@ -40,9 +40,11 @@ def rows() -> list[Row]:
 
 
 def run(out: Path, config: Config, progress: bool = True, device: str = "auto") -> list[Measured]:
-    """Everything, with headings, numbers and times on the console; config: of the preset `quickstart`. Returns the
-    table's rows, also written to OUT/results.json: {model, kind, split, recall@k, ndcg@k, mrr, users, seconds, exclude_seen ...}; seconds = training
-    and evaluation, without the reading of item texts, which all share."""
+    """Everything, with headings, numbers and times on the console; config: of the preset `quickstart`.
+
+    Returns the table's rows, also written to OUT/results.json: {model, kind, split, recall@k, ndcg@k, mrr, users,
+    seconds, exclude_seen ...}; seconds = training and evaluation, without the reading of item texts, which all share.
+    """
     console, k = Console(), config.eval.k
     with _step(console, 1, f"Prepare the data set {_DATA} in {out / 'data'}"):
         prepare_source(_DATA, out / "data", config.data)
