@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,25 +9,19 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from laserrec.cli.settings import Settings
-from laserrec.config import Config, load_config
-from laserrec.util.io import write_json
+from laserrec.cli.options import ConfigFile, Device, Flags, JsonFile, Preset, Quiet, finish, say, settings
+from laserrec.config import Config
 
 reproduce_app = App(name="reproduce", help="Train and compare, several seeds, as the tables of benchmarks/results do.")
-out_console = Console()
 
 Out = Annotated[Path, Parameter(help="Everything is kept here.")]
 Data = Annotated[Path | None, Parameter(help="A data folder; else amazon-scientific is prepared in OUT/data.")]
-Preset = Annotated[str, Parameter(help="Starting point of Laser's settings.")]
-Device = Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N or mps.")]
-Quiet = Annotated[bool, Parameter(negative="", help="Show no progress.")]
-JsonFile = Annotated[Path | None, Parameter(name="--json", help="Write all rows to this file.")]
-Flags = Annotated[Settings | None, Parameter(name="*", show_default=False)]
 
 
 @reproduce_app.command
-def quality(out: Out = Path("runs/quality"), *, data: Data = None, seeds: int = 5, preset: Preset = "small",
-            device: Device = "auto", quiet: Quiet = False, json_file: JsonFile = None, settings: Flags = None) -> None:
+def quality(out: Out = Path("runs/quality"), *, data: Data = None, seeds: int = 5, device: Device = "auto",
+            preset: Preset = "small", config: ConfigFile = None, quiet: Quiet = False, json_file: JsonFile = None,
+            flags: Flags = None) -> None:
     """Laser and its rivals: several seeds, paired significance. Run again to resume.
 
     Example: laserrec reproduce quality --seeds 5 --json benchmarks/results/quality.json
@@ -38,28 +31,29 @@ def quality(out: Out = Path("runs/quality"), *, data: Data = None, seeds: int = 
     seeds
         Seeds 0, 1, ... of every model.
     """
+    from laserrec.experiments.machine import describe
     from laserrec.experiments.quality import reproduce
 
-    config = _config(preset, settings)
-    dataset, name = _dataset(data, out, config)
-    result = reproduce(dataset, config, out, range(seeds), not quiet, device)
-    k = config.eval.k
+    tree = settings(preset, config, flags)
+    dataset, name = _dataset(data, out, tree)
+    result = reproduce(dataset, tree, out, range(seeds), not quiet, device)
+    k = tree.eval.k
     table = Table("model", f"Recall@{k}", f"NDCG@{k}", "MRR", "seeds", f"NDCG@{k} over the best ID model (95%)",
                   title=f"{name}, test split, all items ranked, nothing filtered: mean ± sd over seeds")
     for row in result["summary"]:
         cells = [f"{row[m]:.4f} ± {row[m + '_sd']:.4f}" for m in (f"recall@{k}", f"ndcg@{k}", "mrr")]
         difference = f"{row[f'ndcg@{k}_difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
         table.add_row(row["model"], *cells, str(row["seeds"]), difference)
-    out_console.print(table)
+    Console().print(table)
     for line in result["laser_over"]:
-        out_console.print(over(line, k), soft_wrap=True, highlight=False)
-    _write(result, json_file)
+        say(over(line, k))
+    finish({"machine": describe(), **result}, json_file)
 
 
 @reproduce_app.command
 def cold_start(out: Out = Path("runs/cold-start"), *, data: Data = None, seeds: int = 3, share: float = 0.1,
-               preset: Preset = "small", device: Device = "auto", quiet: Quiet = False, json_file: JsonFile = None,
-               settings: Flags = None) -> None:
+               device: Device = "auto", preset: Preset = "small", config: ConfigFile = None, quiet: Quiet = False,
+               json_file: JsonFile = None, flags: Flags = None) -> None:
     """Items held out of all training, and users of 1, 2, 3 and 5+ items. Run again to resume.
 
     Example: laserrec reproduce cold-start --seeds 3 --json benchmarks/results/cold_start.json
@@ -72,11 +66,12 @@ def cold_start(out: Out = Path("runs/cold-start"), *, data: Data = None, seeds: 
         Share of the items that is held out.
     """
     from laserrec.experiments.coldstart import reproduce
+    from laserrec.experiments.machine import describe
 
-    config = _config(preset, settings)
-    dataset, name = _dataset(data, out, config)
-    result = reproduce(dataset, config, out, range(seeds), share, not quiet, device)
-    k = config.eval.k
+    tree = settings(preset, config, flags)
+    dataset, name = _dataset(data, out, tree)
+    result = reproduce(dataset, tree, out, range(seeds), share, not quiet, device)
+    k = tree.eval.k
     table = Table("target", "history", "model", f"Recall@{k}", f"NDCG@{k}", "cases", "seeds",
                   title=f"{name}, test split, all items ranked; new = held out of all training")
     rows = sorted(result["rows"], key=lambda r: (r["target"] != "new", r["history"]))
@@ -84,8 +79,8 @@ def cold_start(out: Out = Path("runs/cold-start"), *, data: Data = None, seeds: 
         own = [r for r in rows if (r["target"], r["history"], r["model"]) == key]
         means = [f"{sum(r[m] for r in own) / len(own):.4f}" for m in (f"recall@{k}", f"ndcg@{k}")]
         table.add_row(*key, *means, str(sum(r["users"] for r in own)), str(len(own)))
-    out_console.print(table)
-    _write(result, json_file)
+    Console().print(table)
+    finish({"machine": describe(), **result}, json_file)
 
 
 def over(line: dict[str, Any], k: int) -> str:
@@ -96,10 +91,6 @@ def over(line: dict[str, Any], k: int) -> str:
             f"difference of NDCG@{k} {line[f'ndcg@{k}_difference']:+.4f} ({line['low']:+.4f} to {line['high']:+.4f})")
 
 
-def _config(preset: str, flags: Any) -> Config:
-    return load_config(preset, None, flags.model_dump(exclude_unset=True) if flags is not None else None)
-
-
 def _dataset(data: Path | None, out: Path, config: Config) -> Any:
     """The data set and its name."""
     from laserrec.data.dataset import Dataset
@@ -108,10 +99,3 @@ def _dataset(data: Path | None, out: Path, config: Config) -> Any:
     if data is None:
         prepare_source("amazon-scientific", out / "data", config.data)
     return Dataset.load(out / "data" if data is None else data), "amazon-scientific" if data is None else str(data)
-
-
-def _write(result: dict[str, Sequence[Any]], file: Path | None) -> None:
-    from laserrec.experiments.machine import describe
-
-    if file is not None:
-        write_json(file, {"machine": describe(), **result})
