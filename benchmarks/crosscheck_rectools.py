@@ -22,19 +22,19 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from laserrec.config import IdModelConfig
+from laserrec.config import load_config
 from laserrec.data.dataset import Dataset
+from laserrec.data.histories import Histories
 from laserrec.evaluation.evaluate import evaluate, rank_cases
 from laserrec.evaluation.metrics import Metrics
-from laserrec.methods.id_store import load_id_model
-from laserrec.training.pretrain import pretrain_id_model
+from laserrec.recommender.fitting import fit
+from laserrec.util.device import CPU
 from laserrec.util.io import write_json
 
 OUT = Path(__file__).parent / "results" / "crosscheck_rectools.json"
@@ -78,12 +78,12 @@ def _keep(file: Path, make: Any) -> None:
 
 
 def _ours(dataset: Dataset, kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    config = IdModelConfig.model_validate({"kind": kind, "seed": seed, **args.ours.get(kind, {})})
-    folder = args.work / f"ours-{kind}-{seed}"
-    facts = pretrain_id_model(dataset, config, folder)
-    model = load_id_model(folder, dataset).model
-    return {"test": evaluate(f"laserrec {kind}", model.score, dataset, "test").row(), "training": facts,
-            "settings": config.model_dump(mode="json"), "seed": seed, "threads": args.threads}
+    config = load_config("small", None, {"id_model": {"kind": kind, "items": "ids", "seed": seed,
+                                                      **args.ours.get(kind, {})}})
+    fitted = fit(kind, dataset, config, args.work / f"ours-{kind}-{seed}", CPU)
+    return {"test": evaluate(f"laserrec {kind}", fitted.model, dataset, "test").row(),
+            "training": fitted.facts["training"], "settings": config.id_model.model_dump(mode="json"), "seed": seed,
+            "threads": args.threads}
 
 
 def _theirs(dataset: Dataset, kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -93,8 +93,7 @@ def _theirs(dataset: Dataset, kind: str, seed: int, args: argparse.Namespace) ->
     seed_everything(seed)
     model = {"sasrec": SASRecModel, "bert4rec": BERT4RecModel}[kind](
         **THEIRS[kind], deterministic=True, lightning_module_type=_lean_module())
-    users = sorted(dataset.train_sequences)
-    train = _interactions([dataset.train_sequences[u] for u in users])
+    train = _interactions(dataset.train_sequences)
     score = _Scorer(model, dataset.n_items)
     start, epoch, worse, best, log = time.monotonic(), 0, 0, Metrics(10, 0, -1, 0, 0), []
     best_epoch, weights = 0, {}
@@ -147,16 +146,15 @@ def _lean_module() -> type:
     return Lean
 
 
-def _interactions(sequences: Sequence[np.ndarray]) -> Any:
-    """A RecTools dataset: user = index of the sequence, item = dense item, time = position in days."""
+def _interactions(histories: Histories) -> Any:
+    """A RecTools dataset: user = row of the history, item = item row, time = position in days."""
     import pandas as pd
     from rectools.dataset import Dataset as RecToolsDataset
 
-    lengths = [len(s) for s in sequences]
-    days = np.concatenate([np.arange(n) for n in lengths])
+    days = (histories.lengths[histories.users] - 1 - histories.ages).numpy()
     return RecToolsDataset.construct(pd.DataFrame({
-        "user_id": np.repeat(np.arange(len(sequences)), lengths), "item_id": np.concatenate(sequences).astype(np.int64),
-        "weight": 1.0, "datetime": pd.Timestamp("2020-01-01") + pd.to_timedelta(days, unit="D")}))
+        "user_id": histories.users.numpy(), "item_id": histories.items.numpy(), "weight": 1.0,
+        "datetime": pd.Timestamp("2020-01-01") + pd.to_timedelta(days, unit="D")}))
 
 
 class _Scorer:
@@ -168,12 +166,12 @@ class _Scorer:
         self.k = 10
         """Only so many best items get their score, the rest is ranked last."""
 
-    def __call__(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
+    def score(self, histories: Histories) -> torch.Tensor:
         frame = self.model.recommend(users=np.arange(len(histories)), dataset=_interactions(histories),
                                      k=self.k, filter_viewed=False, on_unsupported_targets="ignore")
         scores = torch.full((len(histories), self.n_items), -torch.inf)
         rows, items = (torch.as_tensor(frame[c].to_numpy(dtype=np.int64)) for c in ("user_id", "item_id"))
-        scores[rows, items - 1] = torch.as_tensor(frame["score"].to_numpy(dtype=np.float32))
+        scores[rows, items] = torch.as_tensor(frame["score"].to_numpy(dtype=np.float32))
         return scores
 
 

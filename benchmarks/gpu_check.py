@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from machine import seconds, spread
 from torch import Tensor
 
-from laserrec.bench.machine import describe, seconds, spread
 from laserrec.config import BackboneConfig, Precision, PromptConfig, load_config
 from laserrec.data.dataset import Dataset
 from laserrec.data.prepare import prepare
 from laserrec.data.raw import from_frames
+from laserrec.experiments.machine import describe
 from laserrec.llm.attention import Past, TextCache
 from laserrec.llm.backbone import Backbone, load_backbone
 from laserrec.llm.fetch import default_folder, is_fetched

@@ -7,7 +7,6 @@ is not touched. A line per trial is added to OUT/trials.jsonl; what stands there
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import tempfile
 import time
@@ -16,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from trials import Trials, open_data
 
-from laserrec.config import Config, IdModelConfig, load_config
-from laserrec.experiments.quality import RIVALS
-from laserrec.llm.text_features import text_vectors
-from laserrec.presets import ID_MODELS
-from laserrec.training.pretrain import pretrain_id_model
+from laserrec.config import Config, IdModelConfig, load_config, merge
+from laserrec.data.dataset import Dataset
+from laserrec.data.prepare import prepare_source
+from laserrec.experiments.quality import rows
+from laserrec.llm.text_features import TextFeatures
+from laserrec.recommender.fitting import fit
+from laserrec.util.device import CPU
 
+RIVALS = {row.name: row.settings["id_model"] for row in rows() if row.method in ("sasrec", "bert4rec")}
 _SPACES: dict[str, dict[str, list[Any]]] = {
     "sasrec": {
         "d_id": [64, 128, 256], "blocks": [1, 2, 3], "heads": [1, 2, 4], "dropout": [0.3, 0.4, 0.5, 0.6, 0.7],
@@ -45,7 +46,7 @@ _LONG = 2
 
 def settings_of(name: str, count: int) -> list[dict[str, Any]]:
     """The tuned settings of before, then some of them drawn anew: `count` different ones, the same in each call."""
-    base = {**ID_MODELS[RIVALS[name][1]["kind"]], **RIVALS[name][1], "seed": 0}
+    base = {**RIVALS[name], "seed": 0}
     rng = np.random.default_rng(8)
     found = {IdModelConfig(**base): base}
     while len(found) < count:
@@ -56,17 +57,26 @@ def settings_of(name: str, count: int) -> list[dict[str, Any]]:
 
 
 def search(out: Path, config: Config, seconds: float, count: int, rivals: list[str]) -> None:
-    dataset, done = open_data(out, config), Trials(out / "trials.jsonl")
-    text = functools.cache(lambda: text_vectors(dataset, config))  # minutes, and not every rival asks
+    prepare_source("amazon-scientific", out / "data", config.data)
+    dataset, file = Dataset.load(out / "data"), out / "trials.jsonl"
+    features = TextFeatures(config.backbone, config.prompt, CPU, out / "data" / "text_features")
+    lines = [json.loads(x) for x in file.read_text().splitlines()] if file.is_file() else []
+    done: dict[str, dict[str, Any]] = {line["key"]: line for line in lines}
 
     def train(name: str, settings: dict[str, Any]) -> float:
         """Validation NDCG@10, of this or an earlier call."""
         key = name + json.dumps(settings, sort_keys=True)
         if key not in done:
+            own = Config.model_validate(merge(config.model_dump(), {"id_model": settings}))
             with tempfile.TemporaryDirectory() as folder:
-                told = pretrain_id_model(dataset, IdModelConfig(**settings), Path(folder) / "m", False, text)
-            done.add(key, rival=name, settings=settings, epoch=told["best_epoch"], seconds=told["seconds"],
-                     ndcg=told["validation_ndcg@10"], recall=told["validation_recall@10"])
+                told = fit(settings["kind"], dataset, own, Path(folder) / "m", CPU, features=features, progress=False)
+            training = told.facts["training"]
+            done[key] = {"key": key, "rival": name, "settings": settings, "epoch": training["kept"]["epoch"],
+                         "seconds": training["seconds"], "ndcg": training["kept"]["validation_ndcg@10"],
+                         "recall": training["kept"]["validation_recall@10"]}
+            with file.open("a") as lines:
+                lines.write(json.dumps(done[key]) + "\n")
+            print(name, {k: done[key][k] for k in ("epoch", "seconds", "ndcg", "recall")}, flush=True)
         return done[key]["ndcg"]
 
     until = time.monotonic() + seconds

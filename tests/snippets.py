@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 from cyclopts import App
+from running import running
 
-from laserrec.bench.serve import running
 from laserrec.cli import main as cli
 from laserrec.config import Config
 

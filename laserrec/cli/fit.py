@@ -143,4 +143,4 @@ def quickstart(out: Path = Path("runs/quickstart"), *, device: Device = "auto", 
     """
     from laserrec.experiments.quickstart import run
 
-    finish(run(out, settings("small", config, flags), not quiet, device), json_file)
+    finish(run(out, settings("quickstart", config, flags), not quiet, device), json_file)

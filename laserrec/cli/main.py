@@ -14,7 +14,6 @@ from cyclopts import App, CycloptsError, Parameter
 import laserrec
 from laserrec.cli.backbone import backbone_app
 from laserrec.cli.batch import batch_app
-from laserrec.cli.bench import bench_app
 from laserrec.cli.data import prepare
 from laserrec.cli.fit import distil, fit, pretrain, quickstart
 from laserrec.cli.index import index_app
@@ -30,7 +29,7 @@ app = App(name="laserrec", version=laserrec.__version__, suppress_keyboard_inter
           help="Sequential recommendation with a frozen LLM, tuned by a prefix and a suffix. The usual way: prepare, "
           "fit, evaluate, recommend.")
 for command in (prepare, fit, pretrain, distil, evaluate, recommend, quickstart, push, card, backbone_app, batch_app,
-                bench_app, index_app, report_app, reproduce_app, serve_app):
+                index_app, report_app, reproduce_app, serve_app):
     app.command(command)
 
 

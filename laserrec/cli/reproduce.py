@@ -1,4 +1,4 @@
-"""`laserrec reproduce`: the tables. Thin, as cli.py."""
+"""`laserrec reproduce`: the tables. Thin, as all of cli."""
 
 from __future__ import annotations
 
@@ -9,100 +9,78 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from laserrec.cli.settings import Settings
-from laserrec.config import load_config
-from laserrec.util.io import write_json
+from laserrec.cli.options import ConfigFile, Device, Flags, JsonFile, Preset, Quiet, finish, say, settings
+from laserrec.config import Config
 
-reproduce_app = App(name="reproduce", help="Train and compare, several seeds, as the tables of benchmarks/results say.")
-out_console = Console()
+reproduce_app = App(name="reproduce", help="Train and compare, several seeds, as the tables of benchmarks/results do.")
+
+Out = Annotated[Path, Parameter(help="Everything is kept here.")]
+Data = Annotated[Path | None, Parameter(help="A data folder; else amazon-scientific is prepared in OUT/data.")]
 
 
 @reproduce_app.command
-def quality(out: Path = Path("runs/quality"), *, seeds: int = 5, preset: str = "small", plot: Path | None = None,
-            quiet: bool = False, json_file: Annotated[Path | None, Parameter(name="--json")] = None,
-            settings: Annotated[Settings | None, Parameter(name="*", show_default=False)] = None) -> None:
-    """Laser and its rivals on amazon-scientific: several seeds, paired significance. Run again to resume.
+def quality(out: Out = Path("runs/quality"), *, data: Data = None, seeds: int = 5, device: Device = "auto",
+            preset: Preset = "small", config: ConfigFile = None, quiet: Quiet = False, json_file: JsonFile = None,
+            flags: Flags = None) -> None:
+    """Laser and its rivals: several seeds, paired significance. Run again to resume.
 
     Example: laserrec reproduce quality --seeds 5 --json benchmarks/results/quality.json
 
     Parameters
     ----------
-    out
-        Everything is kept here.
     seeds
         Seeds 0, 1, ... of every model.
-    preset
-        Starting point of Laser's settings.
-    plot
-        Draw the table into this file (.svg or .png).
-    quiet
-        No progress.
-    json_file
-        Write all rows to this file.
     """
-    from laserrec.bench.machine import describe
-    from laserrec.data.dataset import Dataset
-    from laserrec.data.prepare import prepare_source
-    from laserrec.experiments import quality as work
+    from laserrec.experiments.machine import describe
+    from laserrec.experiments.quality import reproduce
 
-    config = load_config(preset, None, settings.model_dump(exclude_unset=True) if settings is not None else None)
-    prepare_source("amazon-scientific", out / "data", config.data)
-    result = work.reproduce(Dataset.load(out / "data"), config, out, range(seeds), not quiet)
-    _print(result["summary"], config.eval.k)
+    tree = settings(preset, config, flags)
+    dataset, name = _dataset(data, out, tree)
+    result = reproduce(dataset, tree, out, range(seeds), not quiet, device)
+    k = tree.eval.k
+    table = Table("model", f"Recall@{k}", f"NDCG@{k}", "MRR", "seeds", f"NDCG@{k} over the best ID model (95%)",
+                  title=f"{name}, test split, all items ranked, nothing filtered: mean ± sd over seeds")
+    for row in result["summary"]:
+        cells = [f"{row[m]:.4f} ± {row[m + '_sd']:.4f}" for m in (f"recall@{k}", f"ndcg@{k}", "mrr")]
+        difference = f"{row[f'ndcg@{k}_difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
+        table.add_row(row["model"], *cells, str(row["seeds"]), difference)
+    Console().print(table)
     for line in result["laser_over"]:
-        out_console.print(over(line, config.eval.k))
-    if json_file is not None:
-        write_json(json_file, {"machine": describe(), **result})
-    if plot is not None:
-        work.plot(result["summary"], plot, config.eval.k)
+        say(over(line, k))
+    finish({"machine": describe(), **result}, json_file)
 
 
 @reproduce_app.command
-def cold_start(out: Path = Path("runs/cold-start"), *, seeds: int = 3, share: float = 0.1, preset: str = "small",
-               quiet: bool = False, json_file: Annotated[Path | None, Parameter(name="--json")] = None,
-               settings: Annotated[Settings | None, Parameter(name="*", show_default=False)] = None) -> None:
-    """Items held out of all training, and users of 1, 2, 3 and 5+ items, on amazon-scientific. Run again to resume.
+def cold_start(out: Out = Path("runs/cold-start"), *, data: Data = None, seeds: int = 3, share: float = 0.1,
+               device: Device = "auto", preset: Preset = "small", config: ConfigFile = None, quiet: Quiet = False,
+               json_file: JsonFile = None, flags: Flags = None) -> None:
+    """Items held out of all training, and users of 1, 2, 3 and 5+ items. Run again to resume.
 
     Example: laserrec reproduce cold-start --seeds 3 --json benchmarks/results/cold_start.json
 
     Parameters
     ----------
-    out
-        Everything is kept here.
     seeds
         Seeds 0, 1, ... of the items held out and of the training.
     share
         Share of the items that is held out.
-    preset
-        Starting point of Laser's settings.
-    quiet
-        No progress.
-    json_file
-        Write all rows to this file.
     """
-    from laserrec.bench.machine import describe
-    from laserrec.data.dataset import Dataset
-    from laserrec.data.prepare import prepare_source
-    from laserrec.experiments import coldstart as work
+    from laserrec.experiments.coldstart import reproduce
+    from laserrec.experiments.machine import describe
 
-    config = load_config(preset, None, settings.model_dump(exclude_unset=True) if settings is not None else None)
-    prepare_source("amazon-scientific", out / "data", config.data)
-    result = work.reproduce(Dataset.load(out / "data"), config, out, range(seeds), share, not quiet)
-    _print_cold_start(result["rows"], config.eval.k)
-    if json_file is not None:
-        write_json(json_file, {"machine": describe(), **result})
-
-
-def _print_cold_start(rows: list[dict[str, Any]], k: int) -> None:
+    tree = settings(preset, config, flags)
+    dataset, name = _dataset(data, out, tree)
+    result = reproduce(dataset, tree, out, range(seeds), share, not quiet, device)
+    k = tree.eval.k
     table = Table("target", "history", "model", f"Recall@{k}", f"NDCG@{k}", "cases", "seeds",
-                  title="amazon-scientific, test split, all items ranked; new = held out of all training")
-    keys = dict.fromkeys((r["target"], r["history"], r["model"]) for r in sorted(
-        rows, key=lambda r: (r["target"] != "new", r["history"])))
-    for key in keys:
+                  title=f"{name}, test split, all items ranked; new = held out of all training")
+    rows = sorted(result["rows"], key=lambda r: (r["target"] != "new", r["history"]))
+    for key in dict.fromkeys((r["target"], r["history"], r["model"]) for r in rows):
         own = [r for r in rows if (r["target"], r["history"], r["model"]) == key]
         means = [f"{sum(r[m] for r in own) / len(own):.4f}" for m in (f"recall@{k}", f"ndcg@{k}")]
         table.add_row(*key, *means, str(sum(r["users"] for r in own)), str(len(own)))
-    out_console.print(table)
+    Console().print(table)
+    finish({"machine": describe(), **result}, json_file)
 
 
 def over(line: dict[str, Any], k: int) -> str:
@@ -113,11 +91,11 @@ def over(line: dict[str, Any], k: int) -> str:
             f"difference of NDCG@{k} {line[f'ndcg@{k}_difference']:+.4f} ({line['low']:+.4f} to {line['high']:+.4f})")
 
 
-def _print(summary: list[dict[str, Any]], k: int) -> None:
-    table = Table("model", f"Recall@{k}", f"NDCG@{k}", "MRR", "seeds", f"NDCG@{k} over the best ID model (95%)",
-                  title="amazon-scientific, test split, all items ranked, nothing filtered: mean ± sd over seeds")
-    for row in summary:
-        cells = [f"{row[m]:.4f} ± {row[m + '_sd']:.4f}" for m in (f"recall@{k}", f"ndcg@{k}", "mrr")]
-        difference = f"{row[f'ndcg@{k}_difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
-        table.add_row(row["model"], *cells, str(row["seeds"]), difference)
-    out_console.print(table)
+def _dataset(data: Path | None, out: Path, config: Config) -> Any:
+    """The data set and its name."""
+    from laserrec.data.dataset import Dataset
+    from laserrec.data.prepare import prepare_source
+
+    if data is None:
+        prepare_source("amazon-scientific", out / "data", config.data)
+    return Dataset.load(out / "data" if data is None else data), "amazon-scientific" if data is None else str(data)

@@ -1,136 +1,141 @@
-"""The whole way on amazon-scientific, and one honest table at its end. Every step reuses what is there already."""
+"""`laserrec quickstart`: from raw data to recommendations and a table of models, on amazon-scientific.
+
+Recommendations come first, from a model in closed form; the trained ones follow. What is there already is used again.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table as Grid
 
-from laserrec import presets
-from laserrec.cli.output import print_recommendations, print_results
-from laserrec.config import Config, IdModelConfig, IdModelKind, ItemTable
+from laserrec.config import Config, load_config
 from laserrec.data.dataset import Dataset
 from laserrec.data.prepare import prepare_source
-from laserrec.evaluation.evaluate import Result, Scorer, evaluate
-from laserrec.llm.backbone import load_backbone
-from laserrec.llm.text_features import text_vectors
-from laserrec.methods.id_store import load_id_model
-from laserrec.methods.laser.untrained import UntrainedLLM
-from laserrec.methods.linear import EASE, NEAREST, TEXT_EASE, ItemRegression, NearestText
-from laserrec.methods.popularity import Popularity
-from laserrec.presets import ID_MODELS
-from laserrec.recommender.folder import tell_card
+from laserrec.experiments.quality import LASER, closed_forms
+from laserrec.experiments.table import Measured, Row, Table, compare
+from laserrec.presets import PRESETS
+from laserrec.recommender.folder import read_note, tell_card
 from laserrec.recommender.recommender import LaserRecommender
-from laserrec.recommender.results import record_result
-from laserrec.training.pretrain import pretrain_id_model
+from laserrec.util.device import choose
 from laserrec.util.io import write_json
-from laserrec.util.progress import Progress
 
-_DATA = "amazon-scientific"
-_NAMES = {IdModelKind.SASREC: "SASRec", IdModelKind.BERT4REC: "BERT4Rec"}
-"""Of models that know ids alone."""
+_DATA, _INSTANT, _SASREC = "amazon-scientific", "closed form", "SASRec"
 
 
-@dataclass
-class _Table:
-    dataset: Dataset
-    k: int
-    show: bool
-    rows: list[dict] = field(default_factory=list)
-
-    def add(self, name: str, score: Scorer, train_seconds: float) -> Result:
-        with Progress(f"evaluating {name}", self.dataset.n_users, self.show) as bar:
-            result = evaluate(name, score, self.dataset, "test", self.k, progress=bar.advance)
-        self.rows.append({**result.row(), "seconds": round(train_seconds + result.seconds, 1)})
-        return result
+def rows() -> list[Row]:
+    """A model in closed form for the start, then those of the table."""
+    instant, whole = PRESETS["instant"], load_config("instant")
+    settings = {name: own for name, own in instant.items() if name != "backbone"}
+    settings |= {"head": whole.head.model_dump(), "neighbours": whole.neighbours.model_dump()}
+    return [Row(_INSTANT, "text", "laser", settings, folder="instant"),
+            Row(LASER, "laser", "laser", folder="model"),
+            Row(_SASREC, "id", "sasrec", {"id_model": {"kind": "sasrec", "items": "ids"}}),
+            *closed_forms()]
 
 
-def _id_settings(used: IdModelConfig) -> dict[str, IdModelConfig]:
-    """name -> settings: the ID model under Laser first, then those of IDs alone, on equal terms about seen items."""
-    suffix = {ItemTable.IDS: "", ItemTable.LLM_START: " from LLM embeddings", ItemTable.TEXT: " on text"}[used.items]
-    settings = {_NAMES[used.kind] + suffix: used}
-    for kind, name in _NAMES.items():
-        if name not in settings:
-            settings[name] = IdModelConfig(**{"kind": kind, "seen_offset": used.seen_offset, **ID_MODELS[kind]})
-    return settings
+def run(out: Path, config: Config, progress: bool = True, device: str = "auto") -> list[Measured]:
+    """Everything, with headings, numbers and times on the console; config: of the preset `quickstart`.
+
+    Returns the table's rows, also written to OUT/results.json: {model, kind, split, recall@k, ndcg@k, mrr, users,
+    seconds, exclude_seen ...}; seconds = training and evaluation, without the reading of item texts, which all share.
+    """
+    console, k = Console(), config.eval.k
+    with _step(console, 1, f"Prepare the data set {_DATA} in {out / 'data'}"):
+        prepare_source(_DATA, out / "data", config.data)
+        dataset = Dataset.load(out / "data")
+        console.print(f"  {dataset.n_users:,} users, {dataset.n_items:,} items, {dataset.interactions.height:,} "
+                      "interactions")
+    table = Table(rows(), dataset, config, out, choose(device), progress)
+    with _step(console, 2, f"Read each item's text once with the frozen language model {config.backbone.name}"):
+        table.features.means(dataset.items)
+    with _step(console, 3, "Recommend with a first model in closed form, without any training by gradient"):
+        model = LaserRecommender(table.fitted(_INSTANT))
+        history = _example(console, model, dataset)
+    with _step(console, 4, "Train SASRec, which knows items by their ids alone"):
+        table.result(_SASREC)
+        _training(console, table, _SASREC)
+    with _step(console, 5, "Train Laser on top of it: a prefix and a suffix around the text of a history"):
+        table.result(LASER)
+        tell_card(out / "model", data_name=_DATA)
+        _training(console, table, LASER)
+    with _step(console, 6, "Compare on the test split"):
+        found = [table.result(name) for name in table.rows if name != _INSTANT]
+    found = [{**row, "seconds": round(row["train_seconds"] + row["seconds"], 1)} for row in found]
+    write_json(out / "results.json", found)
+    _print(console, found, dataset, k)
+    console.print(verdict(compare(LASER, found, out, k)[0], k), highlight=False)
+    console.print(_next(out, history), highlight=False, soft_wrap=True, markup=False)
+    return found
 
 
-def run(out: Path, config: Config, progress: bool = True) -> list[dict]:
-    """Returns the table's rows, also written to OUT/results.json: {model, split, recall@k, ndcg@k, mrr, users,
-    seconds, exclude_seen}; seconds = training and evaluation."""
-    console = Console()
-    console.print(f"[bold]1 prepare[/] {_DATA} -> {out / 'data'}")
-    prepare_source(_DATA, out / "data", config.data)
-    dataset = Dataset.load(out / "data")
-    console.print(f"  {dataset.n_users:,} users, {dataset.n_items:,} items")
-
-    backbone = load_backbone(config.backbone)  # one for all: it keeps what it read of the catalogue
-    id_models, seconds = {}, {}
-    for name, settings in _id_settings(config.id_model).items():
-        folder = out / "-".join(name.lower().split())
-        console.print(f"[bold]2 pretrain[/] {name} -> {folder}")
-        metrics = pretrain_id_model(dataset, settings, folder, progress,
-                                    lambda: text_vectors(dataset, config, progress, backbone))
-        seconds[name] = metrics["seconds"]
-        console.print(f"  validation NDCG@10 {metrics['validation_ndcg@10']:.4f}, {metrics['epochs']} epochs, "
-                      f"{metrics['seconds']:.0f} s")
-        id_models[name] = load_id_model(folder, dataset).model
-    used = next(iter(id_models))
-
-    console.print(f"[bold]3 fit[/] Laser on the frozen {used} and LLM -> {out / 'model'}")
-    model = LaserRecommender.fit_dataset(dataset, id_models[used], config, out / "model", progress, backbone)
-    training = model.facts["training"]
-    console.print(f"  {training['trained_parameters']:,} trained parameters, {training['seconds']:.0f} s")
-
-    console.print("[bold]4 evaluate[/] on the test split")
-    table = _Table(dataset, config.eval.k, progress)
-    laser = table.add("Laser", model.score, training["seconds"] + seconds[used])
-    tell_card(out / "model", data_name=Path(_DATA).name)
-    record_result(out / "model", laser, dataset)
-    rows = _evaluate_others(model, id_models, seconds, table)
-    write_json(out / "results.json", rows)
-    print_results(rows, config.eval.k, f"{_DATA}, test split: {dataset.n_users:,} users, all {dataset.n_items:,} items "
-                  "ranked, nothing filtered")
-    console.print(verdict(rows, config.eval.k))
-
-    console.print(f"[bold]5 recommend[/] for one user (laserrec recommend {out / 'model'} --history ...)")
-    _example(console, model, dataset)
-    return rows
+@contextmanager
+def _step(console: Console, number: int, what: str) -> Iterator[None]:
+    start = time.monotonic()
+    console.print(f"\n[bold]{number}  {what}[/]", highlight=False)
+    yield
+    console.print(f"  {time.monotonic() - start:.0f} s", highlight=False)
 
 
-def _evaluate_others(model: LaserRecommender, id_models: dict, seconds: dict, table: _Table) -> list[dict]:
-    config, dataset = model.encoder.laser.config, table.dataset
-    for name, id_model in id_models.items():
-        table.add(name, id_model.score, seconds[name])
-    table.add("popularity", Popularity(table.dataset).score, 0.0)
-    regression, backbone = config.neighbours, model.encoder.laser.backbone
-    table.add(EASE, ItemRegression(dataset, regression.model_copy(update=presets.EASE)).score, 0.0)
-    text = text_vectors(dataset, config, table.show, backbone)
-    table.add(TEXT_EASE, ItemRegression(dataset, regression, text).score, 0.0)
-    table.add(NEAREST, NearestText(text, regression.recency).score, 0.0)
-    table.add("untrained LLM", UntrainedLLM(model.encoder).score, 0.0)
-    return table.rows
-
-
-def verdict(rows: list[dict], k: int = 10) -> str:
-    """Where Laser stands to the best ID-only model, in one sentence."""
-    laser = rows[0]
-    best = max((r for r in rows if r["model"] in (EASE, *_NAMES.values())), key=lambda r: r[f"ndcg@{k}"])
-    change = {m: laser[m] / best[m] - 1 for m in (f"ndcg@{k}", f"recall@{k}")}
-    # Paired differences of this size come with a standard error of about two to three percent on 8,442 users.
-    word = "above" if change[f"ndcg@{k}"] > 0.03 else "below" if change[f"ndcg@{k}"] < -0.03 else "level with"
-    return (f"Laser is {word} the best ID-only model here, {best['model']}: NDCG@{k} {change[f'ndcg@{k}']:+.1%}, "
-            f"Recall@{k} {change[f'recall@{k}']:+.1%} (one seed; differences within 3% count as level).")
-
-
-def _example(console: Console, model: LaserRecommender, dataset: Dataset) -> None:
+def _example(console: Console, model: LaserRecommender, dataset: Dataset) -> list[str]:
+    """Five recommendations for a real history of three to six items, if there is one; returns its item ids."""
     cases = dataset.cases("test")
-    names, titles = dataset.items["item_id"].to_list(), dataset.items["title"].to_list()
-    history = cases.histories[0].tolist()
-    for item in history:
-        console.print(f"  bought: {names[item - 1]}  {titles[item - 1]}", highlight=False, no_wrap=True)
-    target = int(cases.targets[0])
-    console.print(f"  next in truth: {names[target - 1]}  {titles[target - 1]}", highlight=False, no_wrap=True)
-    frame = model.recommend([[names[i - 1] for i in history]], k=5, exclude_seen=True)
-    print_recommendations(frame, model.items)
+    lengths = cases.histories.lengths.tolist()
+    at = next((i for i, length in enumerate(lengths) if 3 <= length <= 6), 0)
+    ids, titles = dataset.items["item_id"].to_list(), dataset.items["title"].to_list()
+    bought, target = cases.histories[at].tolist(), int(cases.targets[at])
+    grid = Grid("", "item", "title", box=None, padding=(0, 2))
+    for row in bought:
+        grid.add_row("bought", ids[row], titles[row])
+    frame = model.recommend([[ids[row] for row in bought]], k=5, exclude_seen=True)
+    names = dict(zip(ids, titles, strict=True))
+    for rank, item in zip(frame["rank"], frame["item_id"], strict=True):
+        grid.add_row(f"recommended {rank}", item, names[item], style="bold green" if item == ids[target] else "green")
+    grid.add_row("bought next", ids[target], titles[target], style="dim")
+    for column in grid.columns:
+        column.no_wrap, column.overflow = True, "ellipsis"
+    console.print(grid)
+    return [ids[row] for row in bought]
+
+
+def _training(console: Console, table: Table, name: str) -> None:
+    told = read_note(table.folder(name))["training"]
+    metric = f"ndcg@{table.config.eval.k}"
+    kept = told["kept"].get(f"validation_{metric}")
+    console.print(f"  {told['trained_parameters']:,} trained parameters, {told['epochs']} epochs"
+                  + ("" if kept is None else f", {metric.upper()} on validation {kept:.4f}")
+                  + f"; the model is in {table.folder(name)}", highlight=False, soft_wrap=True)
+
+
+def _print(console: Console, found: list[Measured], dataset: Dataset, k: int) -> None:
+    metrics = {f"recall@{k}": f"Recall@{k}", f"ndcg@{k}": f"NDCG@{k}", "mrr": "MRR"}
+    grid = Grid("model", *metrics.values(), "seconds", title=f"{_DATA}, test split: {found[0]['users']:,} users, all "
+                f"{dataset.n_items:,} items ranked, nothing filtered")
+    for row in sorted(found, key=lambda row: -row[f"ndcg@{k}"]):
+        grid.add_row(row["model"], *(f"{row[metric]:.4f}" for metric in metrics), f"{row['seconds']:.0f}",
+                     style="bold" if row["model"] == LASER else "")
+    console.print(grid)
+
+
+def verdict(line: dict[str, Any], k: int = 10) -> str:
+    """Where Laser stands to the best model that knows ids alone, from an entry of `compare`."""
+    word = "above" if line["low"] > 0 else "below" if line["high"] < 0 else "level with"
+    recall, ndcg = (f"{metric}@{k} x {line[f'{metric.lower()}@{k}_ratio']:.2f}" for metric in ("Recall", "NDCG"))
+    return (f"Laser is {word} the best model of ids alone, {line['best']}: {recall}, {ndcg}; difference of NDCG@{k} "
+            f"{line[f'ndcg@{k}_difference']:+.4f}, 95% interval {line['low']:+.4f} to {line['high']:+.4f} (users "
+            "resampled, one seed).")
+
+
+def _next(out: Path, history: list[str]) -> str:
+    commands = {f"laserrec recommend {out / 'model'} --history {','.join(history)}": "the same question to Laser",
+                f"laserrec report {out}": "one page: curves, results, a map of the items",
+                f"laserrec distil {out / 'data'} {out / 'model'} {out / 'fast'}": "a model that needs no LLM to answer",
+                f"laserrec serve {out / 'model'}": "HTTP API and a page to try it",
+                "laserrec prepare orders.csv runs/data --items goods.csv": "your own data: see README.md",
+                "laserrec reproduce quality": "all rivals, several seeds, at full size: hours"}
+    return "\nWhat to try next\n" + "".join(f"  {command}\n      {what}\n" for command, what in commands.items())

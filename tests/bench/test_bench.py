@@ -1,15 +1,22 @@
 """The benchmarks on tiny models: what they count and check, not how fast."""
 
+import dataclasses
+import json
+
+import engine
+import machine
 import numpy as np
 import pytest
+import score
 import tiny
 import torch
+from engine import OURS, SORTED, THEIRS, Setting
 
-from laserrec.bench import engine, machine, score
-from laserrec.bench.engine import OURS, SORTED, THEIRS, Setting
 from laserrec.config import DataConfig
+from laserrec.data.dataset import Dataset
 from laserrec.data.prepare import prepare
 from laserrec.data.raw import from_frames
+from laserrec.experiments.machine import describe
 from laserrec.util.errors import UserError
 
 
@@ -48,10 +55,8 @@ def test_encode_covers_users_items_and_shared_items(setting):
 
 
 def test_both_sides_have_the_same_trained_parts_and_gradients(setting):
-    from laserrec.data.dataset import Dataset
-
     ours, theirs = engine._sides(setting, Dataset.load(setting.data))
-    for a, b in zip(ours.encoder.laser.parameters(), theirs.encoder.laser.parameters(), strict=True):
+    for a, b in zip(ours.laser.parameters(), theirs.laser.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -59,7 +64,7 @@ def test_unequal_engines_are_not_timed(setting, monkeypatch):
     step = engine.Side.step
 
     def wrong(self, *arguments):
-        return step(self, *arguments) * (1.01 if self.encoder.laser.backbone.native else 1.0)
+        return step(self, *arguments) * (1.01 if self.reader.backbone.native else 1.0)
 
     monkeypatch.setattr(engine.Side, "step", wrong)
     with pytest.raises(UserError, match="nothing was timed"):
@@ -67,21 +72,18 @@ def test_unequal_engines_are_not_timed(setting, monkeypatch):
 
 
 def test_tokens_per_epoch_counts_every_token(setting):
-    from laserrec.data.dataset import Dataset
-
     counts = engine.tokens_per_epoch(setting)
     dataset = Dataset.load(setting.data)
-    side = engine.Side(setting, "native", dataset=dataset)
-    cuts = [s[:p] for s in dataset.train_sequences.values() for p in range(1, len(s))]
-    items = [np.array([i]) for i in range(1, dataset.n_items + 1)]
-    length = sum(4 + len(side.encoder.catalogue.text(h, False)) + 1 for h in [*cuts, *items])  # K 4 queries
+    texts = engine.Side(setting, "native", dataset=dataset).reader.texts
+    cuts = [row[:cut] for row in dataset.train_sequences.lists() for cut in range(1, len(row))]
+    items = [[row] for row in range(dataset.n_items)]
+    length = sum(4 + len(text) + 1 for text in texts.texts(tiny.histories(*cuts, *items), False))  # 4 queries
     assert counts["per_position"] == length
     assert counts["ours"] == 5 * len(cuts) < counts["random_cut"] < counts["per_position"]
+    assert json.dumps(counts)
 
 
 def test_more_histories_than_there_are(setting):
-    import dataclasses
-
     with pytest.raises(UserError, match="not 5000"):
         engine.bench_train(dataclasses.replace(setting, histories=5000), progress=False)
 
@@ -115,6 +117,17 @@ def test_a_process_that_dies_is_told():
 
 
 def test_the_machine_is_described():
-    facts = machine.describe()
+    facts = describe()
     assert facts["cores"] >= 1 and facts["torch"] == torch.__version__
     assert machine.product_peak(torch.float32, runs=1) > 1e8
+
+
+def test_the_command_writes_what_it_measured(setting, tmp_path, capsys, monkeypatch):
+    part = engine.bench_train(setting, progress=False)
+    monkeypatch.setattr(engine, "bench_train", lambda *_: part)
+    monkeypatch.setattr(engine, "bench_encode", lambda *_: {**part, "items": part, "items_shared": part})
+    engine.main(setting.data, backbone=setting.backbone, batch_size=4, histories=10, items=6, runs=2, quiet=True,
+                json_file=tmp_path / "engine.json")
+    kept = json.loads((tmp_path / "engine.json").read_text())
+    assert set(kept) == {"machine", "train", "encode", "tokens_per_epoch"}
+    assert "train step" in capsys.readouterr().out

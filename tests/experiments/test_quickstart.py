@@ -7,8 +7,10 @@ import pytest
 import tiny
 
 from laserrec.config import load_config
-from laserrec.experiments import quickstart
+from laserrec.experiments import quickstart, table
 from laserrec.experiments.quickstart import verdict
+from laserrec.llm import text_features
+from laserrec.presets import PRESETS
 
 N = 10
 
@@ -17,54 +19,85 @@ N = 10
 def source(tmp_path, monkeypatch):
     folder = tmp_path / "source"
     folder.mkdir()
-    for name, table in zip(("interactions", "items"), tiny.planted_tables(N, users=30), strict=True):
-        table.write_csv(folder / f"{name}.csv")
+    for name, frame in zip(("interactions", "items"), tiny.planted_tables(N, users=30), strict=True):
+        frame.write_csv(folder / f"{name}.csv")
     monkeypatch.setattr(quickstart, "_DATA", str(folder))
-    monkeypatch.setattr(quickstart, "ID_MODELS", {k: {"d_id": 16, "blocks": 1, "max_epochs": 2} for k in
-                                                  quickstart.ID_MODELS})
+    monkeypatch.setenv("COLUMNS", "300")
     return folder
 
 
-def test_the_whole_way(source, llm_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-    config = tiny.config(llm_folder(), data={"min_user_interactions": 2, "min_item_interactions": 1})
-    rows = quickstart.run(tmp_path / "run", config, progress=False)
-    said = capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8")) == rows
-    assert [r["model"] for r in rows] == ["Laser", "SASRec", "BERT4Rec", "popularity", "EASE", "EASE with LLM text",
-                                          "untrained LLM, nearest items", "untrained LLM"]
-    for row in rows:
-        assert {"model", "split", "recall@10", "ndcg@10", "mrr", "users", "seconds"} <= row.keys()
-        assert row["split"] == "test" and row["users"] == 30 and row["model"] in said
-    assert rows[0]["seconds"] > 0 and verdict(rows)[:30] in said
-    assert "next in truth" in said and "recommended next" in said
-    titles = pl.read_csv(source / "items.csv")["title"].to_list()
-    assert sum(t in said for t in titles) >= 3
+@pytest.fixture
+def config(llm_folder, monkeypatch):
+    monkeypatch.setitem(PRESETS["instant"]["head"], "whiten_dims", 8)
+    return tiny.config(llm_folder(), data={"min_user_interactions": 2, "min_item_interactions": 1},
+                       prompt={"layout": "text_first", "item_side": "mean", "max_items": 4, "max_item_tokens": 8},
+                       head={"whiten_dims": 8, "projection": True}, neighbours={"count": 5, "l2": 1.0},
+                       train={"stage_one_epochs": 1, "stage_two_epochs": 0})
 
-    card = (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
-    assert "| data set | source |" in card
+
+def test_the_whole_way(source, config, tmp_path, capsys, monkeypatch):
+    out, fitted, own = tmp_path / "run", [], table.fit
+    monkeypatch.setattr(table, "fit", lambda method, *rest: fitted.append((method, capsys.readouterr().out))
+                        or own(method, *rest))
+    rows = quickstart.run(out, config, progress=False, device="cpu")
+    said = "".join(part for _, part in fitted) + capsys.readouterr().out
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == rows
+    assert [row["model"] for row in rows] == ["Laser", "SASRec", "popularity", "EASE", "EASE with LLM text",
+                                              "untrained LLM, nearest items"]
+    for row in rows:
+        assert row["split"] == "test" and row["users"] == 30 and row["model"] in said and row["seconds"] >= 0
+    titles = pl.read_csv(source / "items.csv")["title"].to_list()
+    early = next(part for method, part in fitted if method == "sasrec")  # printed before the first training by gradient
+    assert "recommended 5" in early and "bought next" in early and sum(t in early for t in titles) >= 5
+    headings = [said.index(f"\n{number}  ") for number in range(1, 7)]
+    assert headings == sorted(headings) and "Laser is " in said and "What to try next" in said
+    card = (out / "model" / "README.md").read_text(encoding="utf-8")
     assert f"| test | {rows[0]['recall@10']:.4f} | {rows[0]['ndcg@10']:.4f} | {rows[0]['mrr']:.4f} | 30 |" in card
 
-    again = quickstart.run(tmp_path / "run", config, progress=False)  # nothing is trained a second time
-    measures = [[{k: v for k, v in r.items() if k != "seconds"} for r in table] for table in (rows, again)]
-    assert measures[0] == measures[1]
+
+def test_one_sasrec_is_rival_and_id_model(source, config, tmp_path):
+    quickstart.run(tmp_path / "run", config, progress=False, device="cpu")
+    folders = {place.parent.name for place in (tmp_path / "run").glob("*/model.json")}
+    assert {"model", "sasrec", "instant", "ease"} <= folders and "model-id-model" not in folders
 
 
-def test_id_models_of_ids_alone_stand_beside_the_one_under_laser():
-    used = load_config("quickstart").id_model
-    settings = quickstart._id_settings(used)
-    assert list(settings) == ["SASRec from LLM embeddings", "SASRec", "BERT4Rec"]
-    assert settings["SASRec from LLM embeddings"] == used
-    assert all(settings[n].items == "ids" and settings[n].seen_offset for n in ("SASRec", "BERT4Rec"))
-    assert list(quickstart._id_settings(settings["SASRec"])) == ["SASRec", "BERT4Rec"]
+def test_a_second_start_trains_reads_and_measures_nothing(source, config, tmp_path, monkeypatch, capsys):
+    rows = quickstart.run(tmp_path / "run", config, progress=False, device="cpu")
+    first = capsys.readouterr().out
+    for module, name in ((table, "evaluate"), (text_features, "_means")):
+        monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr("laserrec.recommender.fitting._train", None)
+    assert quickstart.run(tmp_path / "run", config, progress=False, device="cpu") == rows
+    second = capsys.readouterr().out
+    assert [x for x in second.splitlines() if "recommended" in x] == [x for x in first.splitlines()
+                                                                      if "recommended" in x]
 
 
-@pytest.mark.parametrize(("laser", "word"), [(0.0520, "above"), (0.0510, "level with"), (0.0490, "level with"),
-                                             (0.0480, "below")])
-def test_the_verdict_is_held_against_the_best_id_model(laser, word):
-    rows = [{"model": "Laser", "ndcg@10": laser, "recall@10": 0.1}, {"model": "SASRec", "ndcg@10": 0.04,
-            "recall@10": 0.2}, {"model": "BERT4Rec", "ndcg@10": 0.05, "recall@10": 0.08},
-            {"model": "popularity", "ndcg@10": 0.9, "recall@10": 0.9}]
-    said = verdict(rows)
-    assert f"Laser is {word} the best ID-only model here, BERT4Rec" in said
-    assert f"{laser / 0.05 - 1:+.1%}" in said and "+25.0%" in said
+def test_a_stopped_quickstart_goes_on(source, config, tmp_path, monkeypatch):
+    own, calls = table.evaluate, []
+
+    def stop(name, *rest):
+        calls.append(name)
+        if calls == ["SASRec", "Laser"]:
+            raise KeyboardInterrupt
+        return own(name, *rest)
+
+    monkeypatch.setattr(table, "evaluate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.run(tmp_path / "run", config, progress=False, device="cpu")
+    rows = quickstart.run(tmp_path / "run", config, progress=False, device="cpu")
+    assert calls.count("SASRec") == 1 and calls.count("Laser") == 2 and len(rows) == 6
+
+
+def test_the_preset_trains_one_sasrec():
+    config, sasrec = load_config("quickstart"), next(row for row in quickstart.rows() if row.name == "SASRec")
+    assert config.id_model.model_copy(update=sasrec.settings["id_model"]) == config.id_model
+
+
+@pytest.mark.parametrize(("low", "high", "word"), [(0.001, 0.02, "above"), (-0.001, 0.02, "level with"),
+                                                   (-0.02, -0.001, "below")])
+def test_the_verdict_goes_by_the_interval(low, high, word):
+    said = verdict({"best": "EASE", "recall@10_ratio": 1.21, "ndcg@10_ratio": 1.16, "ndcg@10_difference": 0.0148,
+                    "low": low, "high": high})
+    assert f"Laser is {word} the best model of ids alone, EASE" in said
+    assert "Recall@10 x 1.21" in said and "+0.0148" in said and f"{low:+.4f} to {high:+.4f}" in said

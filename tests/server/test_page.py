@@ -4,8 +4,7 @@ import os
 import shutil
 
 import pytest
-
-from laserrec.bench.serve import running
+from running import running
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -1,64 +1,27 @@
-"""A server under load over loopback: seconds per request and requests per second, by callers at once."""
+"""A server under load over loopback: seconds per request and requests per second, by callers at once.
+
+    laserrec serve runs/quickstart/model --state runs/served --port 8000 &
+    python benchmarks/serve.py runs/quickstart/model --port 8000 --json benchmarks/results/serve.json
+"""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
-from socket import socket
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import polars as pl
+from cyclopts import Parameter, run
+from rich.console import Console
+from rich.table import Table
 
 from laserrec.util.errors import UserError
+from laserrec.util.io import write_json
 from laserrec.util.progress import Progress
-
-_START = 300.0
-"""Seconds that a server may take to load its model."""
-
-
-@contextmanager
-def running(model: Path, *flags: str) -> Iterator[int]:
-    """A server of its own process on a free port of loopback, with a fresh state. Raises UserError if it ends early."""
-    with socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="laserrec-served-") as state:
-        command = [sys.executable, "-m", "laserrec", "serve", str(model), "--port", str(port), "--state", state, *flags]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        try:
-            _wait(process, port)
-            yield port
-        finally:
-            process.terminate()
-            try:
-                process.communicate(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-
-
-def _wait(process: subprocess.Popen, port: int) -> None:
-    until = time.monotonic() + _START
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise UserError(f"the server ended at once: {process.stderr.read().strip()}")
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise UserError(f"the server was not ready after {_START:.0f} s")
 
 
 def random_histories(item_ids: list[str], count: int, length: int, seed: int) -> list[list[str]]:
@@ -121,17 +84,46 @@ def drive(port: int, histories: list[list[str]], callers: int, seconds: float, s
             "requests_per_second": round(len(times) / took, 1), "shed": sum(t.shed for t in threads)}
 
 
-def serve_bench(model: Path, callers: list[int], requests: int, seconds: float, length: int, show: bool) -> list[dict]:
-    """One server, warmed up, driven by each number of callers in turn."""
-    try:
-        item_ids = pl.read_parquet(model / "items.parquet")["item_id"].to_list()
-    except FileNotFoundError:
-        raise UserError(f"{model} is not a model folder; make one with laserrec fit") from None
+def main(model: Path, *, port: int = 8000, requests: int = 400,
+         callers: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None, seconds: float = 60.0,
+         history: int = 10, quiet: bool = False,
+         json_file: Annotated[Path | None, Parameter(name="--json")] = None) -> None:
+    """Drive a server that runs on this machine.
+
+    Parameters
+    ----------
+    model
+        The folder of the model that it serves, for the item ids.
+    port
+        Where it listens.
+    callers
+        Callers at once, each asking again as soon as it is answered; 1, 4 and 16 if not given.
+    requests
+        Requests for each number of callers.
+    seconds
+        Time bound for each number of callers.
+    history
+        Items of a history; they are drawn at random, so that no answer is in the cache.
+    quiet
+        No progress.
+    json_file
+        Write the numbers to this file.
+    """
+    item_ids = pl.read_parquet(model / "items.parquet")["item_id"].to_list()
+    drive(port, random_histories(item_ids, 20, history, 0), 1, seconds)  # warm
     rows = []
-    with running(model) as port:
-        drive(port, random_histories(item_ids, 20, length, 0), 1, seconds)
-        for seed, count in enumerate(callers, 1):
-            with Progress(f"{count} callers", requests, show) as bar:
-                histories = random_histories(item_ids, requests, length, seed)
-                rows.append(drive(port, histories, count, seconds, bar.advance))
-    return rows
+    for seed, count in enumerate(callers or [1, 4, 16], 1):
+        with Progress(f"{count} callers", requests, not quiet) as bar:
+            rows.append(drive(port, random_histories(item_ids, requests, history, seed), count, seconds, bar.advance))
+    table = Table("callers", "p50 ms", "p99 ms", "requests/s", "requests", "turned away",
+                  title=f"histories of {history} items, no answer cached, over loopback")
+    for row in rows:
+        table.add_row(str(row["callers"]), f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}",
+                      f"{row['requests_per_second']:.1f}", str(row["requests"]), str(row["shed"]))
+    Console().print(table)
+    if json_file is not None:
+        write_json(json_file, rows)
+
+
+if __name__ == "__main__":
+    run(main)

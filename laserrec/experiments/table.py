@@ -1,0 +1,223 @@
+"""One table of models: fit each row, rank the test split once, keep the result under a fingerprint.
+
+Everything lies in one folder: NAME/ is a row's model, NAME.json its result and NAME.parquet the users' ranks; those of
+seed n are in seed-n/. A table can be stopped anywhere; the same call goes on. A result is used again only if its
+fingerprint is the same: that of data, settings, language model, fitted weights and way of measuring.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float
+
+from laserrec.config import Config, IdModelKind, merge
+from laserrec.data.dataset import Dataset
+from laserrec.evaluation.evaluate import Scorer, evaluate, save_ranks
+from laserrec.evaluation.significance import bootstrap_interval, read_ranks, user_ndcg
+from laserrec.llm.text_features import TextFeatures
+from laserrec.methods.all import find_method
+from laserrec.recommender.fitting import Fitted, fit
+from laserrec.recommender.folder import model_identity
+from laserrec.recommender.results import record_result
+from laserrec.util.io import read_json, write_json
+from laserrec.util.progress import Progress
+
+Measured = dict[str, Any]
+"""{model, split, recall@k, ndcg@k, mrr, users, seconds, exclude_seen} and what the table adds: kind, seed,
+train_seconds, ranks (a file, relative to the table's folder), fingerprint."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a row that is made of other rows may use."""
+
+    dataset: Dataset
+    config: Config
+    """The table's with the row's settings and seed."""
+    folder: Path
+    """The row's own."""
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a method with settings, or something made of other rows' models."""
+
+    name: str
+    kind: str
+    """What it knows of items: id, text, laser (both) or fusion (several models)."""
+    method: str = ""
+    """In laserrec.methods.all.METHODS; "": no model of its own."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Laid over the table's config."""
+    seeded: bool = True
+    """False: nothing in it is random, and it is fitted once for all seeds."""
+    of: tuple[str, ...] = ()
+    """Rows whose models `make` takes, after the row's own."""
+    make: Callable[..., tuple[Scorer, float]] = lambda place, fitted: (fitted.model, 0.0)
+    """(place, *fitted models) -> what is measured, and the seconds that it took to make beyond their training."""
+    folder: str = ""
+    """Name of its folder, if not made from `name`."""
+
+    @property
+    def slug(self) -> str:
+        """Name of its folder and files."""
+        return self.folder or "-".join(re.findall(r"\w+", self.name.lower()))
+
+
+class Table:
+    """Rows over one data set in one folder. `features`: the frozen LLM's of the table's config, shared by all rows."""
+
+    def __init__(self, rows: Iterable[Row], dataset: Dataset, config: Config, out: Path, device: torch.device,
+                 progress: bool = True, features: TextFeatures | None = None,
+                 measure: Callable[[Table, str, Scorer, Path], Measured] | None = None, measured_by: Any = "test"):
+        """measure: (table, name, scorer, the result's file) -> what is kept; None: `rank_test`. measured_by: all that
+        `measure` depends on beside the table; it is part of every fingerprint."""
+        self.rows = {row.name: row for row in rows}
+        self.dataset, self.config, self.out, self.device, self.progress = dataset, config, out, device, progress
+        kept = dataset.folder / "text_features" if dataset.folder is not None else None
+        self.features = features or TextFeatures(config.backbone, config.prompt, device, kept, progress)
+        self.measure, self.measured_by = measure or rank_test, measured_by
+        self._fitted: dict[Path, Fitted] = {}
+
+    def results(self, seeds: Sequence[int]) -> list[Measured]:
+        """All rows of all seeds; rows without a seed come first. Models stay in memory for one seed."""
+        found = [self.result(name) for name, row in self.rows.items() if not row.seeded]
+        for seed in seeds:
+            found += [self.result(name, seed) for name, row in self.rows.items() if row.seeded]
+            self._fitted.clear()
+        return found
+
+    def result(self, name: str, seed: int | None = None) -> Measured:
+        """One row, measured now or found again. seed: None leaves the config's own."""
+        row, folder = self.rows[name], self.folder(name, seed)
+        file = folder.with_name(folder.name + ".json")
+        if file.is_file():
+            kept = read_json(file, "delete it to measure again")
+            if isinstance(kept, dict) and kept.get("fingerprint") == self.fingerprint(name, seed):
+                return kept
+        parts = ((name,) if row.method else ()) + row.of
+        models = [self.fitted(part, seed) for part in parts]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scorer, seconds = row.make(Place(self.dataset, self._settings(name, seed), folder, self.progress), *models)
+        used = {place for part in parts for place in (self.folder(part, seed), self._below(part, seed)) if place}
+        seconds += sum(self._fitted[place].facts["training"]["seconds"] for place in used)
+        kept = {**self.measure(self, name, scorer, file), "kind": row.kind, "seed": seed if row.seeded else None,
+                "train_seconds": round(seconds, 1), "fingerprint": self.fingerprint(name, seed)}
+        write_json(file, kept)
+        return kept
+
+    # -- models -------------------------------------------------------------------------------------------------
+
+    def fitted(self, name: str, seed: int | None = None) -> Fitted:
+        """A row's model, fitted now or read from its folder. Raises UserError where the folder holds another one."""
+        return self._fit(self.rows[name].method, self._settings(name, seed), self.folder(name, seed),
+                         self._below(name, seed))
+
+    def _fit(self, method: str, config: Config, folder: Path, below: Path | None = None) -> Fitted:
+        if folder not in self._fitted:
+            if below is not None:
+                self._fit(config.id_model.kind.value, config, below)
+            same = (config.backbone, config.prompt.attributes) == (self.config.backbone, self.config.prompt.attributes)
+            if same and find_method(method).reads_text(config):
+                self.features.means(self.dataset.items)  # so that no row's time holds the reading
+            self._fitted[folder] = fit(method, self.dataset, config, folder, self.device, below,
+                                       self.features if same else None, self.progress)
+        return self._fitted[folder]
+
+    def _below(self, name: str, seed: int | None) -> Path | None:
+        """The folder of the ID model below a Laser. Often that is a row of the table too, and is trained once."""
+        config, folder = self._settings(name, seed), self.folder(name, seed)
+        if self.rows[name].method != "laser" or config.id_model.kind == IdModelKind.NONE:
+            return None
+        for other, row in self.rows.items():
+            if row.method == config.id_model.kind.value and self._settings(other, seed).id_model == config.id_model:
+                return self.folder(other, seed)
+        return folder.with_name(f"{folder.name}-id-model")
+
+    def folder(self, name: str, seed: int | None = None) -> Path:
+        """Of a row's model."""
+        row = self.rows[name]
+        return (self.out / f"seed-{seed}" if row.seeded and seed is not None else self.out) / row.slug
+
+    # -- what tells one result from another ---------------------------------------------------------------------
+
+    def fingerprint(self, name: str, seed: int | None = None) -> str:
+        """Of all that a row's result depends on: data, method, settings, the LLM, the weights in its folder, the rows
+        it is made of, and the way of measuring."""
+        row, config, folder = self.rows[name], self._settings(name, seed), self.folder(name, seed)
+        reads = row.method and find_method(row.method).reads_text(config)
+        parts = {"data": self.dataset.fingerprint, "row": [row.name, row.method], "measured": self.measured_by,
+                 "settings": config.model_dump(mode="json"), "llm": self.features.sha256 if reads else None,
+                 "weights": model_identity(folder) if (folder / "model.json").is_file() else None,
+                 "of": [self.fingerprint(part, seed) for part in row.of]}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _settings(self, name: str, seed: int | None) -> Config:
+        row = self.rows[name]
+        own = {} if seed is None or not row.seeded else {"train": {"seed": seed}, "id_model": {"seed": seed}}
+        return Config.model_validate(merge(merge(self.config.model_dump(), row.settings), own))
+
+
+def rank_test(table: Table, name: str, scorer: Scorer, file: Path) -> Measured:
+    """Rank the test split's targets. The users' ranks go beside `file`, the numbers into the model's card too."""
+    dataset, settings = table.dataset, table.config.eval
+    ranks, folder = file.with_suffix(".parquet"), file.with_suffix("")
+    with Progress(f"{name}: test", len(dataset.cases("test")), table.progress) as bar:
+        result = evaluate(name, scorer, dataset, "test", settings.k, settings.batch_size, bar.advance)
+    save_ranks(ranks, dataset, "test", result.ranks)
+    if (folder / "model.json").is_file():
+        record_result(folder, result, dataset)
+    return {**result.row(), "ranks": ranks.relative_to(table.out).as_posix()}
+
+
+# -- several seeds ------------------------------------------------------------------------------------------------
+
+def summarise(rows: Sequence[Measured], out: Path, k: int = 10) -> list[dict[str, Any]]:
+    """Per model: mean and standard deviation over seeds, and the paired difference of the users' NDCG to the best model
+    of kind id with its 95% bootstrap interval (users resampled, seeds averaged first)."""
+    gains, metrics = _gains(rows, out, k), (f"recall@{k}", f"ndcg@{k}", "mrr")
+    frame = pl.DataFrame([{name: row[name] for name in ("model", "kind", *metrics)} for row in rows])
+    table = frame.group_by("model", maintain_order=True).agg(
+        pl.first("kind"), pl.len().alias("seeds"), *(pl.mean(metric) for metric in metrics),
+        *(pl.std(metric).fill_null(0.0).alias(f"{metric}_sd") for metric in metrics)).to_dicts()
+    best = _best(table, "id", k)["model"]
+    return [{**row, "against": best, **_difference(gains[row["model"]] - gains[best], k)} for row in table]
+
+
+def compare(name: str, rows: Sequence[Measured], out: Path, k: int = 10) -> list[dict[str, Any]]:
+    """One model beside the best model of kind id and the best of kind text, by NDCG: how many times as high its means
+    over seeds are, and the paired difference of the users' NDCG with its 95% bootstrap interval."""
+    gains, table = _gains(rows, out, k), summarise(rows, out, k)
+    own = next(row for row in table if row["model"] == name)
+    bests = {kind: _best(table, kind, k) for kind in ("id", "text")}
+    return [{"kind": kind, "best": best["model"],
+             **{f"{metric}_ratio": own[metric] / best[metric] for metric in (f"recall@{k}", f"ndcg@{k}")},
+             **_difference(gains[name] - gains[best["model"]], k)} for kind, best in bests.items()]
+
+
+def _best(table: Sequence[dict[str, Any]], kind: str, k: int) -> dict[str, Any]:
+    return max((row for row in table if row["kind"] == kind), key=lambda row: row[f"ndcg@{k}"])
+
+
+def _difference(difference: Float[np.ndarray, "users"], k: int) -> dict[str, float]:
+    low, high = bootstrap_interval(difference)
+    return {f"ndcg@{k}_difference": float(difference.mean()), "low": low, "high": high}
+
+
+def _gains(rows: Sequence[Measured], out: Path, k: int) -> dict[str, Float[np.ndarray, "users"]]:
+    """NDCG@k of each user, averaged over seeds."""
+    files = {row["model"]: [] for row in rows}
+    for row in rows:
+        files[row["model"]].append(user_ndcg(read_ranks(out / row["ranks"]), k))
+    return {name: np.mean(own, axis=0) for name, own in files.items()}

@@ -1,0 +1,72 @@
+"""`laserrec reproduce`: what goes to the experiments, and what is printed and written of the outcome."""
+
+import json
+
+import pytest
+import tiny
+
+from laserrec.cli.reproduce import over, reproduce_app
+from laserrec.data.prepare import prepare
+from laserrec.data.raw import from_frames
+from laserrec.experiments import coldstart, quality
+
+LINE = {"kind": "id", "best": "EASE", "recall@10_ratio": 1.21, "ndcg@10_ratio": 1.16, "ndcg@10_difference": 0.0148,
+        "low": 0.0122, "high": 0.0175}
+
+
+@pytest.fixture
+def data(tmp_path):
+    raw = from_frames(*tiny.planted_tables(15, 40))
+    config = tiny.config("none", data={"min_user_interactions": 2, "min_item_interactions": 1}).data
+    prepare(raw.interactions, raw.items, config, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def run(*words):
+    with pytest.raises(SystemExit) as stop:
+        reproduce_app(list(map(str, words)))
+    assert not stop.value.code
+
+
+def test_quality(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    asked = []
+    row = {"model": "EASE", "kind": "id", "seeds": 2, "against": "EASE", "ndcg@10_difference": 0.0, "low": 0.0,
+           "high": 0.0, **{f"{m}{end}": 0.5 for m in ("recall@10", "ndcg@10", "mrr") for end in ("", "_sd")}}
+    result = {"rows": [], "summary": [row], "laser_over": [LINE], "config": {}}
+    monkeypatch.setattr(quality, "reproduce", lambda *given: asked.append(given) or result)
+    run("quality", tmp_path / "out", "--data", data, "--seeds", "2", "--train.lr", "0.5", "--device", "cpu", "--quiet",
+        "--json", tmp_path / "quality.json")
+    dataset, config, out, seeds, progress, device = asked[0]
+    assert dataset.n_items == 15 and config.train.lr == 0.5 and out == tmp_path / "out" and list(seeds) == [0, 1]
+    assert progress is False and device == "cpu"
+    written = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
+    assert written.pop("machine")["cores"] >= 1 and written == result
+    said = capsys.readouterr().out
+    assert "0.5000 ± 0.5000" in said and str(data)[:20] in said and over(LINE, 10) in said
+
+
+def test_cold_start(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    asked = []
+    rows = [{"model": "Laser", "seed": seed, "target": "new", "history": "all", "recall@10": value, "ndcg@10": value,
+             "mrr": 0.0, "users": 7} for seed, value in ((0, 0.1), (1, 0.3))]
+    monkeypatch.setattr(coldstart, "reproduce", lambda *given: asked.append(given) or {"rows": rows, "share": 0.2})
+    run("cold-start", tmp_path / "out", "--data", data, "--seeds", "2", "--share", "0.2", "--quiet")
+    assert list(asked[0][3]) == [0, 1] and asked[0][4] == 0.2
+    said = capsys.readouterr().out
+    assert "0.2000" in said and "14" in said
+
+
+def test_the_bundled_data_are_prepared_where_none_are_given(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("laserrec.data.prepare.prepare_source", lambda *given: asked.append(given))
+    with pytest.raises(Exception, match="not a data folder"):
+        reproduce_app(["quality", str(tmp_path / "out")], exit_on_error=False)
+    assert asked[0][:2] == ("amazon-scientific", tmp_path / "out" / "data")
+
+
+def test_a_ratio_is_a_sentence():
+    said = over(LINE, 10)
+    assert said.startswith("Laser over the best ID-only model, EASE: Recall@10 x 1.210, NDCG@10 x 1.160")
+    assert "+0.0148 (+0.0122 to +0.0175)" in said
