@@ -27,8 +27,8 @@ INDEX = {"a": 0, "7": 1}
 ODD = st.sampled_from([
     None, float("nan"), 7, 7.0, "7", " a", b"a", b"\xff", True, np.int64(7), np.float32(7), np.array(["a"]),
     np.array(7), [], ["a"], ["a", None], [["a"]], ("a",), {"a"}, {"a": 1}, {}, dt.date(2020, 1, 1),
-    dt.datetime(2020, 1, 1), dt.timedelta(1), dt.time(1),
-    Decimal("7"), Decimal("NaN"), UUID(int=1), pd.NA, pd.NaT, pd.Timestamp("2020"),
+    dt.datetime(2020, 1, 1),
+    dt.timedelta(1), dt.time(1), Decimal("7"), Decimal("NaN"), UUID(int=1), pd.NA, pd.NaT, pd.Timestamp("2020"),
     pd.Series(["a"]), pl.Series(["a"]), object(), "x\ud83d", "", float("inf"), 1e300, 10**30, -5, complex(1, 1),
     np.datetime64("2020-01-01"), range(3), "['a']", pd.Interval(0, 1)])
 COLUMNS = [
@@ -43,8 +43,8 @@ COLUMNS = [
 PIECES = st.lists(st.sampled_from([
     b"user_id", b"item_id", b"timestamp", b",", b";", b"\t", b"\n", b"\r", b'"', b"a", b"7", b"\xff", b"\x00",
     b"\xef\xbb\xbf", b"\xff\xfe", b"{", b"}", b"[", b"]", b":", b'{"user_id": "u", "item_id": "a"}\n', b"null",
-    b"1e999", b'{"user_id": 1, "item_id": ["a"]}\n', b"user_id,item_id,title\nu,a,b\n", b'"\\ud83d"',
-    b" "]), max_size=12)
+    b"1e999", b'{"user_id": 1, "item_id": ["a"]}\n', b"user_id,item_id,title\nu,a,b\n",
+    b'"\\ud83d"', b" "]), max_size=12)
 
 
 def tried(call, *arguments, **options):
