@@ -8,14 +8,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "laserrec"
 ORDER = [
     ("util",), ("config", "presets"), ("data",), ("llm",), ("evaluation",), ("methods",), ("training",), ("retrieval",),
-    ("recommender",), ("server", "batch", "report"), ("experiments", "bench"), ("cli",),
+    ("recommender",), ("server", "batch", "report"), ("experiments",), ("cli",),
 ]
 """Lowest first. Rooms of one line do not import each other; config and presets are modules and may."""
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
-ALLOWED: set[tuple[str, str]] = {
-    ("laserrec.experiments.quickstart", "laserrec.cli.output"),
-}
+ALLOWED: set[tuple[str, str]] = set()
 """(importing module, imported module): where the rule is still broken. Remove lines; add none."""
 
 

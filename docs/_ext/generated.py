@@ -228,10 +228,11 @@ def _figure(value: float, sign: str = "") -> str:
 
 
 def quality() -> str:
-    """benchmarks/results/quality.json as a table: means over seeds, ± the standard deviation of several."""
-    result = _results("quality")
+    """benchmarks/results/quality.json as a table: means over seeds, ± the standard deviation of several, and how many
+    settings were tried (benchmarks/results/trials.json)."""
+    result, tried = _results("quality"), _results("trials")
     k = result["config"]["eval"]["k"]
-    rows = [["model", f"Recall@{k}", f"NDCG@{k}", "MRR", "seeds", "gain", "95%"]]
+    rows = [["model", f"Recall@{k}", f"NDCG@{k}", "MRR", "seeds", "tried", "gain", "95%"]]
     rows.append(["---"] * len(rows[0]))
     for row in sorted(result["summary"], key=lambda r: -r[f"ndcg@{k}"]):
         cells = [_figure(row[m]) for m in (f"recall@{k}", f"ndcg@{k}", "mrr")]
@@ -240,7 +241,7 @@ def quality() -> str:
             cells = [f"{mean}\xa0±\xa0{spread}" for mean, spread in zip(cells, spreads, strict=True)]
         gain, low, high = (_figure(row[name], "+") for name in (f"ndcg@{k}_difference", "low", "high"))
         against = ["", ""] if row["model"] == row["against"] else [gain, f"{low}\xa0to\xa0{high}"]
-        rows.append([row["model"], *cells, str(row["seeds"]), *against])
+        rows.append([row["model"], *cells, str(row["seeds"]), str(tried[row["model"]]), *against])
     return _table(rows)
 
 

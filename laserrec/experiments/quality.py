@@ -97,7 +97,7 @@ class FusedRanks:
 
     def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
         """Sums of reciprocal ranks."""
-        return sum(1 / (_RRF + _ranks(model.score(histories))) for model in self.models)
+        return torch.stack([1 / (_RRF + _ranks(model.score(histories))) for model in self.models]).sum(dim=0)
 
 
 def _ranks(scores: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def _cosines(place: Place, laser: Fitted) -> tuple[Scorer, float]:
 
 
 def _distilled(place: Place, laser: Fitted) -> tuple[Scorer, float]:
-    settings = place.config.student.model_copy(update={"seed": place.config.train.seed})
+    settings = (place.config.student or StudentConfig()).model_copy(update={"seed": place.config.train.seed})
     student = distil(LaserRecommender(laser), place.dataset, place.folder, settings, place.progress)
     return student, student.facts["student"]["seconds"]
 
