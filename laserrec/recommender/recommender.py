@@ -43,14 +43,15 @@ from laserrec.util.memory import rows_at_once
 class LaserRecommender:
     """A fitted model of any method with its catalogue. Make one with `fit`, `fit_dataset` or `from_pretrained`.
 
-    It may be used from several threads: calls wait for each other. In a forked process it answers with one thread of
-    torch, and on the CPU alone.
+    It may be used from several threads: calls wait for each other. A forked process may ask it with lists and dicts, on
+    the CPU, and gets its answers from one thread of torch; anything else is refused there. Start processes with the
+    method spawn, or load the model in them, to do more.
     """
 
     def __init__(self, fitted: Fitted):
         self.fitted, self.facts = fitted, dict(fitted.facts)
         self.items = fitted.items
-        self._lock, self._process = threading.RLock(), os.getpid()
+        self._lock, self._process, self._forked = threading.RLock(), os.getpid(), False
         self._names: list[str] = self.items["item_id"].to_list()
         # Rows of removed items stay: an item's number is its row, and the model counts on it.
         self._removed: list[int] = self.facts.pop("removed", [])
@@ -113,7 +114,7 @@ class LaserRecommender:
         told = {"licence": licence, "data_name": data_name}
         if told := {k: v for k, v in told.items() if v is not None}:
             self.facts["card"] = {**self.facts.get("card", {}), **told}
-        with self._held():
+        with self._held(tables=True):
             saved = self.fitted.saved()
             saved.items = self.items
             saved.facts = {**self.facts, **({"removed": self._removed} if self._removed else {})}
@@ -192,7 +193,7 @@ class LaserRecommender:
         catalogue already.
         Returns how many. Raises UserError for a missing title, a repeated or an existing id, and for a method
         without `laserrec.methods.protocol.Growing`; then nothing is added."""
-        with self._held():
+        with self._held(tables=True):
             new = self._checked_items(to_polars(frame), exists)
             if not isinstance(self.model, Growing):
                 raise UserError(f"method {self.method} can't take items that it was not fitted on; fit it again with "
@@ -310,25 +311,30 @@ class LaserRecommender:
     # -- inside -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
-        """One call at a time. Raises UserError in a forked process that can't use the model."""
+    def _held(self, tables: bool = False) -> Iterator[None]:
+        """One call at a time. tables: one that computes with polars. Raises UserError in a forked process that can't do
+        this."""
         if os.getpid() != self._process:
             self._go_on_after_fork()
+        if tables and self._forked:
+            raise UserError("in a forked process frames can't be read, items not be added and nothing be saved: polars' "
+                            "threads are not there. Give lists or dicts, or load the model in the process (or start it "
+                            "with the method spawn)")
         with self._lock:
             yield
 
     def _go_on_after_fork(self) -> None:
-        """Only the thread that forked lives on. torch would wait for ever for its pool's other threads, and a lock that
-        another thread held would never be given back."""
+        """Only the thread that forked lives on: torch would wait for its pool's other threads for ever, and a lock that
+        another thread held is never given back."""
         if self.fitted.features.device.type != "cpu":
-            raise UserError("a model on a GPU can't be used in a forked process; load it in that process, or start the "
+            raise UserError("a model on a GPU can't be used in a forked process; load it in the process, or start the "
                             "process with the method spawn")
         if not self._lock.acquire(blocking=False):
             raise UserError("the process was forked while another thread used the model, whose state may be half "
                             "changed; load the model in the new process, or fork while it is not in use")
         self._lock.release()
         torch.set_num_threads(1)
-        self._process = os.getpid()
+        self._process, self._forked = os.getpid(), True
 
     def _towers(self) -> TwoTower:
         if not isinstance(self.model, TwoTower):
@@ -362,6 +368,9 @@ class LaserRecommender:
         return rows_at_once(scored, self.batch_size)
 
     def _read(self, histories: Any, unknown: str) -> Asked:
+        if hasattr(histories, "columns"):
+            with self._held(tables=True):
+                return read_histories(histories, self._index, unknown)
         return read_histories(histories, self._index, unknown)
 
     def _checked_items(self, frame: pl.DataFrame, exists: str) -> pl.DataFrame:

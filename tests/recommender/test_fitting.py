@@ -1,6 +1,7 @@
 """Every method's fit: a folder that is loaded, resumed or refused, whatever happened to an earlier fit into it."""
 
 import json
+import multiprocessing
 import os
 import signal
 
@@ -12,10 +13,13 @@ import torch
 
 from laserrec import LaserRecommender
 from laserrec.evaluation.evaluate import evaluate
+from laserrec.llm.backbone import load_backbone
 from laserrec.methods.all import METHODS
 from laserrec.methods.closed_form import FitOnce
+from laserrec.recommender import fitting
 from laserrec.recommender import folder as folders
 from laserrec.training.trainer import Trainer
+from laserrec.util.device import CPU
 from laserrec.util.errors import UserError
 
 N, USERS = 16, 24
@@ -151,34 +155,41 @@ def test_an_interrupted_fit_goes_on_to_the_same_model(whole, fit, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         fit(DATA, tmp_path / "m", name)
     assert stop.left == 0 and not (tmp_path / "m" / "model.json").exists()
-    with pytest.raises(UserError, match="unfinished fit; start the same fit again|is not a model folder"):
+    with pytest.raises(UserError, match=r"unfinished fit; start the same|is not a model folder"):
         LaserRecommender.from_pretrained(tmp_path / "m")
     torch.manual_seed(77)
     same(fit(DATA, tmp_path / "m", name), whole(name)[1])
 
 
-def in_a_child(work) -> int:
-    """Its wait status: `work` in a process of its own, which has this one's model in memory."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-        finally:
-            os._exit(7)
-    return os.waitpid(child, 0)[1]
+CLEAN = multiprocessing.get_context("forkserver")
+"""Starts processes from one that has imported everything and computed nothing: polars must not be forked at work."""
+CLEAN.set_forkserver_preload(["laserrec.recommender.recommender", "laserrec.llm.backbone", "transformers"])
+
+
+def fit_until(tree, name, place, owner, call, at, ready=None) -> None:
+    """A fit that is killed before the n-th call of a function; with `ready`, one that says so and waits there."""
+    torch.set_num_threads(1)
+    if ready is None:
+        Stop(owner, call, at, signal.SIGKILL)
+    else:
+        setattr(owner, call, lambda *_: ready.send("here") or signal.pause())
+    backbone = load_backbone(tree.backbone)
+    fitting.fit(name, DATA, tree, place, CPU, None, tiny.features(backbone, tree), progress=False)
+
+
+def started(*arguments):
+    process = CLEAN.Process(target=fit_until, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 @pytest.mark.parametrize(("name", "owner", "call", "at"), [
-    *CUTS, *(pytest.param(name, folders, "write_card", 1, id=f"{name}-saving") for name in METHODS)])
-def test_a_killed_fit_goes_on_to_the_same_model(whole, fit, tmp_path, name, owner, call, at):
+    *CUTS, *(pytest.param(name, folders, "write_card", 1, id=f"{name}-saving") for name in ("popularity", "laser"))])
+def test_a_killed_fit_goes_on_to_the_same_model(whole, fit, settings, tmp_path, name, owner, call, at):
     _, want = whole(name)
-
-    def dies():
-        Stop(owner, call, at, signal.SIGKILL)
-        fit(DATA, tmp_path / "m", name, **OFTEN)
-
-    assert os.WTERMSIG(in_a_child(dies)) == signal.SIGKILL
-    assert not (tmp_path / "m" / "model.json").exists()
+    process = started(settings(**OFTEN), name, tmp_path / "m", owner, call, at)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "m" / "model.json").exists()
     torch.manual_seed(77)
     same(fit(DATA, tmp_path / "m", name), want)
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
@@ -194,22 +205,16 @@ def test_an_unfinished_fit_of_other_settings_is_refused(fit, tmp_path, monkeypat
         fit(DATA, tmp_path, "sasrec", id_model={**tiny.ID_MODEL.model_dump(), "dropout": 0.3})
 
 
-def test_of_two_fits_into_one_folder_the_second_is_told_who_has_it(fit, tmp_path):
-    reads, writes = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            Trainer.run = lambda self: os.write(writes, b"x") and signal.pause()
-            fit(DATA, tmp_path / "m", "sasrec")
-        finally:
-            os._exit(7)
+def test_of_two_fits_into_one_folder_the_second_is_told_who_has_it(fit, settings, tmp_path):
+    mine, other = CLEAN.Pipe()
+    process = started(settings(), "sasrec", tmp_path / "m", Trainer, "run", 1, other)
     try:
-        assert os.read(reads, 1) == b"x"
-        with pytest.raises(UserError, match=rf"m is in use by fit, process {child} on .*; wait for it to end"):
+        assert mine.poll(120) and mine.recv() == "here"
+        with pytest.raises(UserError, match=rf"m is in use by fit, process {process.pid} on .*; wait for it to end"):
             fit(DATA, tmp_path / "m", "sasrec")
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        process.kill()
+        process.join()
     fit(DATA, tmp_path / "m", "sasrec")  # the lock ends with its process
 
 

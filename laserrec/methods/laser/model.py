@@ -167,8 +167,8 @@ class Laser(nn.Module):
     @torch.no_grad()
     def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None
                   ) -> Float[Tensor, "new d_out"]:
-        """As `Growing.add_items`. New items inherit their ID part, if embeddings have one, and their neighbours from the
-        known items nearest by text."""
+        """As `Growing.add_items`. New items inherit their ID part, if embeddings have one, and their neighbours from
+        the known items nearest by text."""
         first = len(self.vectors)
         try:
             if self.texts is not None:

@@ -21,7 +21,7 @@ NEVER = [9, 11]
 def temporal() -> Dataset:
     """Rows 9 and 11 appear in validation and test alone, as after a temporal split."""
     data = tiny.planted(9, users=20)
-    sequences = [row + [9, 11] for row in data.cases("test").histories.lists()]
+    sequences = [[*row, 9, 11] for row in data.cases("test").histories.lists()]
     return tiny.dataset([[10, *row] for row in sequences], N)
 
 
