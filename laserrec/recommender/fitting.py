@@ -73,8 +73,8 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
     fits. trust_remote_code: let the LLM run Python code that comes with its weights. Under torchrun all processes call
     this with the same arguments, fit together and get the same model.
 
-    Raises UserError for a folder of other settings or data, one that another process holds, and where the memory is too
-    small.
+    Raises UserError for a folder of other settings or data, one that holds something else or that another process
+    uses, and where the memory is too small.
     """
     method, folder, world = find_method(name), Path(folder), join()
     method.needs(config, dataset.n_items)
@@ -83,6 +83,7 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
     features = features or _features(config, dataset, device, world, progress, trust_remote_code)
     with locked(folder, "fit") if world.is_main else contextlib.nullcontext():
         recover(folder)
+        folders.check_free(folder)
         finished = world.told(lambda: (folder / "model.json").is_file())
         config, below = _id_model(name, dataset, config, folder, device, id_model, features, progress, finished)
         fingerprint = _fingerprint(name, method, config, dataset, features, None if below is None else below.model)

@@ -317,9 +317,8 @@ class LaserRecommender:
         if os.getpid() != self._process:
             self._go_on_after_fork()
         if tables and self._forked:
-            raise UserError("in a forked process frames can't be read, items not be added and nothing be saved: polars' "
-                            "threads are not there. Give lists or dicts, or load the model in the process (or start it "
-                            "with the method spawn)")
+            raise UserError("in a forked process frames can't be read, items not added and nothing saved, since polars' "
+                            "threads are missing there; give lists or dicts, or load the model in the process")
         with self._lock:
             yield
 
