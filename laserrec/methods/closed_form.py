@@ -99,6 +99,7 @@ class FitOnce:
     def start(self, pause: Callable[[], None]) -> None:
         """Make the model."""
         self._fit()
+        pause()
 
     def decayed(self) -> Iterable[nn.Parameter]:
         """None."""

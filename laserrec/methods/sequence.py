@@ -108,6 +108,9 @@ def make_targets(inputs: Tensor, targets: Tensor, visible: Callable[[Tensor, Ten
 class SequenceModel(nn.Module):
     """Histories in, a state per item and scores of all items out. A two-tower model: the bias is a dimension.
 
+    `known`: Bool[n_items], the items that it can tell something of. An item that stands in no training sequence has an
+    embedding too, which training has only pushed away from other items' users.
+
     Parameters: `text`: Float[n_items d_text] whitened vectors of the items' texts, most important dimension first;
     needed by the item tables that are made from them (`config.items`). Raises ValueError without.
     """
@@ -126,6 +129,7 @@ class SequenceModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config, pre_norm=not self.causal) for _ in range(config.blocks))
         self.norm = nn.Identity() if self.causal else nn.LayerNorm(config.d_id)
         self.bias = nn.Parameter(torch.zeros(n_items))
+        self.register_buffer("known", torch.ones(n_items, dtype=torch.bool))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=_ITEM_STD)
@@ -245,7 +249,9 @@ class SequenceTask:
         self.sequences = dataset.train_sequences.take(long)
 
     def start(self, pause: Callable[[], None]) -> None:
-        """Nothing."""
+        """Note which items the model will know: those of its sequences, or with an item table made of text all."""
+        if self.module.adaptor is None:
+            self.module.known.zero_()[self.sequences.items.to(self.module.device)] = True
 
     def decayed(self) -> Iterable[nn.Parameter]:
         """All but the seen offset."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import polars as pl
 
+from laserrec.config import IdModelKind, Layout
 from laserrec.llm.fetch import DEFAULT_NAME, LICENCE, ORIGINAL
 from laserrec.util.io import write_text
 
@@ -57,12 +58,13 @@ def card_text(note: dict[str, Any], name: str, item_ids: list[str]) -> str:
 def _metadata(note: dict[str, Any], name: str) -> Any:
     from huggingface_hub import ModelCardData
 
-    base = _base_model(note)
+    base = _base_model(note) if note["method"] == "laser" else None  # others only took vectors from it
     results = _eval_results(note)
+    tags = ["recommender-system", "sequential-recommendation"]
     # No pipeline_tag: the hub has none for recommending, and another would offer a widget that can't work.
     return ModelCardData(
-        library_name="laserrec", base_model=base, tags=["recommender-system", "sequential-recommendation",
-                                                        "prompt-tuning", "arxiv:2409.01605"],
+        library_name="laserrec", base_model=base,
+        tags=[*tags, "prompt-tuning", "arxiv:2409.01605"] if note["method"] == "laser" else tags,
         metrics=sorted({r.metric_type for r in results}) or None, eval_results=results or None,
         model_name=name.rpartition("/")[2], **_licence_fields(_card(note).get("licence")),
         **({"base_model_relation": "adapter"} if base else {}))
@@ -120,19 +122,24 @@ def _base_model(note: dict[str, Any]) -> str | None:
 
 
 def _what(note: dict[str, Any]) -> str:
+    task = "A sequential recommender: from what a user bought before, in order, it ranks what comes next."
     if note["method"] != "laser":
-        return (f"A sequential recommender: from what a user bought before, in order, it ranks what comes next. Its "
-                f"method is {note['method']}.\n\nThis folder holds the weights and the catalogue (ids and texts of the "
-                "items). It holds nobody's history.")
+        return (f"{task} Its method is {note['method']}.\n\nThis folder holds the weights and the catalogue (ids and "
+                "texts of the items). It holds nobody's history.")
+    config = note["config"]
+    known = config["id_model"]["kind"] != IdModelKind.NONE
+    held = "the adapter, the frozen ID model" if known else "the weights"
+    if config["prompt"]["layout"] == Layout.NONE:
+        how = ("It compares vectors that a frozen language model made of the items' texts; a user is the weighted sum "
+               "of the history's items. The language model reads new items alone.")
+    else:
+        carried = ", which carries what an ID-based recommender knows of the user," if known else ""
+        how = (f"A frozen language model reads the items' texts between a trained prefix{carried} and a trained suffix "
+               f"([Laser]({_PAPER})).")
     distilled = ("\n\nIt is distilled: in the language model's place, which reads new items alone, a small network "
                  "reads the history's item embeddings and the ID model's state." if "student" in note else "")
-    return (
-        "A sequential recommender: from what a user bought before, in order, it ranks what comes next. A frozen "
-        "language model reads the items' texts between a trained prefix, which carries what an ID-based recommender "
-        f"knows of the user, and a trained suffix ([Laser]({_PAPER})).\n\n"
-        "This folder holds the adapter, the frozen ID model and the catalogue (ids, texts and embeddings of the "
-        "items). It holds neither the language model, which is named below, nor anybody's history." + distilled
-    )
+    return (f"{task} {how}\n\nThis folder holds {held} and the catalogue (ids, texts and embeddings of the items). It "
+            f"holds neither the language model, which is named below, nor anybody's history.{distilled}")
 
 
 def _data(note: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -211,7 +218,7 @@ def _backbone(note: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _usage(note: dict[str, Any], name: str, item_ids: list[str]) -> str:
-    place = ', backbone="FOLDER-OF-THE-LLM"' if note["backbone"] and _base_model(note) is None else ""
+    place = ', backbone="FOLDER-OF-THE-LLM"' if note["method"] == "laser" and _base_model(note) is None else ""
     return "\n".join(["## Use", "", "```python", "from laserrec import LaserRecommender", "",
                       f'model = LaserRecommender.from_pretrained("{name}"{place})',
                       f"history = {item_ids!r}  # item ids, oldest first",
@@ -220,7 +227,8 @@ def _usage(note: dict[str, Any], name: str, item_ids: list[str]) -> str:
 
 def _licence(note: dict[str, Any]) -> str:
     licence = _card(note).get("licence") or _NOT_STATED
-    return f"## Licence\n\nOf the adapter and what stands beside it here: {licence}. The language model has its own."
+    own = " The language model has its own." if note["backbone"] else ""
+    return f"## Licence\n\nOf what is in this folder: {licence}.{own}"
 
 
 def _cite() -> str:

@@ -40,6 +40,7 @@ def distil(teacher: LaserRecommender, dataset: Dataset, folder: Path | str, conf
     fingerprint = _fingerprint(teacher, dataset, config)
     with locked(folder, "distil"):
         recover(folder)
+        folders.check_free(folder)
         if not (folder / "model.json").is_file():
             _distil(teacher, dataset, folder, config, fingerprint, progress)
     if folders.read_note(folder).get("fingerprint") != fingerprint:

@@ -73,16 +73,19 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
     fits. trust_remote_code: let the LLM run Python code that comes with its weights. Under torchrun all processes call
     this with the same arguments, fit together and get the same model.
 
-    Raises UserError for a folder of other settings or data, one that another process holds, and where the memory is too
-    small.
+    Raises UserError for a folder of other settings or data, one that holds something else or that another process
+    uses, and where the memory is too small.
     """
     method, folder, world = find_method(name), Path(folder), join()
     method.needs(config, dataset.n_items)
+    if name in (IdModelKind.SASREC, IdModelKind.BERT4REC):
+        config = config.model_copy(update={"id_model": config.id_model.model_copy(update={"kind": IdModelKind(name)})})
     features = features or _features(config, dataset, device, world, progress, trust_remote_code)
     with locked(folder, "fit") if world.is_main else contextlib.nullcontext():
         recover(folder)
+        folders.check_free(folder)
         finished = world.told(lambda: (folder / "model.json").is_file())
-        config, below = _id_model(name, method, dataset, config, folder, device, id_model, features, progress, finished)
+        config, below = _id_model(name, dataset, config, folder, device, id_model, features, progress, finished)
         fingerprint = _fingerprint(name, method, config, dataset, features, None if below is None else below.model)
         if world.told(lambda: fingerprint) != fingerprint:
             raise UserError(f"process {world.rank} of {world.size} has other data, settings or another ID model than "
@@ -139,7 +142,7 @@ def _features(config: Config, dataset: Dataset, device: torch.device, world: Wor
                         trust_remote_code=trust_remote_code)
 
 
-def _id_model(name: str, method: Method, dataset: Dataset, config: Config, folder: Path, device: torch.device,
+def _id_model(name: str, dataset: Dataset, config: Config, folder: Path, device: torch.device,
               given: Path | str | None, features: TextFeatures, progress: bool, finished: bool
               ) -> tuple[Config, Fitted | None]:
     """The sequence model below Laser, and the config with its true settings."""
@@ -148,27 +151,40 @@ def _id_model(name: str, method: Method, dataset: Dataset, config: Config, folde
     if name != "laser" or (given is None and config.id_model.kind == IdModelKind.NONE):
         return config, None
     if given is not None:
-        below = open_folder(given, device, features=features)
+        below = open_folder(given, device)
         if not isinstance(below.model, SequenceModel):
             raise UserError(f"{given} holds a model of method {below.method}; Laser's ID model is a sequence model: "
                             "sasrec or bert4rec")
         if below.facts["data"]["sha256"] != dataset.fingerprint:
             raise UserError(f"{given} was fitted on other data (sha256 {below.facts['data']['sha256'][:12]}, the data "
                             f"folder has {dataset.fingerprint[:12]}); fit it on this data folder")
-    elif finished and (nested := folders.load(folder)).id_model is not None:
-        own, settings, weights = nested.id_model
-        with folders.fitting(folder):
-            model = METHODS[own].restore(Given(settings, dataset.items, dataset.n_items, features), weights, {})
-        below = Fitted(model, own, settings, dataset.items, dataset.n_items, features, {})
+    elif finished:
+        below = _nested(dataset, config, folder, features)
     elif join().size > 1:
         raise UserError("several processes fit Laser on an ID model that is there already: fit it first, in one "
                         "process, and give its folder as the ID model")
     else:
         below = fit(config.id_model.kind.value, dataset, config, folder / "id_model", device, features=features,
                     progress=progress)
-    kind = IdModelKind(below.method)
-    settings = below.config.id_model.model_copy(update={"kind": kind})
-    return config.model_copy(update={"id_model": settings}), below
+    return config.model_copy(update={"id_model": below.config.id_model}), below
+
+
+def _nested(dataset: Dataset, config: Config, folder: Path, features: TextFeatures) -> Fitted:
+    """The ID model of a finished folder. Raises UserError where it is not the one that these settings would fit."""
+    kind, found = config.id_model.kind.value, folders.load(folder).id_model
+    if found is None or found[0] != kind:
+        raise _other(folder)
+    _, settings, weights = found
+    if len({_fingerprint(kind, METHODS[kind], tree, dataset, features, None) for tree in (settings, config)}) > 1:
+        raise _other(folder)
+    with folders.fitting(folder):
+        model = METHODS[kind].restore(Given(settings, dataset.items, dataset.n_items, features), weights, {})
+    return Fitted(model, kind, settings, dataset.items, dataset.n_items, features, {})
+
+
+def _other(folder: Path) -> UserError:
+    return UserError(f"{folder} holds a model of another method, other settings or other data; name another folder or "
+                     "delete it")
 
 
 def _fingerprint(name: str, method: Method, config: Config, dataset: Dataset, features: TextFeatures,
@@ -180,6 +196,7 @@ def _fingerprint(name: str, method: Method, config: Config, dataset: Dataset, fe
             tree[section].pop(setting)
     wanted = {*method.sections, *(("backbone", "prompt") if method.reads_text(config) else ())}
     facts = {"method": name, "data": dataset.fingerprint, "k": config.eval.k, "validates": config.eval.validates,
+             "validation_users": config.train.validation_users,
              "llm": features.sha256 if method.reads_text(config) else None,
              **{section: tree[section] for section in sorted(wanted)}}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
@@ -193,8 +210,7 @@ def _finished(folder: Path, fingerprint: str, features: TextFeatures, world: Wor
         raise UserError(f"process {world.rank} has no {folder}, which is finished where process 0 is; load it there, "
                         "in one process")
     if folders.read_note(folder).get("fingerprint") != fingerprint:
-        raise UserError(f"{folder} holds a model of another method, other settings or other data; name another folder "
-                        "or delete it")
+        raise _other(folder)
     return open_folder(folder, features.device, features=features)
 
 

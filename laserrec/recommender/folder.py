@@ -48,6 +48,8 @@ _CHECKED = (*_NEEDED, *_NESTED, _LOG)
 KNOWN_FILES = (*_CHECKED, _MODEL, "README.md")
 """All that a model consists of."""
 _CURVES = ("training.jsonl", "tensorboard")
+_UNFINISHED = (*_CURVES, "checkpoint.safetensors", _ID)
+"""What stands in the folder of a fit that is not finished."""
 _NO_FACTS = ("format", "laserrec", "method", "config", "backbone", "n_known", "n_items", "files")
 """What a save works out anew; the rest of model.json are the model's facts."""
 _ADVICE = "fit again or copy the folder anew"
@@ -105,6 +107,15 @@ def _take_over(old: Path, new: Path) -> None:
         elif (old / name).is_file():
             (new / name).parent.mkdir(exist_ok=True)
             shutil.copy2(old / name, new / name)
+
+
+def check_free(folder: Path) -> None:
+    """Raises UserError for a folder that a fit may not use: the finished model takes the place of all that is in it."""
+    if (folder / _MODEL).is_file() or not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
+        if entry.name not in _UNFINISHED and not entry.name.endswith((".lock", ".tmp", ".old")):
+            raise UserError(f"{folder} holds {entry.name}, which is no part of a fit; name another folder")
 
 
 def read_note(folder: Path) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,15 @@ from laserrec.util.memory import rows_at_once
 class LaserRecommender:
     """A fitted model of any method with its catalogue. Make one with `fit`, `fit_dataset` or `from_pretrained`.
 
-    It may be used from several threads: calls wait for each other.
+    It may be used from several threads: calls wait for each other. A forked process may ask it with lists and dicts, on
+    the CPU, and gets its answers from one thread of torch; anything else is refused there. Start processes with the
+    method spawn, or load the model in them, to do more.
     """
 
     def __init__(self, fitted: Fitted):
         self.fitted, self.facts = fitted, dict(fitted.facts)
         self.items = fitted.items
-        self._lock = threading.RLock()
+        self._lock, self._process, self._forked = threading.RLock(), os.getpid(), False
         self._names: list[str] = self.items["item_id"].to_list()
         # Rows of removed items stay: an item's number is its row, and the model counts on it.
         self._removed: list[int] = self.facts.pop("removed", [])
@@ -110,10 +114,11 @@ class LaserRecommender:
         told = {"licence": licence, "data_name": data_name}
         if told := {k: v for k, v in told.items() if v is not None}:
             self.facts["card"] = {**self.facts.get("card", {}), **told}
-        saved = self.fitted.saved()
-        saved.items = self.items
-        saved.facts = {**self.facts, **({"removed": self._removed} if self._removed else {})}
-        folders.save(Path(folder), saved)
+        with self._held(tables=True):
+            saved = self.fitted.saved()
+            saved.items = self.items
+            saved.facts = {**self.facts, **({"removed": self._removed} if self._removed else {})}
+            folders.save(Path(folder), saved)
 
     def record(self, result: Result, dataset: Dataset) -> None:
         """Keep what `laserrec.evaluation.evaluate` measured of this model, for the card of its next save or push."""
@@ -168,7 +173,7 @@ class LaserRecommender:
         """Users' vectors in the histories' order: a score is the product with `encode_items`, then the model's terms.
         Raises UserError where the method has no such vectors."""
         asked = Histories.of(self._read(histories, unknown).rows)
-        with self._lock:
+        with self._held():
             parts = torch.arange(len(asked)).split(self.batch_size)
             return torch.cat([self._towers().users(asked.take(rows)) for rows in parts]).detach().cpu().numpy()
 
@@ -186,13 +191,13 @@ class LaserRecommender:
         have an ID part, they inherit that of the items nearest by text. embeddings: these items' own, from an earlier
         call on the same model, which saves the encoding. exists: "error", or "skip" to leave out items that are in the
         catalogue already.
-        Returns how many. Raises UserError for a missing title, a repeated or an existing id, and for a method that
-        knows items by their id alone; then nothing is added."""
-        with self._lock:
+        Returns how many. Raises UserError for a missing title, a repeated or an existing id, and for a method
+        without `laserrec.methods.protocol.Growing`; then nothing is added."""
+        with self._held(tables=True):
             new = self._checked_items(to_polars(frame), exists)
             if not isinstance(self.model, Growing):
-                raise UserError(f"method {self.method} knows items by their id alone and can't take new ones; fit it "
-                                "again with them, or use laser")
+                raise UserError(f"method {self.method} can't take items that it was not fitted on; fit it again with "
+                                "them, or use laser")
             first, ids = len(self._names), new["item_id"].to_list()
             if not ids:
                 return 0
@@ -207,7 +212,7 @@ class LaserRecommender:
         """Take items out of the catalogue: they are never recommended again, and unknown in histories and candidates.
         Their rows stay in `items` and `embeddings`. The same id may be added anew, as an item of its own. Returns how
         many. Raises UserError for an unknown id; then nothing is removed."""
-        with self._lock:
+        with self._held():
             names = list(dict.fromkeys(map(str, item_ids)))
             self._removed = [*self._removed, *self.dense_items(names, "remove_items").tolist()]
             for name in names:
@@ -220,7 +225,7 @@ class LaserRecommender:
         all items again. The index is not changed: items that are added or removed later are seen to beside it. An exact
         index changes no recommendation, others may miss some. Raises UserError for an index of another model or
         catalogue."""
-        with self._lock:
+        with self._held():
             self._indexed = None if index is None else attach(index, self.embeddings, self.removed)
 
     @property
@@ -232,14 +237,14 @@ class LaserRecommender:
         """Answers to requests in item rows, in one forward of the model: what `recommend` and the server build on.
         Memory grows with len(asks) x items; with an index, x items that were added since."""
         some = [ask for ask in asks if len(ask.history)]
-        with self._lock:
+        with self._held():
             answers = iter(self._rank(some) if some else [])
         return [next(answers) if len(ask.history) else NOTHING for ask in asks]
 
     def nearest(self, row: int, k: int) -> Ranked:
         """The k items whose vectors have the largest cosine with one item's, which is not among them. Vectors alone:
         no other part of a score."""
-        with self._lock:
+        with self._held():
             unit = F.normalize(self.embeddings, dim=-1)
             scores = unit @ unit[row]
             scores[torch.tensor([row, *self._removed], device=scores.device)] = -torch.inf
@@ -248,7 +253,7 @@ class LaserRecommender:
     @torch.no_grad()
     def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
         """Scores of all items of the catalogue, one column per row of `items`."""
-        with self._lock:
+        with self._held():
             return self.model.score(histories)
 
     # -- what stands in it --------------------------------------------------------------------------------------
@@ -305,6 +310,31 @@ class LaserRecommender:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _held(self, tables: bool = False) -> Iterator[None]:
+        """One call at a time. tables: one that computes with polars. Raises UserError in a forked process that can't do
+        this."""
+        if os.getpid() != self._process:
+            self._go_on_after_fork()
+        if tables and self._forked:
+            raise UserError("in a forked process frames can't be read, items not added and nothing saved, since polars' "
+                            "threads are missing there; give lists or dicts, or load the model in the process")
+        with self._lock:
+            yield
+
+    def _go_on_after_fork(self) -> None:
+        """Only the thread that forked lives on: torch would wait for its pool's other threads for ever, and a lock that
+        another thread held is never given back."""
+        if self.fitted.features.device.type != "cpu":
+            raise UserError("a model on a GPU can't be used in a forked process; load it in the process, or start the "
+                            "process with the method spawn")
+        if not self._lock.acquire(blocking=False):
+            raise UserError("the process was forked while another thread used the model, whose state may be half "
+                            "changed; load the model in the new process, or fork while it is not in use")
+        self._lock.release()
+        torch.set_num_threads(1)
+        self._process, self._forked = os.getpid(), True
+
     def _towers(self) -> TwoTower:
         if not isinstance(self.model, TwoTower):
             raise UserError(f"method {self.method} has no vectors of users and items; recommend and evaluate take it, "
@@ -337,6 +367,9 @@ class LaserRecommender:
         return rows_at_once(scored, self.batch_size)
 
     def _read(self, histories: Any, unknown: str) -> Asked:
+        if hasattr(histories, "columns"):
+            with self._held(tables=True):
+                return read_histories(histories, self._index, unknown)
         return read_histories(histories, self._index, unknown)
 
     def _checked_items(self, frame: pl.DataFrame, exists: str) -> pl.DataFrame:

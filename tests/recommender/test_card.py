@@ -14,9 +14,11 @@ from laserrec.data.prepare import prepare
 from laserrec.data.raw import from_frames
 from laserrec.evaluation.evaluate import evaluate
 from laserrec.llm.fetch import DEFAULT_NAME
+from laserrec.methods.all import METHODS
 from laserrec.recommender.card import card_text
 from laserrec.recommender.folder import update_note
 from laserrec.recommender.results import record_result
+from laserrec.recommender.scorers import FirstItems
 
 N = 12
 
@@ -30,10 +32,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def fitted(data, llm, llm_folder, tmp_path_factory):
-    config = tiny.config(llm_folder(), train={"stage_one_epochs": 1, "stage_two_epochs": 0, "batch_size": 32})
+def fitted(data, fit, tmp_path_factory):
     folder = tmp_path_factory.mktemp("card") / "tools"
-    LaserRecommender.fit_dataset(data, tiny.id_model(data.n_items), config, folder, False, llm())
+    fit(data, folder, train={"stage_one_epochs": 1, "stage_two_epochs": 0, "batch_size": 32})
     return folder
 
 
@@ -49,14 +50,14 @@ def note(fitted):
 
 def test_a_fit_writes_a_card_that_the_hub_reads(fitted, note, data):
     card = ModelCard.load(fitted / "README.md")
-    best = note["training"]["best"]
+    best = note["training"]["kept"]
     assert card.data.library_name == "laserrec" and "sequential-recommendation" in card.data.tags
     assert card.data.license is None and card.data.base_model is None  # none was stated; a local folder is none
     found = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
     assert found == {("validation", m): round(best[f"validation_{m}"], 4) for m in ("recall@10", "ndcg@10", "mrr")}
     text = card.text
     for said in ("# tools", "| data set | not stated |", f"| users | {data.n_users} |", f"| items | {N} |",
-                 "| split | leave_one_out |", data.fingerprint, note["backbone"]["sha256"], "here: not stated",
+                 "| split | leave_one_out |", data.fingerprint, note["backbone"]["sha256"], "folder: not stated",
                  f"| {note['training']['trained_parameters']:,} |", f"| {note['training']['bi_tuning_parameters']:,} |",
                  "No test results were recorded", "@misc{zhang2024laser", "| `mformer.experts` | 3 |"):
         assert said in text, said
@@ -74,22 +75,22 @@ def test_its_example_runs(fitted, model, monkeypatch, llm_folder):
 
 def test_recorded_results_are_shown_and_measured_anew_they_are_replaced(model, data, fitted, tmp_path, llm):
     model.save_pretrained(tmp_path / "m", licence="CC-BY-4.0", data_name="Planted tools")
-    result = evaluate("laser", model.score, data, "test", 10)
+    result = evaluate("laser", model, data, "test", 10)
     for _ in range(2):
         record_result(tmp_path / "m", result, data)
     card = ModelCard.load(tmp_path / "m" / "README.md")
     tests = {r.metric_type: r for r in card.data.eval_results if r.dataset_split == "test"}
     assert len(card.data.eval_results) == 6 and tests["ndcg@10"].metric_value == round(result.plain.ndcg, 4)
     assert tests["mrr"].dataset_name == "Planted tools" and tests["mrr"].dataset_type == "planted-tools"
-    assert card.data.license == "cc-by-4.0" and "here: CC-BY-4.0" in card.text
+    assert card.data.license == "cc-by-4.0" and "folder: CC-BY-4.0" in card.text
     assert f"| test | {result.plain.recall:.4f} | {result.plain.ndcg:.4f} |" in card.text
     assert "No test results" not in card.text and "of other data" not in card.text
     again = LaserRecommender.from_pretrained(tmp_path / "m", llm())  # what was told is kept
     again.add_items(pl.DataFrame({"item_id": ["new"], "title": ["glue"]}))
-    again.record(evaluate("laser", model.score, data, "validation", 10), data)
+    again.record(evaluate("laser", FirstItems(model, N), data, "validation", 10), data)
     again.save_pretrained(tmp_path / "n")
     text = (tmp_path / "n" / "README.md").read_text()
-    assert "here: CC-BY-4.0" in text and "| items added after training | 1 |" in text
+    assert "folder: CC-BY-4.0" in text and "| items added after training | 1 |" in text
     assert text.count("| validation |") == 1 and text.count("| test |") == 1
 
 
@@ -127,9 +128,35 @@ def test_a_persons_card_is_left_alone(model, tmp_path):
     assert (tmp_path / "README.md").read_text() == "# My own\n"
 
 
-def test_a_card_of_the_first_format(note, data):
-    """Nothing but what a folder of format 1 has, and of training nothing at all."""
+def test_a_card_of_what_was_recorded_nothing_of(note):
     old = {k: v for k, v in note.items() if k not in ("laserrec", "n_items", "files", "training", "data")}
-    text = card_text({**old, "format": 1}, "a/b", ["i1"])
+    text = card_text({**old, "n_items": old["n_known"]}, "a/b", ["i1"])
     assert "None were recorded." in text and "| trained | not recorded |" in text
     assert ModelCard(text).data.eval_results is None
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "laser"])
+def test_cards_of_other_methods(data, fit, tmp_path, name):
+    """They name their own settings, no paper, and the LLM only where it read texts."""
+    fit(data, tmp_path / "m", name)
+    text, card = (tmp_path / "m" / "README.md").read_text(), ModelCard.load(tmp_path / "m" / "README.md")
+    assert f"Its method is {name}." in text and f"| method | {name} |" in text and data.fingerprint in text
+    assert ("## The frozen LLM" in text) == (name in ("ease-text", "nearest-text"))
+    assert ("| `id_model.kind` | " in text) == (name in ("sasrec", "bert4rec"))
+    assert ("| `neighbours.decay` | " in text) == (name not in ("sasrec", "bert4rec"))
+    assert f"| `id_model.kind` | {name} |" in text or name not in ("sasrec", "bert4rec")
+    for said in ("Laser](", "zhang2024laser", "adapter", "Bi-Tuning", "prefix"):
+        assert said not in text, said
+    assert not {"prompt-tuning", "arxiv:2409.01605"} & set(card.data.tags)
+    assert card.data.base_model is None and len(card.data.eval_results) == 3
+    assert "backbone=" not in text  # they have taken from it what they need
+
+
+def test_the_card_of_closed_forms_alone_tells_of_no_prefix(data, fit, tmp_path):
+    fit(data, tmp_path / "m", id_model={"kind": "none"}, prompt={"layout": "none", "item_side": "mean"},
+        mformer={"prefix": "none"}, head={"whiten_dims": 8}, neighbours={"count": 4},
+        train={"stage_one_epochs": 0, "stage_two_epochs": 0})
+    text = (tmp_path / "m" / "README.md").read_text()
+    assert "The language model reads new items alone." in text and "This folder holds the weights" in text
+    for said in ("trained prefix", "ID-based", "the adapter", "ID model,", "Bi-Tuning's"):
+        assert said not in text, said

@@ -10,36 +10,49 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from laserrec.cli import distil as cli_distil
 from laserrec.config import StudentConfig
+from laserrec.methods.laser import distil as task_module
+from laserrec.methods.laser.distil import DistilTask, distil_phase, draw_histories
 from laserrec.methods.laser.student import Student
 from laserrec.recommender import distil
 from laserrec.recommender.folder import shared_files
 from laserrec.recommender.recommender import LaserRecommender
+from laserrec.training.trainer import Trainer
 from laserrec.util.errors import UserError
 
 N = 20
 QUICK = StudentConfig(hidden=16, epochs=2, batch_size=16)
-PAPER = {"train": {"lr": 1e-2, "batch_size": 16, "stage_one_epochs": 1, "stage_two_epochs": 0}}
-MEAN = {"prompt": {"max_items": 4, "max_item_tokens": 8, "layout": "text_first", "item_side": "mean"},
+PAPER = {"train": {"lr": 1e-2, "batch_size": 32, "stage_one_epochs": 1, "stage_two_epochs": 0}}
+MEAN = {"prompt": {"max_items": 3, "max_item_tokens": 6, "layout": "text_first", "item_side": "mean"},
         "head": {"whiten_dims": 8, "projection": True, "id_share": 0.3, "seen_offset": True},
         "neighbours": {"count": 6, "l2": 1.0, "text_weight": 1.0}, **PAPER}
 NEW = pl.DataFrame({"item_id": ["new1"], "title": ["steel drill 99"]})
+DATA = tiny.planted(N, 30)
 
 
-@pytest.fixture(params=[PAPER, MEAN], ids=["paper", "mean"])
-def sections(request):
-    return request.param
+@pytest.fixture(scope="module")
+def fitted(fit, tmp_path_factory):
+    """kind -> folder of a teacher, made once."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind) / "model"
+            fit(DATA, made[kind], **{"mean": MEAN, "paper": PAPER}[kind])
+        return made[kind]
+
+    return get
 
 
 @pytest.fixture
-def teach(llm, llm_folder, tmp_path):
-    def fit(sections=MEAN, data=None):
-        data = data or tiny.planted(N, 40)
-        config = tiny.config(llm_folder(), **sections)
-        return LaserRecommender.fit_dataset(data, tiny.id_model(N), config, tmp_path / "model", False, llm()), data
+def teach(fitted, llm):
+    """A teacher that a test may change."""
+    return lambda kind="mean": LaserRecommender.from_pretrained(fitted(kind), llm())
 
-    return fit
+
+@pytest.fixture(params=["paper", "mean"])
+def kind(request):
+    return request.param
 
 
 @pytest.fixture
@@ -54,16 +67,23 @@ def no_llm(monkeypatch):
     return use
 
 
+def task_of(teacher, config=QUICK) -> DistilTask:
+    return DistilTask(teacher.model, distil._student(teacher, config), DATA)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return model.model.student.state_dict()
+
+
 def test_histories_are_training_sequences_and_proper_parts_of_them():
     whole = tiny.histories([1, 2, 3, 4, 5], [6], [], [7, 8])
-    drawn = distil.draw_histories(whole, StudentConfig(views=2))
-    assert [h.tolist() for h in drawn[:3]] == [[1, 2, 3, 4, 5], [6], [7, 8]] and len(drawn) == 3 + 2 * 2
+    drawn = draw_histories(whole, StudentConfig(views=2)).lists()
+    assert drawn[:3] == [[1, 2, 3, 4, 5], [6], [7, 8]] and len(drawn) == 3 + 2 * 2
     begin, part = drawn[3], drawn[5]
-    assert begin.tolist() == [1, 2, 3, 4, 5][: len(begin)] and 0 < len(begin) < 5
-    assert 0 < len(part) < 5 and list(part) == sorted(set(part.tolist()) & {1, 2, 3, 4, 5})
-    again = distil.draw_histories(whole, StudentConfig(views=2))
-    assert all(np.array_equal(a, b) for a, b in zip(drawn, again, strict=True))
-    few = distil.draw_histories(whole, StudentConfig(views=2, histories=4))
+    assert begin == [1, 2, 3, 4, 5][: len(begin)] and 0 < len(begin) < 5
+    assert 0 < len(part) < 5 and part == sorted(set(part) & {1, 2, 3, 4, 5})
+    assert drawn == draw_histories(whole, StudentConfig(views=2)).lists()
+    few = draw_histories(whole, StudentConfig(views=2, histories=4)).lists()
     assert len(few) == 4 and {tuple(h) for h in few} <= {tuple(h) for h in drawn}
 
 
@@ -77,100 +97,109 @@ def test_an_untrained_student_says_the_sum_of_the_history():
 
 
 def test_sums_are_of_unit_text_parts_newer_ones_heavier(teach):
-    model, _ = teach()
-    text = model.embeddings[:, : model.d_text]
-    assert text.shape[1] == model.embeddings.shape[1] - tiny.ID_MODEL.d_id
-    expected = sum(0.8**age * F.normalize(text[i - 1], dim=-1) for age, i in enumerate([4, 9, 2]))
-    torch.testing.assert_close(model.history_sums(tiny.histories([2, 9, 4]))[0], expected)
+    teacher = teach()
+    text = teacher.embeddings[:, : teacher.model.d_text]
+    assert text.shape[1] == teacher.embeddings.shape[1] - tiny.ID_MODEL.d_id
+    expected = sum(0.8**age * F.normalize(text[i], dim=-1) for age, i in enumerate([4, 9, 2]))
+    sums, states = task_of(teacher).student.user_side.inputs(tiny.histories([2, 9, 4]))
+    torch.testing.assert_close(sums[0], expected)
+    assert torch.equal(states, teacher.model.ids.user(tiny.histories([2, 9, 4])))
 
 
-def test_it_learns_what_the_teacher_says(teach, tmp_path, sections):
-    teacher, data = teach(sections)
-    histories = [h for h in data.cases("test").histories][:20]
+def test_it_learns_what_the_teacher_says(teach, tmp_path, kind):
+    teacher = teach(kind)
+    histories = DATA.cases("test").histories.take(range(20))
     config = StudentConfig(hidden=64, epochs=60, batch_size=32, lr=1e-2, dropout=0.0)
-    made = distil.distil(teacher, data, tmp_path / "fast", config, False)
+    made = distil.distil(teacher, DATA, tmp_path / "fast", config, False)
 
     def far(student):
         """Mean distance of the softmax over all items to the teacher's."""
-        tau = teacher.encoder.laser.config.train.temperature
-        other = LaserRecommender(teacher.encoder, teacher.items, teacher.embeddings, teacher.facts, student.eval())
-        one, two = (m.score(histories).div(tau).softmax(dim=-1) for m in (teacher, other))
+        one, two = (m.score(histories).div(0.05).softmax(dim=-1) for m in (teacher.model, student))
         return float((one - two).abs().sum(dim=-1).mean())
 
-    untrained = Student(config, teacher.d_text, tiny.ID_MODEL.d_id)
-    assert far(made.student) < 0.8 * far(untrained)
+    assert far(made.model) < 0.8 * far(distil._student(teacher, config).eval())
 
 
-def test_a_step_is_the_cross_entropy_to_the_teachers_softmax(teach, tmp_path, monkeypatch):
-    teacher, data = teach()
-    monkeypatch.setattr(distil, "_HIDDEN_STATES", 0.0)
-    work = distil._Distillation(teacher, data, QUICK.model_copy(update={"dropout": 0.0}), tmp_path / "fast", False)
-    torch.nn.init.normal_(work.student.added.weight)
-    while work.read < len(work.histories):
-        work._read_some()
-    rows, tau = torch.tensor([3, 50, 7]), teacher.encoder.laser.config.train.temperature
-    items = F.normalize(teacher.embeddings[:, : teacher.d_text], dim=-1)
-    total = 0.0
-    for row in rows.tolist():
-        one = [work.histories[row]]
-        wanted = (F.normalize(teacher.encoder.encode(one, 1)[0, : teacher.d_text], dim=-1) @ items.T / tau).softmax(-1)
-        said = work.student(teacher.history_sums(one), teacher.encoder.id_part(one))[0]
-        logs = (F.normalize(said, dim=-1) @ items.T / tau).log_softmax(-1)
-        total -= float((wanted * logs).sum().detach())
-    assert work._step(rows) == pytest.approx(total / 3, rel=1e-3)
+def test_a_step_is_the_cross_entropy_to_the_teachers_softmax(teach):
+    teacher = teach()
+    task = task_of(teacher, QUICK.model_copy(update={"dropout": 0.0}))
+    torch.nn.init.normal_(task.module.added.weight, std=0.1)
+    task.start(lambda: None)
+    model, index = task.student, np.array([3, 50, 7])
+    items = F.normalize(teacher.embeddings[:, : model.d_text], dim=-1)
+    histories, total = task.histories.take(index), 0.0
+    for user in range(3):
+        one = histories.take([user])
+        wanted = (F.normalize(teacher.model.users(one)[0, : model.d_text], dim=-1) @ items.T / 0.05).softmax(-1)
+        said = task.module(*model.user_side.inputs(one))[0]
+        total -= float((wanted * (F.normalize(said, dim=-1) @ items.T / 0.05).log_softmax(-1)).sum().detach())
+    batch = task.batch(index)
+    batch.hide[:] = False
+    assert float(task.loss(batch, np.arange(3))["loss"]) == pytest.approx(total / 3, rel=1e-2)
+    parts = [float(task.loss(batch, np.array(rows))["loss"]) for rows in ([0, 2], [1])]
+    assert sum(parts) == pytest.approx(total / 3, rel=1e-2)  # shares of a batch add up to it
 
 
-def test_it_answers_without_the_llm_wherever_the_model_goes(teach, tmp_path, no_llm, sections):
-    teacher, data = teach(sections)
-    made = distil.distil(teacher, data, tmp_path / "fast", QUICK, False)
-    histories = {"anna": ["i1", "i2"], "bob": ["i9"]}
+def test_it_answers_without_the_llm_wherever_the_model_goes(teach, tmp_path, no_llm, kind, llm):
+    teacher = teach(kind)
+    made = distil.distil(teacher, DATA, tmp_path / "fast", QUICK, False)
+    histories, rows = {"anna": ["i1", "i2"], "bob": ["i9"]}, tiny.histories([0, 1], [8])
     no_llm()
-    loaded = LaserRecommender.from_pretrained(tmp_path / "fast", teacher.encoder.laser.backbone)
-    assert loaded.encoder.catalogue._rows == []  # not even to be ready
+    loaded = LaserRecommender.from_pretrained(tmp_path / "fast", llm())
     got = loaded.recommend(histories, k=4)
     assert got.equals(made.recommend(histories, k=4)) and got.height == 8
-    assert np.array_equal(loaded.encode_users(histories), made.encode_users(histories))
     users = loaded.encode_users(histories)
-    unit = users / np.linalg.norm(users, axis=1, keepdims=True)
-    scores = loaded.encoder.laser.finish(torch.as_tensor(unit) @ loaded.embeddings.T, tiny.histories([1, 2], [9]))
-    torch.testing.assert_close(loaded.score(tiny.histories([1, 2], [9])), scores, atol=1e-5, rtol=1e-4)
+    assert np.array_equal(users, made.encode_users(histories))
+    scores = torch.as_tensor(users) @ loaded.embeddings.T
+    for term in loaded.model.terms:
+        scores = term.on(rows).to_all(scores)
+    torch.testing.assert_close(loaded.score(rows), scores, atol=1e-5, rtol=1e-4)
+    assert [answer.expert for answer in loaded.rank([])] == []
     with pytest.raises(TypeError):
         teacher.recommend(histories, k=4)
 
 
-def test_new_items_are_read_by_the_llm_and_stand_in_histories(teach, tmp_path):
-    teacher, data = teach()
-    made = distil.distil(teacher, data, tmp_path / "fast", QUICK, False)
+def test_a_student_of_mean_items_loads_no_llm(teach, tmp_path, monkeypatch):
+    made = distil.distil(teach(), DATA, tmp_path / "fast", QUICK, False)
+    monkeypatch.setattr("laserrec.llm.text_features.load_backbone", lambda *a, **k: pytest.fail("the LLM was loaded"))
+    loaded = LaserRecommender.from_pretrained(tmp_path / "fast")
+    assert loaded.recommend([["i3"]]).equals(made.recommend([["i3"]]))
+
+
+def test_new_items_are_read_by_the_llm_and_stand_in_histories(teach, tmp_path, kind, llm):
+    teacher = teach(kind)
+    made = distil.distil(teacher, DATA, tmp_path / "fast", QUICK, False)
     made.add_items(NEW)
-    assert "new1" not in teacher.items["item_id"].to_list() and len(teacher.encoder.catalogue) == N
+    assert "new1" not in teacher.items["item_id"].to_list() and len(teacher.embeddings) == N
     teacher.add_items(NEW)
-    assert np.array_equal(made.encode_items(["new1"]), teacher.encode_items(["new1"]))
+    np.testing.assert_allclose(made.encode_items(["new1"]), teacher.encode_items(["new1"]), atol=1e-6)
     assert "new1" in made.recommend([["i3"]], k=N + 1)["item_id"].to_list()
     one, two = made.encode_users([["new1"], ["i3"]])
     assert np.isfinite(one).all() and not np.allclose(one, two)
     made.save_pretrained(tmp_path / "grown")
-    again = LaserRecommender.from_pretrained(tmp_path / "grown", teacher.encoder.laser.backbone)
+    again = LaserRecommender.from_pretrained(tmp_path / "grown", llm())
     one, two = (m.recommend([["new1"]], k=3) for m in (again, made))
     assert one["item_id"].equals(two["item_id"]) and one["score"].to_list() == pytest.approx(two["score"].to_list())
 
 
-def test_the_same_experts_are_told(teach, tmp_path):
-    teacher, data = teach()
-    made = distil.distil(teacher, data, tmp_path / "fast", QUICK, False)
-    rows = tiny.histories([1, 2], [9], [4, 5, 6])
-    assert made._users(rows)[1].expert.tolist() == teacher._users(rows)[1].expert.tolist()
+def test_what_a_teacher_was_given_or_lost_its_student_has_and_lacks(teach, tmp_path, llm):
+    teacher = teach()
+    teacher.add_items(NEW)
+    teacher.remove_items(["i4"])
+    distil.distil(teacher, DATA, tmp_path / "fast", QUICK, False)
+    made = LaserRecommender.from_pretrained(tmp_path / "fast", llm())
+    assert made.n_known == N and made.removed == {3}
+    assert set(made.recommend([["i3"]], k=99)["item_id"]) == {f"i{j + 1}" for j in range(N) if j != 3} | {"new1"}
 
 
-def test_nothing_but_training_sequences_matters(llm, llm_folder, tmp_path):
+def test_nothing_but_training_sequences_matters(fit, tmp_path):
     students = []
     for name, last in (("a", [9, 8]), ("b", [3, 4])):
-        data = tiny.dataset([[(s + p) % N + 1 for p in range(5)] + last for s in range(20)], N)
-        config = tiny.config(llm_folder(), **MEAN | {"train": PAPER["train"] | {"stage_one_epochs": 0}})
-        teacher = LaserRecommender.fit_dataset(data, tiny.id_model(N), config, tmp_path / name, False, llm())
-        made = distil.distil(teacher, data, tmp_path / f"fast-{name}", QUICK, False)
-        students.append(made.student.state_dict())
-    for key, tensor in students[0].items():
-        assert torch.equal(tensor, students[1][key]), key
+        data = tiny.dataset([[(s + p) % N for p in range(5)] + last for s in range(20)], N)
+        model = fit(data, tmp_path / name, eval={"batch_size": 16, "validates": False},
+                    **MEAN | {"train": PAPER["train"] | {"stage_one_epochs": 0}})
+        students.append(weights(distil.distil(model, data, tmp_path / f"fast-{name}", QUICK, False)))
+    tiny.assert_same(*students)
 
 
 class Stop:
@@ -186,88 +215,76 @@ class Stop:
         return self.call(*args)
 
 
-@pytest.mark.parametrize(("where", "at"), [("_read_some", 1), ("_read_some", 3), ("_step", 1), ("_step", 12)])
-def test_stop_and_resume_is_the_uninterrupted_run(teach, tmp_path, monkeypatch, where, at):
-    monkeypatch.setattr(distil, "_READ_AT_ONCE", 50)
-    teacher, data = teach()
-    whole = distil.distil(teacher, data, tmp_path / "whole", QUICK, False)
+@pytest.mark.parametrize(("owner", "where", "at"), [
+    (task_module.Laser, "users", 1), (task_module.Laser, "users", 5), (Trainer, "_step", 1), (Trainer, "_step", 9)])
+def test_stop_and_resume_is_the_uninterrupted_run(teach, tmp_path, monkeypatch, owner, where, at):
+    monkeypatch.setattr(task_module, "_READ_AT_ONCE", 50)
+    teacher = teach()
+    whole = distil.distil(teacher, DATA, tmp_path / "whole", QUICK, False)
     with monkeypatch.context() as patch:
-        stop = Stop(getattr(distil._Distillation, where), at)
-        patch.setattr(distil._Distillation, where, lambda *a: stop(*a))
+        stop = Stop(getattr(owner, where), at)
+        patch.setattr(owner, where, lambda *a: stop(*a))
         with pytest.raises(KeyboardInterrupt):
-            distil.distil(teacher, data, tmp_path / "fast", QUICK, False)
+            distil.distil(teacher, DATA, tmp_path / "fast", QUICK, False)
     assert not (tmp_path / "fast" / "model.json").exists()
-    with pytest.raises(UserError, match="other settings, data or another teacher"):
-        distil.distil(teacher, data, tmp_path / "fast", QUICK.model_copy(update={"epochs": 7}), False)
-    made = distil.distil(teacher, data, tmp_path / "fast", QUICK, False)
-    for key, tensor in whole.student.state_dict().items():
-        assert torch.equal(tensor, made.student.state_dict()[key]), key
+    with pytest.raises(UserError, match="other settings or data"):
+        distil.distil(teacher, DATA, tmp_path / "fast", QUICK.model_copy(update={"epochs": 7}), False)
+    made = distil.distil(teacher, DATA, tmp_path / "fast", QUICK, False)
+    tiny.assert_same(weights(made), weights(whole))
     assert not (tmp_path / "fast" / "checkpoint.safetensors").exists()
 
 
-def test_a_finished_folder_is_loaded_and_another_one_refused(teach, tmp_path, monkeypatch):
-    teacher, data = teach()
-    made = distil.distil(teacher, data, tmp_path / "fast", QUICK, False)
-    with pytest.raises(UserError, match="distilled already"):
-        distil.distil(made, data, tmp_path / "faster", QUICK, False)
+def test_a_finished_folder_is_loaded_and_another_one_refused(teach, fitted, fit, tmp_path, monkeypatch):
+    teacher = teach()
+    made = distil.distil(teacher, DATA, tmp_path / "fast", QUICK, False)
+    for other in (made, fit(DATA, tmp_path / "popular", "popularity")):
+        with pytest.raises(UserError, match="only a Laser that reads histories with the LLM can be distilled"):
+            distil.distil(other, DATA, tmp_path / "faster", QUICK, False)
     with pytest.raises(UserError, match="another catalogue"):
-        distil.distil(teacher, tiny.planted(N + 1, 40), tmp_path / "other", QUICK, False)
-    with pytest.raises(UserError, match="holds another model"):
-        distil.distil(teacher, data, tmp_path / "model", QUICK, False)
-    with pytest.raises(UserError, match="holds another model"):
-        distil.distil(teacher, data, tmp_path / "fast", QUICK.model_copy(update={"seed": 3}), False)
-    with pytest.raises(UserError, match="other settings, data or ID model"):  # a fit doesn't take it for its own
-        LaserRecommender.fit_dataset(data, tiny.id_model(N), teacher.encoder.laser.config, tmp_path / "fast", False,
-                                     teacher.encoder.laser.backbone)
-    monkeypatch.setattr(distil._Distillation, "run", None)  # a second training would fail
-    again = distil.distil(teacher, data, tmp_path / "fast", QUICK, False)
-    assert torch.equal(again.student.map.weight, made.student.map.weight)
+        distil.distil(teacher, tiny.planted(N + 1, 30), tmp_path / "other", QUICK, False)
+    for place, config in ((fitted("mean"), QUICK), (tmp_path / "fast", QUICK.model_copy(update={"seed": 3}))):
+        with pytest.raises(UserError, match="holds another model"):
+            distil.distil(teacher, DATA, place, config, False)
+    with pytest.raises(UserError, match="other settings or other data"):  # a fit doesn't take it for its own
+        fit(DATA, tmp_path / "fast", **MEAN)
+    monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("it trains again"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"mine holds thesis\.txt"):
+        distil.distil(teacher, DATA, tmp_path / "mine", QUICK, False)
+    tiny.assert_same(weights(distil.distil(teacher, DATA, tmp_path / "fast", QUICK, False)), weights(made))
 
 
-def test_the_folder_says_what_it_is_and_is_checked(teach, tmp_path):
-    teacher, data = teach()
+def test_the_folder_says_what_it_is_and_is_checked(teach, fitted, tmp_path, llm):
+    teacher, fast = teach(), tmp_path / "fast"
     teacher.facts["results"] = [{"split": "test", "recall@10": 1.0}]
-    distil.distil(teacher, data, tmp_path / "fast", QUICK, False)
-    note = json.loads((tmp_path / "fast" / "model.json").read_text())
+    distil.distil(teacher, DATA, fast, QUICK, False)
+    note = json.loads((fast / "model.json").read_text())
+    assert note["format"] == 3 and note["config"]["student"]["hidden"] == 16
     assert [r["split"] for r in note["results"]] == ["validation"]  # not the teacher's
     both = note["student"]["validation"]
     assert both.keys() == {"teacher", "student"} and both["student"]["ndcg@10"] == note["results"][0]["ndcg@10"]
-    assert "It is distilled" in (tmp_path / "fast" / "README.md").read_text()
-    assert "It is distilled" not in (tmp_path / "model" / "README.md").read_text()
-    assert "student.safetensors" in shared_files(tmp_path / "fast")  # what a push uploads
-    file = tmp_path / "fast" / "student.safetensors"
+    assert "It is distilled" in (fast / "README.md").read_text()
+    assert "It is distilled" not in (fitted("mean") / "README.md").read_text()
+    assert "weights.safetensors" in shared_files(fast) and "id_model/weights.safetensors" in shared_files(fast)
+    file = fast / "weights.safetensors"
     kept = file.read_bytes()
     file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"student.safetensors has changed"):
-        LaserRecommender.from_pretrained(tmp_path / "fast", teacher.encoder.laser.backbone)
-    file.unlink()
-    with pytest.raises(UserError, match=r"student.safetensors is missing"):
-        LaserRecommender.from_pretrained(tmp_path / "fast", teacher.encoder.laser.backbone)
-    file.write_bytes(kept)
-    del note["files"]["student.safetensors"]
-    (tmp_path / "fast" / "model.json").write_text(json.dumps(note))
-    with pytest.raises(UserError, match=r"lacks files of student\.safetensors"):
-        LaserRecommender.from_pretrained(tmp_path / "fast", teacher.encoder.laser.backbone)
+    with pytest.raises(UserError, match=r"weights\.safetensors has changed"):
+        LaserRecommender.from_pretrained(fast, llm())
 
 
-def test_a_large_catalogue_is_drawn_from(teach, tmp_path, monkeypatch):
-    teacher, data = teach()
-    monkeypatch.setattr(distil, "_MOST_ITEMS", 7)
-    work = distil._Distillation(teacher, data, QUICK, tmp_path / "fast", False)
-    one, two = work._items(), work._items()
-    assert one.shape == two.shape == (7, teacher.d_text) and not torch.equal(one, two)
+def test_a_large_catalogue_is_drawn_from(teach, monkeypatch):
+    monkeypatch.setattr(task_module, "_MOST_ITEMS", 7)
+    task = task_of(teach())
+    one, two = task.batch(np.arange(4)), task.batch(np.arange(4))
+    assert len(set(one.items.tolist())) == len(set(two.items.tolist())) == 7 and not torch.equal(one.items, two.items)
+    task.start(lambda: None)
+    assert torch.isfinite(task.loss(one, np.arange(4))["loss"])
+    monkeypatch.undo()
+    assert task.batch(np.arange(4)).items is None
 
 
-def test_the_command_prints_both_and_writes_them(llm_folder, tmp_path, capsys):
-    config = tiny.config(llm_folder(), **MEAN, data={"min_user_interactions": 1, "min_item_interactions": 1})
-    LaserRecommender.fit(*tiny.planted_tables(N, 30), config, tmp_path, progress=False)
-    cli_distil.distil(tmp_path / "data", tmp_path / "model", tmp_path / "fast", quiet=True,
-                      json_file=tmp_path / "told.json",
-                      settings=cli_distil.StudentSettings(hidden=8, epochs=1, batch_size=16))
-    out, told = capsys.readouterr().out, json.loads((tmp_path / "told.json").read_text())
-    assert told.keys() == {"config", "histories", "seconds", "validation"} and told["config"]["hidden"] == 8
-    for name in ("teacher", "student"):
-        assert name in out and f"{told['validation'][name]['ndcg@10']:.4f}" in out
-    with pytest.raises(UserError, match=r"flags\): epochs: Input should be greater"):
-        cli_distil.distil(tmp_path / "data", tmp_path / "model", tmp_path / "x",
-                          settings=cli_distil.StudentSettings(epochs=0))
+def test_its_rate_warms_up_and_falls(teach):
+    phase = distil_phase(task_of(teach()))
+    assert phase.cosine_decay and 0 < phase.warmup_fraction <= 0.5 and not phase.validates

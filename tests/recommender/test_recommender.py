@@ -1,6 +1,9 @@
-"""The public class: the caller's ids in and out, saved and loaded alike, and every mistake named."""
+"""The public class: the caller's ids in and out, items that come later, threads and forks, every mistake named."""
 
-import json
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pandas as pd
@@ -10,27 +13,20 @@ import tiny
 import torch
 
 from laserrec import LaserRecommender
-from laserrec.config import Layout
-from laserrec.llm.backbone import load_backbone
+from laserrec.methods.closed_form import ItemRegression
+from laserrec.recommender.fitting import Fitted
+from laserrec.recommender.ranking import Ask
 from laserrec.util.errors import UserError
 
 N = 12
-PROMPT = {"template": "no_instruction", "max_items": 3, "max_item_tokens": 6}
 NEW = pl.DataFrame({"item_id": ["new1", "new2"], "title": ["steel drill 99", "blue wood"], "brand": ["redco", None]})
 
 
-def settings(folder, **sections):
-    return tiny.config(folder, **{"prompt": PROMPT, "train": {"lr": 1e-2, "stage_one_epochs": 1, "stage_two_epochs": 1,
-                                                            "batch_size": 32}, **sections})
-
-
-@pytest.fixture(scope="module", params=list(Layout))
-def model(request, llm, llm_folder, tmp_path_factory):
-    """A fitted model; tests that add items load their own."""
-    config = settings(llm_folder(), prompt={**PROMPT, "layout": request.param},
-                      head={"id_share": 0.3, "whiten_dims": 8, "projection": True})
-    folder = tmp_path_factory.mktemp("model") / "model"
-    return LaserRecommender.fit_dataset(tiny.planted(N, users=16), tiny.id_model(N), config, folder, False, llm())
+@pytest.fixture(scope="module", params=["prefix_first", "text_first"])
+def model(request, fit, tmp_path_factory):
+    """A fitted model; tests that change it load their own."""
+    return fit(tiny.planted(N, users=16), tmp_path_factory.mktemp("model") / "model", prompt={"layout": request.param},
+               head={"id_share": 0.3, "whiten_dims": 8, "projection": True})
 
 
 @pytest.fixture
@@ -39,22 +35,15 @@ def copy(model, llm, tmp_path):
     return LaserRecommender.from_pretrained(tmp_path / "copy", llm())
 
 
-def frames():
-    data = tiny.planted(N, users=16)
-    names = dict(zip(data.users["user"], data.users["user_id"], strict=True))
-    acts = pl.DataFrame([{"user_id": names[r["user"]], "item_id": f"i{r['item']}", "timestamp": r["position"]}
-                         for r in data.interactions.to_dicts()])
-    return acts, data.items.drop("item")
-
-
 # -- fit --------------------------------------------------------------------------------------------------------
 
 
-def test_fit_on_polars_and_pandas_frames_is_the_same(llm_folder, tmp_path):
-    acts, goods = frames()
-    config = settings(llm_folder(), data={"min_user_interactions": 1, "min_item_interactions": 1})
-    one = LaserRecommender.fit(acts, goods, config, tmp_path / "run", progress=False)
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"data", "id_model", "model"}
+def test_fit_on_polars_and_pandas_frames_is_the_same(settings, tmp_path):
+    acts, goods = tiny.planted_tables(N, 16)
+    config = settings(data={"min_user_interactions": 1, "min_item_interactions": 1})
+    one = LaserRecommender.fit(acts, goods, config, tmp_path / "run", progress=False, device="cpu")
+    assert {p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")} == {"data", "model"}
+    assert (tmp_path / "run" / "model" / "id_model" / "weights.safetensors").is_file()
     renamed = acts.rename({"user_id": "customer"}).to_pandas()
     two = LaserRecommender.fit(renamed, goods.to_pandas(), config, columns={"user_id": "customer"}, progress=False)
     assert np.array_equal(one.encode_items(), two.encode_items())
@@ -63,33 +52,28 @@ def test_fit_on_polars_and_pandas_frames_is_the_same(llm_folder, tmp_path):
     assert set(top["item_id"]) <= set(goods["item_id"]) and top["rank"].to_list() == [1, 2, 3]
     again = LaserRecommender.fit(acts, goods, config, tmp_path / "run", progress=False)
     assert np.array_equal(one.encode_items(), again.encode_items())
+    assert list((tmp_path / "run" / "data" / "text_features").glob("*.safetensors")) == []  # nothing asked for them
 
 
-def test_a_finished_fit_is_loaded_and_other_settings_are_refused(llm, llm_folder, tmp_path, monkeypatch):
-    from laserrec.training.train import Fit
-
-    data, ids, folder = tiny.planted(N, users=16), tiny.id_model(N), tmp_path / "model"
-    first = LaserRecommender.fit_dataset(data, ids, settings(llm_folder()), folder, False, llm())
-    assert not (folder / "checkpoint.safetensors").exists()
-    monkeypatch.setattr(Fit, "run", None)  # a second fit would fail
-    again = LaserRecommender.fit_dataset(data, ids, settings(llm_folder()), folder, False, llm())
-    assert torch.equal(again.embeddings, first.embeddings)
-    with pytest.raises(UserError, match="other settings, data or ID model"):
-        LaserRecommender.fit_dataset(data, ids, settings(llm_folder(), train={"seed": 5}), folder, False, llm())
+@pytest.mark.parametrize("table", ["llm_start", "text"])
+def test_an_id_model_made_from_text_goes_the_whole_way(fit, llm, tmp_path, table):
+    ids = {**tiny.ID_MODEL.model_dump(), "items": table, "seen_offset": True, "max_epochs": 2}
+    model = fit(tiny.planted(N, 16), tmp_path / "m", id_model=ids)
+    again = LaserRecommender.from_pretrained(tmp_path / "m", llm())
+    torch.testing.assert_close(again.score(tiny.histories([0, 1])), model.score(tiny.histories([0, 1])))
 
 
-def test_a_finished_fit_from_before_a_setting_existed_is_loaded(llm, llm_folder, tmp_path, monkeypatch):
-    from laserrec.training.train import Fit
-
-    data, ids, folder = tiny.planted(N, users=16), tiny.id_model(N), tmp_path / "model"
-    LaserRecommender.fit_dataset(data, ids, settings(llm_folder()), folder, False, llm())
-    note = json.loads((folder / "model.json").read_text())
-    del note["config"]["train"]["learn_temperature"]
-    (folder / "model.json").write_text(json.dumps(note | {"fingerprint": "of a version that knew fewer settings"}))
-    monkeypatch.setattr(Fit, "run", None)  # a second fit would fail
-    LaserRecommender.fit_dataset(data, ids, settings(llm_folder()), folder, False, llm())
-    with pytest.raises(UserError, match="other settings, data or ID model"):
-        LaserRecommender.fit_dataset(data, tiny.id_model(N, seed=5), settings(llm_folder()), folder, False, llm())
+def test_a_learnt_offset_moves_the_historys_own_items(fit, llm, tmp_path):
+    """It is learnt, it is saved, and the scores of seen items alone are changed by it."""
+    model = fit(tiny.planted(N, 16), tmp_path / "m", head={"seen_offset": True, "id_share": 0.2})
+    assert float(model.model.seen.offset) != -1.0
+    again = LaserRecommender.from_pretrained(tmp_path / "m", llm())
+    assert torch.equal(again.model.seen.offset, model.model.seen.offset)
+    rows = tiny.histories([0, 1, 1], [4])
+    with_offset = model.score(rows)
+    model.model.seen.offset.fill_(0.0)
+    moved = (with_offset - model.score(rows)).abs() > 1e-6
+    assert moved.nonzero().tolist() == [[0, 0], [0, 1], [1, 4]]
 
 
 # -- recommend --------------------------------------------------------------------------------------------------
@@ -143,6 +127,13 @@ def test_seen_items_and_candidates(model):
     assert few["rank"].to_list() == [1, 2, 3]
     both = model.recommend(history, k=99, candidates=["i2", "i5"], exclude_seen=True)
     assert both["item_id"].to_list() == ["i5"]
+    hidden = model.recommend(history, k=99, exclude=["i9", "i2"])
+    assert hidden["item_id"].to_list() == [i for i in everything["item_id"] if i not in ("i9", "i2")]
+
+
+def test_an_empty_history_is_answered_with_nothing(model):
+    none, some = model.rank([Ask(np.zeros(0, np.int64), 3), Ask(np.array([1]), 3)])
+    assert len(none.items) == 0 and len(some.items) == 3
 
 
 def test_long_histories_count_by_their_end(model):
@@ -152,7 +143,7 @@ def test_long_histories_count_by_their_end(model):
 
 
 def test_evaluator_scores_are_the_recommendations(model):
-    scores = model.score(tiny.histories([1, 2], [9]))
+    scores = model.score(tiny.histories([0, 1], [8]))
     got = model.recommend([["i1", "i2"], ["i9"]], k=N)
     for row in (0, 1):
         mine = got.filter(pl.col("user_id") == row)
@@ -178,6 +169,9 @@ def test_encode_items_by_id(model):
     (lambda m: m.recommend([["i1"]], unknown="ignore"), 'unknown is "error" or "drop"'),
     (lambda m: m.recommend(pl.DataFrame({"user": ["a"], "item_id": ["i1"]})), "column user_id is missing"),
     (lambda m: m.encode_items(["nope"]), "item_ids: 1 unknown"),
+    (lambda m: m.recommend([["i1"]], exclude=["nope"]), "exclude: 1 unknown item ids, first .'nope'"),
+    (lambda m: m.remove_items(["i1", "nope"]), "remove_items: 1 unknown item ids, first .'nope'"),
+    (lambda m: m.add_items(NEW, exists="maybe"), "exists is .error. or .skip., not 'maybe'"),
     (lambda m: m.add_items(pl.DataFrame({"item_id": ["x"]})), "column title is missing"),
     (lambda m: m.add_items(pl.DataFrame({"item_id": ["i1"], "title": ["saw"]})), "in the catalogue already"),
     (lambda m: m.add_items(pl.DataFrame({"item_id": ["x", "x"], "title": ["saw", "saw"]})), "repeated"),
@@ -187,7 +181,7 @@ def test_mistakes_are_named(model, ask, message):
     before = len(model.items)
     with pytest.raises(UserError, match=message):
         ask(model)
-    assert len(model.items) == before
+    assert len(model.items) == before and "i1" in model.recommend([["i1"]], k=99)["item_id"]
 
 
 def test_unknown_items_can_be_dropped(model):
@@ -201,8 +195,8 @@ def test_unknown_items_can_be_dropped(model):
 def test_added_items_are_recommended_and_read(copy):
     before = copy.recommend([["i1"]], k=N)
     assert copy.add_items(NEW) == 2
-    lent = copy.embeddings[:, -tiny.ID_MODEL.d_id :].norm(dim=1)
-    assert torch.allclose(lent[N:], lent[:N].mean(), atol=1e-5)
+    inherited = copy.embeddings[:, -tiny.ID_MODEL.d_id :].norm(dim=1)
+    assert (inherited[N:] > 0.4).all() and torch.allclose(copy.embeddings.norm(dim=1), torch.ones(N + 2))
     after = copy.recommend([["i1"]], k=99)
     assert sorted(after["item_id"]) == sorted([*before["item_id"], "new1", "new2"])
     old = after.filter(pl.col("item_id").str.starts_with("i"))
@@ -221,200 +215,188 @@ def test_added_items_are_saved(copy, llm, tmp_path):
     got, want = again.recommend(ask, k=99), copy.recommend(ask, k=99)
     assert got.drop("score").equals(want.drop("score"))
     assert np.allclose(got["score"], want["score"], atol=1e-5)  # the new texts were read in other batches
-    assert again.items["item"].to_list() == list(range(1, N + 3))
+    assert again.items["item"].to_list() == list(range(N + 2)) and again.n_known == N
     again.add_items(pl.DataFrame({"item_id": ["third"], "title": ["glue"]}))
     assert again.recommend(ask, k=99)["item_id"].n_unique() == N + 3
 
 
-# -- the folder -------------------------------------------------------------------------------------------------
+def test_an_addition_of_nothing_or_of_known_items(copy):
+    before = copy.recommend([["i1"]], k=99)
+    assert copy.add_items(NEW.clear()) == 0
+    assert copy.add_items(pl.concat([NEW, NEW.with_columns(item_id=pl.Series(["i1", "i2"]))]), exists="skip") == 2
+    assert copy.add_items(NEW, exists="skip") == 0 and len(copy.items) == N + 2
+    assert [i for i in copy.recommend([["i1"]], k=99)["item_id"] if i not in ("new1", "new2")] == (
+        before["item_id"].to_list())
 
 
-def test_saved_and_loaded_is_the_same(model, llm, tmp_path):
-    model.save_pretrained(tmp_path / "m")
-    again = LaserRecommender.from_pretrained(tmp_path / "m", llm())
-    ask = [["i1", "i2"], ["i9"]]
-    assert again.recommend(ask, k=N).equals(model.recommend(ask, k=N))
-    assert again.facts == model.facts
-    assert again.encoder.laser.config == model.encoder.laser.config
+def test_embeddings_of_an_earlier_addition_save_the_reading(copy, model, llm, tmp_path, monkeypatch):
+    copy.add_items(NEW)
+    vectors, want = copy.embeddings[N:], copy.recommend([["i1"]], k=99)
+    model.save_pretrained(tmp_path / "other")
+    other = LaserRecommender.from_pretrained(tmp_path / "other", llm())
+    monkeypatch.setattr(type(other.model.item_side), "outputs", lambda *_: pytest.fail("the texts are read again"))
+    other.add_items(NEW, vectors)
+    assert other.recommend([["i1"]], k=99).equals(want)
 
 
-def test_the_backbone_is_named_and_not_copied(model, llm, tmp_path):
-    model.save_pretrained(tmp_path / "m")
-    note = json.loads((tmp_path / "m" / "model.json").read_text())
-    assert note["backbone"]["sha256"] == llm().sha256 and note["backbone"]["name"] == llm().name
-    from laserrec.util import checkpoint
-
-    names = set(checkpoint.load(tmp_path / "m" / "adapter.safetensors")[0])
-    assert {n.split(".")[0] for n in names} <= {"mformer", "suffix", "head"}
-
-
-def test_loading_finds_the_backbone_by_name(model, tmp_path):
-    model.save_pretrained(tmp_path / "m")
-    again = LaserRecommender.from_pretrained(tmp_path / "m")
-    assert again.encoder.laser.backbone.tensor_hash() == model.encoder.laser.backbone.tensor_hash()
+def test_a_failed_addition_changes_nothing(copy, monkeypatch):
+    before = copy.recommend([["i1"]], k=99)
+    monkeypatch.setattr(copy.model, "embed_items", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        copy.add_items(NEW)
+    assert len(copy.items) == N and copy.unknown_items(["new1"]) == ["new1"]
+    assert copy.recommend([["i1"]], k=99).equals(before)
 
 
-def test_other_backbone_weights_are_refused(model, llm_folder, tmp_path):
-    model.save_pretrained(tmp_path / "m")
-    tiny.save_llm(tmp_path / "other", "llama", seed=3)
-    config = settings(tmp_path / "other").backbone
-    for other in (load_backbone(config), tmp_path / "other", str(tmp_path / "other")):
-        with pytest.raises(UserError, match=r"means nothing to other weights\. Get the weights it was trained with"):
-            LaserRecommender.from_pretrained(tmp_path / "m", other)
+def test_removed_items_stay_away_and_their_ids_are_free(copy, llm, tmp_path):
+    want = [i for i in copy.recommend([["i1"]], k=99)["item_id"] if i != "i3"]
+    assert copy.remove_items(["i3", "i3"]) == 1 and copy.removed == {2}
+    copy.save_pretrained(tmp_path / "less")
+    for one in (copy, LaserRecommender.from_pretrained(tmp_path / "less", llm())):
+        assert one.recommend([["i1"]], k=99)["item_id"].to_list() == want and one.items.height == N
+        assert 2 not in one.nearest(0, 99).items and len(one.nearest(0, 99).items) == N - 2
+        for ask in (lambda m: m.recommend([["i3"]]), lambda m: m.recommend([["i1"]], candidates=["i3"])):
+            with pytest.raises(UserError, match=r"1 unknown item ids, first \['i3'\]"):
+                ask(one)
+    copy.add_items(pl.DataFrame({"item_id": ["i3"], "title": ["another saw"]}))
+    assert copy.dense_items(["i3"], "test").tolist() == [N] and copy.removed == {2}
 
 
-def test_a_branch_that_went_on_is_passed_over_for_the_commit_that_was_trained_with(model, llm_folder, tmp_path,
-                                                                                   monkeypatch):
-    import shutil
-
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    place, old, new = tmp_path / "cache" / "models--lab--llm", "a" * 40, "b" * 40
-    shutil.copytree(llm_folder(), place / "snapshots" / old)
-    tiny.save_llm(place / "snapshots" / new, "llama", seed=9)
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text(new)
-    model.save_pretrained(tmp_path / "m")
-    config = config_of(tmp_path / "m")
-    note = json.loads((tmp_path / "m" / "model.json").read_text())
-    edit(tmp_path / "m", config={**config, "backbone": {**config["backbone"], "name": "lab/llm"}},
-         backbone={**note["backbone"], "name": "lab/llm", "revision": old})
-    again = LaserRecommender.from_pretrained(tmp_path / "m")
-    assert again.recommend([["i1"]], k=3).equals(model.recommend([["i1"]], k=3))
-    edit(tmp_path / "m", backbone={**note["backbone"], "name": "lab/llm", "revision": None})
-    with pytest.raises(UserError, match="means nothing to other weights"):
-        LaserRecommender.from_pretrained(tmp_path / "m")
+def test_nearest_items_are_those_of_the_largest_cosine(model):
+    vectors = torch.nn.functional.normalize(model.embeddings, dim=-1)
+    want = [i for i in (vectors @ vectors[4]).argsort(descending=True).tolist() if i != 4]
+    found = model.nearest(4, 5)
+    assert found.items.tolist() == want[:5]
+    np.testing.assert_allclose(found.scores, (vectors @ vectors[4])[want[:5]], atol=1e-5)
 
 
-def test_weights_that_changed_in_their_place_are_refused(model, llm_folder, llm, tmp_path):
-    """The folder's name is the same, its bytes are not."""
-    import shutil
-
-    place = shutil.copytree(llm_folder(), tmp_path / "llm")
-    model.save_pretrained(tmp_path / "m")
-    assert LaserRecommender.from_pretrained(tmp_path / "m", place).embeddings.equal(model.embeddings)
-    tiny.save_llm(place, "llama", seed=3)
-    with pytest.raises(UserError, match=r"was trained with backbone .* of sha256 .* here has"):
-        LaserRecommender.from_pretrained(tmp_path / "m", place)
+# -- threads and forks ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda f: (f / "model.json").unlink(), "is not a model folder; make one with laserrec fit"),
-    (lambda f: (f / "adapter.safetensors").write_bytes(b"xx"), r"adapter\.safetensors is cut short: it has 2 of"),
-    (lambda f: (f / "items.safetensors").unlink(), r"items\.safetensors is missing; copy or download the folder anew"),
-    (lambda f: (f / "items.parquet").unlink(), r"items\.parquet is missing"),
-    (lambda f: flip(f / "items.parquet"), r"items\.parquet has changed: its sha256 is"),
-    (lambda f: flip(f / "adapter.safetensors"), r"adapter\.safetensors has changed"),
-    (lambda f: flip(f / "id_model" / "model.safetensors"), r"id_model/model\.safetensors has changed"),
-    (lambda f: (f / "model.json").write_text("{"), r"model\.json.*damaged"),
-    (lambda f: (f / "model.json").write_text("[]"), r"model\.json is not a model's: its format is None"),
-    (lambda f: edit(f, format=99), r"has format 99 and laserrec [\d.]+ knows formats up to 2.*pip install --upgrade"),
-    (lambda f: edit(f, files={}), r"model\.json is damaged: it lacks files of adapter\.safetensors"),
-    (lambda f: edit(f, files={**manifest_of(f), "../evil": {"bytes": 1, "sha256": ""}}), r"names files .* '\.\./evil'"),
-    (lambda f: edit(f, config={"train": {"nonsense": 1}}), r"train\.nonsense"),
-    (lambda f: edit(f, config={**config_of(f), "mformer": {"prefix": "none"}}), "doesn't fit the settings"),
-])
-def test_a_spoilt_folder_is_named(model, llm, tmp_path, spoil, message):
-    model.save_pretrained(tmp_path / "m")
-    spoil(tmp_path / "m")
-    with pytest.raises(UserError, match=message):
-        LaserRecommender.from_pretrained(tmp_path / "m", llm())
+def test_eight_threads_ask_while_items_come_and_go(copy):
+    """Each answer is one that the catalogue of some moment gives."""
+    histories, old = [[f"i{1 + u}", f"i{1 + (u + 3) % N}"] for u in range(4)], [f"i{j + 1}" for j in range(N)]
+    want = copy.recommend(histories, k=N)
+    wrong, done = [], threading.Event()
+
+    def asks():
+        while not done.is_set():
+            got = copy.recommend(histories, k=N, candidates=old)
+            if got["item_id"].to_list() != want["item_id"].to_list():
+                wrong.append(got)
+            everything = copy.recommend(histories, k=999)
+            rows = set(everything.group_by("user_id").len()["len"])
+            if len(rows) != 1 or not set(old) <= set(everything["item_id"]):
+                wrong.append(everything)
+
+    def adds(worker: int):
+        for i in range(3):
+            name = f"x{worker}-{i}"
+            copy.add_items(pl.DataFrame({"item_id": [name, f"{name}b"], "title": [f"red saw {name}", "glue"]}))
+            copy.remove_items([f"{name}b"])
+
+    def guarded(work, *arguments):
+        try:
+            work(*arguments)
+        except BaseException as error:
+            wrong.append(error)
+
+    readers = [threading.Thread(target=guarded, args=(asks,)) for _ in range(4)]
+    writers = [threading.Thread(target=guarded, args=(adds, n)) for n in range(4)]
+    for thread in (*readers, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join(120)
+    done.set()
+    for thread in readers:
+        thread.join(120)
+    assert wrong == [] and not any(t.is_alive() for t in (*readers, *writers))
+    names = copy.recommend(histories[:1], k=999)["item_id"].to_list()
+    assert sorted(names) == sorted(old + [f"x{w}-{i}" for w in range(4) for i in range(3)])
+    assert copy.items["item"].to_list() == list(range(N + 24))
+    assert copy.recommend(histories, k=N, candidates=old)["item_id"].to_list() == want["item_id"].to_list()
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda f: (f / "adapter.safetensors").write_bytes(b"xx"), "damaged or not a safetensors file"),
-    (lambda f: (f / "items.safetensors").unlink(), "no such file"),
-    (lambda f: (f / "items.parquet").unlink(), "no such file"),
-    (lambda f: (f / "items.parquet").write_bytes(b"xx"), r"items\.parquet is damaged"),
-])
-def test_a_spoilt_folder_of_the_first_format_is_named_too(model, llm, tmp_path, spoil, message):
-    as_format_1(model, tmp_path / "m")
-    spoil(tmp_path / "m")
-    with pytest.raises(UserError, match=message):
-        LaserRecommender.from_pretrained(tmp_path / "m", llm())
+@pytest.fixture(scope="module")
+def large(settings, llm):
+    """A closed form whose product is large enough for torch to share it out among threads."""
+    config, n = settings(), 1500
+    torch.manual_seed(0)
+    model = ItemRegression(config.neighbours, n)
+    model.weights.normal_()
+    return LaserRecommender(Fitted(model, "ease", config, tiny.items(n), n, tiny.features(llm(), config), {}))
 
 
-def test_a_folder_of_the_first_format_is_loaded(model, llm, tmp_path):
-    """As written before there were checksums and cards."""
-    as_format_1(model, tmp_path / "m")
-    again = LaserRecommender.from_pretrained(tmp_path / "m", llm())
-    assert again.recommend([["i1", "i2"]], k=N).equals(model.recommend([["i1", "i2"]], k=N))
-    again.save_pretrained(tmp_path / "n")
-    assert json.loads((tmp_path / "n" / "model.json").read_text())["format"] == 2
+SECONDS = 90
 
 
-def as_format_1(model, folder):
-    model.save_pretrained(folder)
-    note = json.loads((folder / "model.json").read_text())
-    for name in ("laserrec", "n_items", "files"):
-        del note[name]
-    (folder / "model.json").write_text(json.dumps({**note, "format": 1}))
-    (folder / "README.md").unlink()
+def in_a_fork(work) -> bytes:
+    """What `work` gives in a forked process; b"it hangs" if that takes longer than SECONDS."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child:
+        said = b"it failed"
+        try:
+            said = work()
+        except UserError as error:
+            said = f"UserError: {error}".encode()
+        finally:
+            os.write(writes, said)
+            os._exit(0)
+    end = time.monotonic() + SECONDS
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.write(writes, b"it hangs")
+        time.sleep(0.02)
+    os.close(writes)
+    with os.fdopen(reads, "rb") as pipe:
+        return pipe.read()
 
 
-def test_what_was_recorded_makes_no_other_model(model, tmp_path):
-    from laserrec.recommender.folder import model_identity, update_note
-
-    model.save_pretrained(tmp_path / "m")
-    before = model_identity(tmp_path / "m")
-    update_note(tmp_path / "m", results=[], card={"licence": "mit"})
-    assert model_identity(tmp_path / "m") == before
-    as_format_1(model, tmp_path / "old")
-    assert model_identity(tmp_path / "old") == before
-    edit(tmp_path / "m", removed=[3])
-    assert model_identity(tmp_path / "m") != before
+def top_items(model) -> bytes:
+    histories = [[f"i{u + p}" for p in range(1, 6)] for u in range(200)]
+    return " ".join(model.recommend(histories, k=7)["item_id"].to_list()).encode()
 
 
-def flip(file):
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+def test_a_forked_process_answers(large):
+    """Two threads computed before the fork; the child has one, and must not wait for the other."""
+    torch.set_num_threads(2)
+    want = top_items(large)
+    assert in_a_fork(lambda: top_items(large)) == want
+    assert torch.get_num_threads() == 2 and top_items(large) == want  # the parent goes on as before
 
 
-def manifest_of(folder):
-    return json.loads((folder / "model.json").read_text())["files"]
+@pytest.mark.parametrize("ask", [
+    lambda m: m.recommend(pl.DataFrame({"user_id": ["a", "a"], "item_id": ["i1", "i2"]})),
+    lambda m: m.add_items(NEW), lambda m: m.save_pretrained("somewhere")])
+def test_what_needs_tables_is_refused_in_a_forked_process(large, ask):
+    """polars' threads are not there either, and it would wait for them."""
+    pl.DataFrame({"a": [1, 2]}).group_by("a").len()
+    assert b"UserError: in a forked process frames can't be read" in in_a_fork(lambda: ask(large))
 
 
-def config_of(folder):
-    return json.loads((folder / "model.json").read_text())["config"]
+def test_a_fork_in_the_midst_of_another_threads_call_is_refused(large):
+    held, done = threading.Event(), threading.Event()
+
+    def holds():
+        with large._held():
+            held.set()
+            done.wait(120)
+
+    thread = threading.Thread(target=holds)
+    thread.start()
+    held.wait(60)
+    try:
+        assert b"UserError: the process was forked while another thread used the model" in in_a_fork(
+            lambda: top_items(large))
+    finally:
+        done.set()
+        thread.join(60)
+    assert len(top_items(large).split()) == 200 * 7
 
 
-def edit(folder, **changes):
-    note = json.loads((folder / "model.json").read_text())
-    (folder / "model.json").write_text(json.dumps({**note, **changes}))
-
-
-def test_an_unfinished_fit_says_how_to_go_on(tmp_path):
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="unfinished fit; run the same laserrec fit again to resume"):
-        LaserRecommender.from_pretrained(tmp_path)
-
-
-def test_a_learnt_offset_moves_the_historys_own_items(llm, llm_folder, tmp_path):
-    """It is learnt, it is saved, and the scores of seen items alone are changed by it."""
-    config = settings(llm_folder(), prompt=PROMPT, head={"seen_offset": True, "id_share": 0.2})
-    planted = tiny.planted(N, users=16), tiny.id_model(N)
-    model = LaserRecommender.fit_dataset(*planted, config, tmp_path / "model", False, llm())
-    laser = model.encoder.laser
-    assert float(laser.seen_offset.detach()) != -1.0
-    again = LaserRecommender.from_pretrained(tmp_path / "model", llm())
-    assert torch.equal(again.encoder.laser.seen_offset, laser.seen_offset)
-    rows = [np.array([1, 2, 2], dtype=np.int32), np.array([5], dtype=np.int32)]
-    with_offset = model.score(rows)
-    with torch.no_grad():
-        laser.seen_offset.fill_(0.0)
-    without = model.score(rows)
-    moved = (with_offset - without).abs() > 1e-6
-    assert moved.nonzero().tolist() == [[0, 0], [0, 1], [1, 4]]
-
-
-@pytest.mark.parametrize("table", ["llm_start", "text"])
-def test_an_id_model_made_from_text_goes_the_whole_way(llm_folder, llm, tmp_path, table):
-    config = settings(llm_folder(), prompt=PROMPT, id_model={
-        **tiny.ID_MODEL.model_dump(), "items": table, "seen_offset": True, "max_epochs": 2})
-    acts, goods = frames()
-    model = LaserRecommender.fit(acts, goods, config, tmp_path, progress=False)
-    again = LaserRecommender.from_pretrained(tmp_path / "model")
-    rows = [np.array([1, 2], dtype=np.int32)]
-    assert torch.allclose(again.score(rows), model.score(rows), atol=1e-5)
+def test_a_fork_of_a_model_on_a_gpu_is_refused(large, monkeypatch):
+    monkeypatch.setattr(large.fitted.features, "device", torch.device("cuda", 0))
+    assert b"UserError: a model on a GPU can't be used in a forked process" in in_a_fork(lambda: top_items(large))

@@ -13,13 +13,26 @@ from laserrec.methods.sequence import SequenceModel
 class IdStates:
     """States of histories and items under a frozen sequence model; under none, nothing is known of anything.
 
-    Items behind the model's own, which it was never trained on, are left out of histories.
+    Items that it does not know are left out of histories: those added since, and those that stand in none of its
+    training sequences, as many do after a temporal split.
     """
 
     def __init__(self, model: SequenceModel | None, device: torch.device):
         self.model, self.device = model, device
         if model is not None:
             self.model = model.to(device).eval().requires_grad_(False)
+            self._known = model.known.cpu()
+
+    def knows(self, rows: Int[Tensor, "items"]) -> Bool[Tensor, "items"]:
+        """Which of these items the model was trained on."""
+        if self.model is None:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        last = self.model.n_items - 1
+        return (rows <= last) & self._known.to(rows.device)[rows.clamp(max=last)]
+
+    def _known_part(self, histories: Histories) -> Histories:
+        kept = self.knows(histories.items)
+        return histories if bool(kept.all()) else histories.where(kept)
 
     @property
     def d_id(self) -> int:
@@ -33,7 +46,7 @@ class IdStates:
         if self.model is None:
             mask = torch.zeros(len(histories), 1, dtype=torch.bool, device=self.device)
             return torch.zeros(*mask.shape, self.d_id, device=self.device), mask
-        known = histories.below(self.model.n_items).last(self.model.max_history)
+        known = self._known_part(histories).last(self.model.max_history)
         mask = torch.zeros(len(known), 1, dtype=torch.bool)
         if len(known.items) == 0:
             return torch.zeros(*mask.shape, self.d_id, device=self.device), mask.to(self.device)
@@ -51,7 +64,7 @@ class IdStates:
         out = torch.zeros(len(histories), self.d_id, device=self.device)
         if self.model is None:
             return out
-        known = histories.below(self.model.n_items)
+        known = self._known_part(histories)
         some = (known.lengths > 0).nonzero()[:, 0]
         if len(some):
             out[some.to(self.device)] = self.model.next_item_state(self.model.pad_histories(known.take(some))).float()
@@ -59,9 +72,8 @@ class IdStates:
 
     @torch.no_grad()
     def item(self, rows: Int[Tensor, "items"]) -> Float[Tensor, "items d_id"]:
-        """The items' own embeddings; zeros for items that the model was never trained on."""
+        """The items' own embeddings; zeros for items that the model does not know."""
         if self.model is None:
             return torch.zeros(len(rows), self.d_id, device=self.device)
-        known = rows < self.model.n_items
-        table = self.model.item_embeddings()
-        return torch.where(known[:, None], table[rows.clamp(max=self.model.n_items - 1)], 0.0)
+        own = self.model.item_embeddings()[rows.clamp(max=self.model.n_items - 1)]
+        return torch.where(self.knows(rows)[:, None], own, 0.0)

@@ -125,10 +125,18 @@ class Laser(nn.Module):
         return torch.cat(parts) if parts else torch.zeros(0, self.head.d_out, device=self.device)
 
     @torch.no_grad()
-    def embed_items(self, outputs: Float[Tensor, "items d_in"], rows: Int[Tensor, "items"]
-                    ) -> Float[Tensor, "items d_out"]:
-        """Embeddings of items from their outputs."""
-        return self._joined(self.head(outputs), self.ids.item(rows) if self.id_share else None)
+    def embed_items(self, outputs: Float[Tensor, "items d_in"], rows: Int[Tensor, "items"],
+                    parents: Float[Tensor, "parents d_out"] | None = None) -> Float[Tensor, "items d_out"]:
+        """Embeddings of items from their outputs. Where they have an ID part, items that the ID model does not know
+        inherit theirs from the `parents` nearest by text. parents: embeddings of items that it knows; None: those
+        among `rows`."""
+        if not self.id_share:
+            return self._joined(self.head(outputs), None)
+        vectors, known = self._joined(self.head(outputs), self.ids.item(rows)), self.ids.knows(rows)
+        parents = vectors[known] if parents is None else parents
+        if len(parents) and not known.all():
+            vectors[~known] = F.normalize(inherit_id_part(vectors[~known], parents, self.ids.d_id), dim=-1)
+        return vectors
 
     def set_items(self, vectors: Float[Tensor, "n_items d_out"]) -> None:
         """Take these as the items' embeddings."""
@@ -159,8 +167,8 @@ class Laser(nn.Module):
     @torch.no_grad()
     def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None
                   ) -> Float[Tensor, "new d_out"]:
-        """As `Growing.add_items`. Where embeddings have an ID part, the new ones inherit theirs from the known items
-        nearest by text; so they do in the neighbours."""
+        """As `Growing.add_items`. New items inherit their ID part, if embeddings have one, and their neighbours from
+        the known items nearest by text."""
         first = len(self.vectors)
         try:
             if self.texts is not None:
@@ -169,10 +177,9 @@ class Laser(nn.Module):
                 self.item_side.means = torch.cat([self.item_side.means, self.features.means(items)])
             if vectors is None:
                 rows = torch.arange(first, first + items.height, device=self.device)
-                vectors = self.embed_items(self.item_outputs(rows), rows)
-                if self.id_share:
-                    vectors = inherit_id_part(vectors, self.vectors[: self.n_known], self.ids.d_id)
-                vectors = F.normalize(vectors, dim=-1)
+                known = self.ids.knows(torch.arange(first, device=self.device))
+                parents = self.vectors[known] if self.id_share else None
+                vectors = self.embed_items(self.item_outputs(rows), rows, parents)
             self.set_items(torch.cat([self.vectors, vectors.to(self.device)]))
         except BaseException:
             self.drop_items(first)
