@@ -86,23 +86,19 @@ def _fit(data: Path, out: Path, method: str, how: Fitting, id_model: Path | None
     quality = f"validation NDCG@{k} {kept[score]:.4f}" if score in kept else "not validated"
     where = f"{kept['phase']}, epoch {kept['epoch']}" if kept.get("epoch") else kept.get("phase", "nothing to train")
     say(f"{method} in {out}: {quality} ({where}), {facts['seconds']:.0f} s{' (was there already)' if there else ''}")
-    finish({"method": method, **facts, "new_items": _add_new_items(model, dataset, out)}, how.json_file)
+    finish({"method": method, **facts, "new_items": _tell_new_items(model, dataset)}, how.json_file)
 
 
-def _add_new_items(model: LaserRecommender, dataset: Dataset, out: Path) -> int:
-    """Items of the data folder without interactions go into the catalogue, where the method can take them."""
-    from laserrec.methods.protocol import Growing
-
+def _tell_new_items(model: LaserRecommender, dataset: Dataset) -> int:
+    """How many items of the data folder without enough interactions are in the catalogue."""
     count = dataset.new_items.height
-    if count and not isinstance(model.model, Growing):
+    taken = count and not model.unknown_items(dataset.new_items["item_id"].to_list())
+    if taken:
+        say(f"{count:,} items without enough interactions can be recommended too, by their text")
+    elif count:
         say(f"{count:,} items without enough interactions are left out: {model.method} knows items by their "
             "interactions alone")
-        return 0
-    if count and model.add_items(dataset.new_items, exists="skip"):
-        model.save_pretrained(out)
-    if count:
-        say(f"{count:,} items without enough interactions can be recommended too, by their text")
-    return count
+    return count if taken else 0
 
 
 def distil(data: Path, model: Model, out: Path, *, opening: Opening = OPENING, quiet: Quiet = False,

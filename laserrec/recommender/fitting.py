@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,11 @@ def _train(name: str, method: Method, given: Given, dataset: Dataset, folder: Pa
     config, world = given.config, given.world
     seed = config.train.seed if method.kind == "laser" else config.id_model.seed
     torch.manual_seed(seed)
+    started = time.monotonic()
     model = method.make(given)
     pace = Pace(seed, config.eval.k, config.eval.batch_size, config.eval.validates, config.train.validation_users,
                 config.train.checkpoint_minutes, given.progress)
-    trainer = Trainer(method.phases(model, given, dataset), dataset, folder, fingerprint, pace, world, device)
+    trainer = Trainer(method.phases(model, given, dataset), dataset, folder, fingerprint, pace, world, device, started)
     log = trainer.run()
     training = {**trainer.summary(), **getattr(model, "sizes", dict)()}
     model.eval().requires_grad_(False)

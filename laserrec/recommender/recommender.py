@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +19,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laserrec.config import Config, load_config
+from laserrec.data.clean import item_id
 from laserrec.data.dataset import Dataset
 from laserrec.data.door import Asked, read_histories
 from laserrec.data.histories import Histories
 from laserrec.data.prepare import prepare
-from laserrec.data.raw import ITEM_SCHEMA, from_frames, to_polars
+from laserrec.data.raw import from_frames, read_items
+from laserrec.data.summary import summary_lines
 from laserrec.evaluation.evaluate import Result
 from laserrec.llm.backbone import Backbone
 from laserrec.methods.laser.model import Laser
@@ -35,7 +38,7 @@ from laserrec.recommender.results import with_result
 from laserrec.retrieval.index import Index
 from laserrec.retrieval.indexed import Indexed, attach
 from laserrec.util.device import choose
-from laserrec.util.distributed import alone
+from laserrec.util.distributed import alone, join
 from laserrec.util.errors import UserError
 from laserrec.util.memory import rows_at_once
 
@@ -56,7 +59,7 @@ class LaserRecommender:
         # Rows of removed items stay: an item's number is its row, and the model counts on it.
         self._removed: list[int] = self.facts.pop("removed", [])
         gone = set(self._removed)
-        self._index = {item_id: row for row, item_id in enumerate(self._names) if row not in gone}
+        self._index = {name: row for row, name in enumerate(self._names) if row not in gone}
         self._indexed: Indexed | None = None
 
     # -- make ---------------------------------------------------------------------------------------------------
@@ -79,7 +82,9 @@ class LaserRecommender:
                 return cls.fit(interactions, items, config, scratch, columns, progress, method, device)
         folder = Path(folder)
         raw = from_frames(interactions, items, columns)
-        prepare(raw.interactions, raw.items, config.data, folder / "data", notes=raw.notes)
+        report = prepare(raw.interactions, raw.items, config.data, folder / "data", notes=raw.notes)
+        if progress:
+            print(*summary_lines(report), sep="\n", file=sys.stderr)
         return cls.fit_dataset(Dataset.load(folder / "data"), config, folder / "model", method, device=device,
                                progress=progress)
 
@@ -87,9 +92,14 @@ class LaserRecommender:
     def fit_dataset(cls, dataset: Dataset, config: Config, folder: Path | str, method: str = "laser",
                     id_model: Path | str | None = None, device: str = "auto", progress: bool = True,
                     trust_remote_code: bool = False) -> LaserRecommender:
-        """Fit on a data folder, into a model folder; see `laserrec.recommender.fitting.fit`."""
-        return cls(fit(method, dataset, config, folder, choose(device), id_model, progress=progress,
-                       trust_remote_code=trust_remote_code))
+        """Fit on a data folder, into a model folder; see `laserrec.recommender.fitting.fit`. The data folder's items
+        without enough interactions are added at the end, where the method can take them (`dataset.new_items`)."""
+        model = cls(fit(method, dataset, config, folder, choose(device), id_model, progress=progress,
+                        trust_remote_code=trust_remote_code))
+        new = dataset.new_items
+        if new.height and isinstance(model.model, Growing) and model.add_items(new, exists="skip") and join().is_main:
+            model.save_pretrained(folder)
+        return model
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, backbone: Backbone | Path | str | None = None,
@@ -139,26 +149,26 @@ class LaserRecommender:
 
     def recommend(self, histories: Any, k: int = 10, exclude_seen: bool = False,
                   candidates: Sequence[str] | None = None, unknown: str = "error",
-                  exclude: Sequence[str] | None = None) -> Any:
+                  exclude: Sequence[str] | Mapping[Any, Sequence[str]] | None = None) -> Any:
         """The k best next items of each history.
 
         histories: {user_id: [item_id, ...]} or [[item_id, ...], ...] (user_id is then the place, from 0), oldest
         first; or a frame with user_id and item_id. Users need not be known. exclude_seen: leave out items of the
-        history. candidates: recommend only these item ids. exclude: never recommend these. unknown: "error", or "drop"
+        history. candidates: recommend only these item ids. exclude: never recommend these, or {user_id: these}. unknown: "error", or "drop"
         to leave out history items that are not in the catalogue.
         Returns a frame user_id, item_id, score, rank (from 1): polars, or pandas if pandas went in.
         Raises UserError for an unknown item, an empty history, or k < 1.
         """
         if k < 1:
             raise UserError(f"k is {k}; it must be at least 1")
-        asked = self._read(histories, unknown)
-        allowed = None if candidates is None else self.dense_items(list(map(str, candidates)), "candidates")
-        hidden = None if exclude is None else self.dense_items(list(map(str, exclude)), "exclude")
+        asked = self._read(histories, unknown, exclude)
+        allowed = None if candidates is None else self.dense_items(_clean_ids(candidates), "candidates")
         users, ids, scores, ranks = [], [], [], []
         size = self._users_at_once()
         for at in range(0, len(asked.rows), size):
-            asks = [Ask(np.array(row, dtype=np.int64), k, exclude_seen, allowed, hidden)
-                    for row in asked.rows[at : at + size]]
+            part = zip(asked.rows[at : at + size], asked.excluded[at : at + size], strict=True)
+            asks = [Ask(np.array(row, dtype=np.int64), k, exclude_seen, allowed, np.array(hidden, dtype=np.int64))
+                    for row, hidden in part]
             for user, answer in zip(asked.users[at : at + size], self.rank(asks), strict=True):
                 users += [user] * len(answer.items)
                 ids += self.item_ids(answer.items)
@@ -181,7 +191,7 @@ class LaserRecommender:
         """Items' vectors, of these or of the whole catalogue in the order of `items`."""
         if item_ids is None:
             return self.embeddings.cpu().numpy().copy()
-        names = list(map(str, item_ids))
+        names = _clean_ids(item_ids)
         self.dense_items(names, "item_ids")  # names what is unknown
         return self.embeddings[torch.tensor([self._index[i] for i in names], dtype=torch.long)].cpu().numpy()
 
@@ -194,7 +204,7 @@ class LaserRecommender:
         Returns how many. Raises UserError for a missing title, a repeated or an existing id, and for a method
         without `laserrec.methods.protocol.Growing`; then nothing is added."""
         with self._held(tables=True):
-            new = self._checked_items(to_polars(frame), exists)
+            new = self._new_items(frame, exists)
             if not isinstance(self.model, Growing):
                 raise UserError(f"method {self.method} can't take items that it was not fitted on; fit it again with "
                                 "them, or use laser")
@@ -205,7 +215,7 @@ class LaserRecommender:
             new = new.with_columns(pl.Series("item", range(first, first + new.height), dtype=pl.Int32))
             self.items = pl.concat([self.items, new.select(self.items.columns)])
             self._names += ids
-            self._index |= {item_id: first + i for i, item_id in enumerate(ids)}
+            self._index |= {name: first + i for i, name in enumerate(ids)}
             return new.height
 
     def remove_items(self, item_ids: Sequence[str]) -> int:
@@ -213,7 +223,7 @@ class LaserRecommender:
         Their rows stay in `items` and `embeddings`. The same id may be added anew, as an item of its own. Returns how
         many. Raises UserError for an unknown id; then nothing is removed."""
         with self._held():
-            names = list(dict.fromkeys(map(str, item_ids)))
+            names = list(dict.fromkeys(_clean_ids(item_ids)))
             self._removed = [*self._removed, *self.dense_items(names, "remove_items").tolist()]
             for name in names:
                 del self._index[name]
@@ -317,8 +327,8 @@ class LaserRecommender:
         if os.getpid() != self._process:
             self._go_on_after_fork()
         if tables and self._forked:
-            raise UserError("in a forked process frames can't be read, items not added and nothing saved, since polars' "
-                            "threads are missing there; give lists or dicts, or load the model in the process")
+            raise UserError("in a forked process frames can't be read, items not added and nothing saved, since "
+                            "polars' threads are missing there; give lists or dicts, or load the model in the process")
         with self._lock:
             yield
 
@@ -366,28 +376,24 @@ class LaserRecommender:
         scored = len(self._names) - (self._indexed.covered if self._indexed is not None else 0)
         return rows_at_once(scored, self.batch_size)
 
-    def _read(self, histories: Any, unknown: str) -> Asked:
+    def _read(self, histories: Any, unknown: str, exclude: Any = None) -> Asked:
         if hasattr(histories, "columns"):
             with self._held(tables=True):
-                return read_histories(histories, self._index, unknown)
-        return read_histories(histories, self._index, unknown)
+                return read_histories(histories, self._index, unknown, exclude)
+        return read_histories(histories, self._index, unknown, exclude)
 
-    def _checked_items(self, frame: pl.DataFrame, exists: str) -> pl.DataFrame:
+    def _new_items(self, frame: Any, exists: str) -> pl.DataFrame:
+        """Cleaned, without those that are in the catalogue already."""
         if exists not in ("error", "skip"):
             raise UserError(f'exists is "error" or "skip", not {exists!r}')
-        missing = [c for c in ("item_id", "title") if c not in frame.columns]
-        if missing:
-            raise UserError(f"new items: column {', '.join(missing)} is missing; there are: {', '.join(frame.columns)}")
-        frame = frame.select(
-            (pl.col(c) if c in frame.columns else pl.lit(None)).cast(pl.String).alias(c) for c in ITEM_SCHEMA)
-        known = [i for i in frame["item_id"].to_list() if i in self._index]
+        items = read_items(frame)
+        known = [i for i in items["item_id"].to_list() if i in self._index]
         if known and exists == "error":
-            raise UserError(f"new items: {len(known)} ids are in the catalogue already, first {known[:3]}")
-        frame = frame.filter(~pl.col("item_id").is_in(known))
-        ids = frame["item_id"].to_list()
-        if len(set(ids)) < len(ids) or None in ids:
-            raise UserError("new items: an item_id is repeated or empty")
-        untitled = frame.filter(pl.col("title").is_null() | (pl.col("title").str.strip_chars() == ""))
-        if untitled.height:
-            raise UserError(f"new items: {untitled.height} have no title, first {untitled['item_id'].to_list()[:3]}")
-        return frame
+            raise UserError(f"new items: {len(known)} ids are in the catalogue already, first {known[:3]}; leave them "
+                            'out, or give exists="skip"')
+        return items.filter(~pl.col("item_id").is_in(known))
+
+
+def _clean_ids(item_ids: Sequence[Any]) -> list[str]:
+    """As the catalogue has them."""
+    return [item_id(value) for value in item_ids]

@@ -87,13 +87,15 @@ class Trainer:
     pace: Pace = field(default_factory=Pace)
     world: World = field(default_factory=World)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    started: float = field(default_factory=time.monotonic)
+    """When the work began, of which the log's seconds tell."""
 
     def __post_init__(self) -> None:
         self.place, self.log, self.best = Place(), [], {}
         self.show = self.pace.progress and self.world.is_main
         self.watch = Watch(self.folder if self.world.is_main else None)
         self.validation = self._validation_cases()
-        self._started = self._saved = time.monotonic()
+        self._saved = time.monotonic()
         self._loss: Tensor | float = 0.0
 
     def run(self) -> list[dict[str, Any]]:
@@ -259,7 +261,7 @@ class Trainer:
         return {name: tensor.detach().clone() for name, tensor in self.phase.task.state().items()}
 
     def _elapsed(self) -> float:
-        return self.place.seconds + time.monotonic() - self._started
+        return self.place.seconds + time.monotonic() - self.started
 
     def summary(self) -> dict[str, Any]:
         """{kept: the kept epoch's log entry or the last one's, epochs, seconds, trained_parameters}."""
