@@ -154,8 +154,9 @@ class LaserRecommender:
 
         histories: {user_id: [item_id, ...]} or [[item_id, ...], ...] (user_id is then the place, from 0), oldest
         first; or a frame with user_id and item_id. Users need not be known. exclude_seen: leave out items of the
-        history. candidates: recommend only these item ids. exclude: never recommend these, or {user_id: these}. unknown: "error", or "drop"
-        to leave out history items that are not in the catalogue.
+        history. candidates: recommend only these item ids. exclude: never recommend these, or {user_id: these}.
+        unknown: "error", or "drop" to leave out history items that are not in the catalogue; a user without any other
+        gets no recommendation.
         Returns a frame user_id, item_id, score, rank (from 1): polars, or pandas if pandas went in.
         Raises UserError for an unknown item, an empty history, or k < 1.
         """
