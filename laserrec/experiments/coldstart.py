@@ -95,7 +95,8 @@ def with_new_items(model: SequenceModel, text: Float[Tensor, "n_items d_text"]) 
     weights, new = model.state_dict(), len(text) - model.n_items
     own, special = weights["item.weight"].split([model.n_items, 2])  # padding and mask stay behind the items
     weights |= {"bias": torch.cat([weights["bias"], weights["bias"].mean().expand(new)]), "text": text,
-                "item.weight": torch.cat([own, own.new_zeros(new, own.shape[1]), special])}
+                "item.weight": torch.cat([own, own.new_zeros(new, own.shape[1]), special]),
+                "known": weights["known"].new_ones(len(text))}  # by their text
     longer = type(model)(model.config, len(text), text).to(model.device)
     longer.load_state_dict(weights)
     return longer.eval().requires_grad_(False)
