@@ -189,7 +189,7 @@ def guides() -> str:
 # -- the code -------------------------------------------------------------------------------------------------------
 
 
-_ROOMS = ("cli", "experiments", "bench", "server", "batch", "report", "recommender", "retrieval", "training", "methods",
+_ROOMS = ("cli", "experiments", "server", "batch", "report", "recommender", "retrieval", "training", "methods",
           "methods.laser", "evaluation", "llm", "data", "util")
 
 

@@ -173,6 +173,7 @@ def differing(manifest: dict[str, Any], file: Path) -> list[str]:
 
 
 def part_file(out: Path, number: int) -> Path:
+    """Path of the part of this number, from 0."""
     return out / f"part-{number:06}.parquet"
 
 

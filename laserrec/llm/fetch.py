@@ -53,6 +53,7 @@ def default_folder() -> Path:
 
 
 def is_fetched() -> bool:
+    """Whether the default LLM is in the cache."""
     return (default_folder() / "backbone.json").is_file()
 
 

@@ -94,6 +94,7 @@ def check_unit(rows: Int[np.ndarray, "n"], vectors: Float[np.ndarray, "n d"], ki
 
 
 def row_array(rows: Rows) -> Int[np.ndarray, "n"]:
+    """Rows as an Int64 array."""
     return np.asarray(rows if isinstance(rows, np.ndarray) else list(rows), dtype=np.int64)
 
 

@@ -35,6 +35,7 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def recommendations(service: Service, metrics: ServerMetrics) -> APIRouter:
+    """Routes that recommend items and find similar ones."""
     router = APIRouter(prefix="/v1", tags=["recommendations"])
 
     @router.post("/recommend", responses=_problems(413, 422, 429, 503))
@@ -73,6 +74,7 @@ def _scored(service: Service, answer: Answer, explain: bool) -> list[schema.Scor
 
 
 def catalogue(service: Service) -> APIRouter:
+    """Routes that list, add and remove items."""
     router = APIRouter(prefix="/v1", tags=["catalogue"])
     accepted = {202: {"model": schema.ChangeStatus, "description": "Accepted and under way: ask at status_url."}}
 
@@ -134,6 +136,7 @@ def _not_found(item_id: str) -> Any:
 
 
 def operations(service: Service, metrics: ServerMetrics) -> APIRouter:
+    """Routes for health checks, metrics, facts about the model, and the page to try it."""
     router = APIRouter(tags=["operations"])
 
     @router.get("/healthz")

@@ -66,6 +66,8 @@ class NewItem(_Body):
 
 
 class NewItems(_Body):
+    """Items to add to the catalogue."""
+
     items: Annotated[list[NewItem], Field(min_length=1, max_length=MAX_NEW_ITEMS, fail_fast=True)]
 
 
@@ -100,6 +102,8 @@ class Scored(ItemText):
 
 
 class RecommendAnswer(_Answer):
+    """Recommendations for one history, best first."""
+
     items: list[Scored]
     expert: int | None
     """The query expert (from 0) that the router chose for this history; null where the model has no router."""
@@ -108,10 +112,14 @@ class RecommendAnswer(_Answer):
 
 
 class SimilarAnswer(_Answer):
+    """Items similar to one item, most similar first."""
+
     items: list[Scored]
 
 
 class ItemsPage(_Answer):
+    """One page of the catalogue."""
+
     items: list[ItemText]
     total: int
     """Items found in all."""
@@ -143,6 +151,8 @@ class ChangeStatus(_Answer):
 
 
 class ModelFacts(_Answer):
+    """Facts about the served model."""
+
     name: str
     version: str
     """Of laserrec."""

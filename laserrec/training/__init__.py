@@ -1,0 +1,1 @@
+"""The trainer: epochs, checkpoints and curves of any method."""
