@@ -6,6 +6,7 @@ Settings were chosen on validation before; here all models are trained and measu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class FusedRanks:
 
     def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
         """Sums of reciprocal ranks."""
-        return sum(1 / (_RRF + _ranks(model.score(histories))) for model in self.models)
+        return reduce(torch.add, (1 / (_RRF + _ranks(model.score(histories))) for model in self.models))
 
 
 def _ranks(scores: Tensor) -> Tensor:
@@ -109,6 +110,7 @@ def _cosines(place: Place, laser: Fitted) -> tuple[Scorer, float]:
 
 
 def _distilled(place: Place, laser: Fitted) -> tuple[Scorer, float]:
+    assert place.config.student is not None  # the rows that are distilled have one
     settings = place.config.student.model_copy(update={"seed": place.config.train.seed})
     student = distil(LaserRecommender(laser), place.dataset, place.folder, settings, place.progress)
     return student, student.facts["student"]["seconds"]
