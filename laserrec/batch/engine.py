@@ -281,8 +281,9 @@ def summary(job: Job, work: Plan) -> dict[str, Any]:
 def _lost(file: Path) -> tuple[Losses, int]:
     """What a part's footer says, and its users for whom nothing was left."""
     try:
-        facts = json.loads(pl.read_parquet_metadata(file)[_LOST])
-        return Losses(**{n: v for n, v in facts.items() if n != "nothing_left"} | {
-            "examples": tuple(facts["examples"])}), int(facts["nothing_left"])
+        facts: dict[str, Any] = json.loads(pl.read_parquet_metadata(file)[_LOST])
+        nothing = int(facts.pop("nothing_left"))
+        facts["examples"] = tuple(facts["examples"])
+        return Losses(**facts), nothing
     except (*(pl.exceptions.PolarsError, OSError), ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged; delete it and run the same command again") from None

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def run(job: Job, cluster: Cluster, shard: tuple[int, int] = (1, 1), progress: b
     return complete(job, shard, progress, there)
 
 
-def _results(ray: Any, job: Job, work: Plan, cluster: Cluster) -> Iterator[None]:
+def _results(ray: Any, job: Job, work: Plan, cluster: Cluster) -> Generator[None, None, None]:
     """One step per part, as the parts get done. A block a part, or a worker would keep the news of many parts to
     itself."""
     share = _share(ray, cluster, job.device, len(work.todo))

@@ -61,7 +61,7 @@ def read_histories(histories: Any, index: Mapping[str, int], unknown: str = "err
     users, user_type = _users([user for user, _ in named])
     rows, lost = [], []
     for user, (_, items) in zip(users, named, strict=True):
-        known = [index[i] for i in items if i in index]
+        known = [index[i] for i in items if i is not None and i in index]
         missing = [i for i in items if i not in index] if len(known) < len(items) else []
         if unknown == "error" and (missing or not items):
             raise _refused(user, items, missing, index)
@@ -89,17 +89,18 @@ def _refused(user: Any, items: list, missing: list, index: Mapping[str, int]) ->
 
 def _users(given: list) -> tuple[list, pl.DataType]:
     """Users under the rule for ids, as int where all are whole numbers."""
-    names = [as_id(user) for user in given]
-    if None in names:
-        at = names.index(None)
-        raise UserError(f"histories: user {at + 1}: {why_no_id(given[at])} (found {given[at]!r}); give each user an id")
+    names: list[str] = []
+    for place, user in enumerate(given, 1):
+        if (name := as_id(user)) is None:
+            raise UserError(f"histories: user {place}: {why_no_id(user)} (found {user!r}); give each user an id")
+        names.append(name)
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise UserError(f"histories: two users are called {twice!r}; give each one history")
     whole = all(isinstance(u, (int, float, np.number)) for u in given) and all(n.lstrip("-").isdecimal() for n in names)
     if whole and all(abs(int(n)) < 2**63 for n in names):
-        return [int(n) for n in names], pl.Int64
-    return names, pl.String
+        return [int(n) for n in names], pl.Int64()
+    return names, pl.String()
 
 
 def _excluded(exclude: Any, users: list, index: Mapping[str, int]) -> list[list[int]]:
@@ -114,7 +115,7 @@ def _excluded(exclude: Any, users: list, index: Mapping[str, int]) -> list[list[
 def _rows(items: Any, index: Mapping[str, int]) -> list[int]:
     if not is_nested(items) or isinstance(items, Mapping):
         raise UserError(f"exclude is a list of item ids, or a dict of such lists by user, not {items!r}")
-    return [index[i] for i in map(as_id, items) if i in index]
+    return [index[i] for i in map(as_id, items) if i is not None and i in index]
 
 
 # -- the caller's forms -------------------------------------------------------------------------------------------
@@ -153,8 +154,9 @@ def _ids(user: Any, items: Any) -> list[str | None]:
 def _of_frame(frame: pl.DataFrame) -> _Named:
     """A row per interaction, or per user with a list column; several rows of one user are one history."""
     column = next((c for c in _LISTS if c in frame.columns and (c == "item_id" or frame[c].dtype.is_nested())), None)
-    if missing := [name for name, found in (("user_id", "user_id" in frame.columns), ("item_id", column)) if not found]:
-        raise no_column("histories", missing, frame.columns)
+    if column is None or "user_id" not in frame.columns:
+        there = {"user_id": "user_id" in frame.columns, "item_id": column is not None}
+        raise no_column("histories", [name for name, found in there.items() if not found], frame.columns)
     users, given = ids(frame["user_id"]), frame["user_id"]
     time, order, problems = time_and_order(frame)
     problems = [("user_id", users.is_null(), "no id"), *problems]

@@ -207,7 +207,7 @@ def _nth_line(path: Path, encoding: str, row: int) -> int:
 # -- JSON lines ---------------------------------------------------------------------------------------------------
 
 
-def read_json_lines(path: Path, options: FileOptions, make: Callable[[list[dict]], pl.DataFrame],
+def read_json_lines(path: Path, options: FileOptions, make: Callable[[list], pl.DataFrame],
                     row: Callable[[dict], Any] = lambda o: o) -> Table:
     """`make` gets what `row` makes of each line's object, in chunks, so that memory holds the columns kept alone. A
     ValueError of `row` says what is wrong with a line."""
@@ -314,11 +314,12 @@ class _Records:
         rows: list[tuple[int, list[str]]] = []
         skipped, first = 0, None
         for number, fields in self:
-            why = fields if isinstance(fields, str) else None
-            if why is None and rows and len(fields) != len(rows[0][1]):
+            if isinstance(fields, str):
+                why = fields
+            elif rows and len(fields) != len(rows[0][1]):
                 header = rows[0][1]
                 why = f"{len(fields)} fields, the header has {len(header)}{header_hint(header)}"
-            if why is None:
+            else:
                 rows.append((number, fields))
                 continue
             message = f"{self.path}:{number}: {why}. {SKIP_HINT}"
@@ -346,8 +347,8 @@ class _Records:
                 except UnicodeDecodeError as error:
                     bad.append((number, not_utf8(line, error)))
 
-        options = {"quotechar": self.quote} if self.quote else {"quoting": csv.QUOTE_NONE}
-        reader = csv.reader(text(), delimiter=self.separator, **options)
+        quoting = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
+        reader = csv.reader(text(), delimiter=self.separator, quotechar=self.quote or None, quoting=quoting)
         while True:
             try:
                 fields = next(reader, None)

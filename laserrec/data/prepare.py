@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -158,10 +159,11 @@ def _new_items(acts: pl.DataFrame, items: pl.DataFrame, kept: pl.DataFrame) -> t
     rare = new.join(acts, "item_id", "semi").height
     given = acts.select(pl.col("item_id").unique()).sort("item_id")
     unmatched = given.join(items, "item_id", "anti")
-    counts = {"new_items": {"never_bought": new.height - rare, "too_few_interactions": rare},
-              "untitled_items": items["title"].null_count(), "unmatched": {"items": unmatched.height}}
+    lost: dict[str, Any] = {"items": unmatched.height}
     if unmatched.height > LOUD * given.height:
-        counts["unmatched"]["why"] = mismatch(unmatched["item_id"], items["item_id"].sort())
+        lost["why"] = mismatch(unmatched["item_id"], items["item_id"].sort())
+    counts = {"new_items": {"never_bought": new.height - rare, "too_few_interactions": rare},
+              "untitled_items": items["title"].null_count(), "unmatched": lost}
     return new, counts
 
 
@@ -252,7 +254,7 @@ def _statistics(items: pl.DataFrame, users: pl.DataFrame, acts: pl.DataFrame) ->
     table1 = {"users": users.height, "items": items.height, "interactions": acts.height,
               "avg_history_length": round(acts.height / users.height, 4),
               "density": float(f"{acts.height / (users.height * items.height):.6g}")}
-    quantiles = {str(q): int(lengths.quantile(q, "nearest")) for q in (0.0, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)}
+    quantiles = {str(q): int(lengths.quantile(q, "nearest") or 0) for q in (0.0, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)}
     counts = {name: int((acts["split"] == name).sum()) for name in ("train", "validation", "test")}
     return {"table1": table1, "interactions_per_split": counts, "history_length_quantiles": quantiles,
             "users_whose_last_item_is_a_repeat": repeats,

@@ -192,7 +192,8 @@ class PastAttention:
         queries = (h.groups, q.shape[1])
         q = q.unflatten(2, (h.kv_heads, h.groups)).permute(2, 0, 3, 1, 4).flatten(2, 3)
         if self._bias is not None:
-            out = self._attend(q, torch.cat([old_k, new_k], dim=2), torch.cat([old_v, new_v], dim=2), last_only)
+            bias = self._bias[:, :, -1:] if last_only else self._bias
+            out = self._attend(q, torch.cat([old_k, new_k], dim=2), torch.cat([old_v, new_v], dim=2), bias)
             return out.unflatten(2, queries).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
         scores = torch.cat([q @ old_k.transpose(-1, -2), q @ new_k.transpose(-1, -2)], dim=-1).float()
         scores = (scores * h.head_dim**-0.5).unflatten(2, queries)
@@ -200,10 +201,9 @@ class PastAttention:
         out = weights[..., :slots] @ old_v + weights[..., slots:] @ new_v
         return out.unflatten(2, queries).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, last_only: bool) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """Fused; queries [kv_heads, batch, groups * new, head_dim], keys and values [kv_heads, batch, past + seq,
         head_dim]."""
-        bias = self._bias[:, :, -1:] if last_only else self._bias
         bias = bias.expand(-1, self.heads.groups, -1, -1).flatten(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
 
@@ -222,7 +222,8 @@ class _Spread(torch.autograd.Function):
         return x.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx, d_padded):
+    def backward(ctx, *gradients):
+        (d_padded,) = gradients
         return d_padded.index_select(0, *ctx.saved_tensors), None, None
 
 
@@ -235,6 +236,7 @@ class _Collect(torch.autograd.Function):
         return x.index_select(0, slots)
 
     @staticmethod
-    def backward(ctx, d_rows):
+    def backward(ctx, *gradients):
+        (d_rows,) = gradients
         rows, real = ctx.saved_tensors
         return d_rows.index_select(0, rows).masked_fill_(~real[:, None], 0), None, None, None

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -31,10 +32,11 @@ log = logging.getLogger(__name__)
 class Backbone:
     """A frozen LLM. It is no nn.Module on purpose: nothing of it can get into an adapter's state_dict."""
 
-    decoder: nn.Module
+    decoder: NativeDecoder | TransformersDecoder
     """embeds [batch seq d_llm] -> final outputs [batch seq d_llm]; pad on the right."""
     embedding: Float[Tensor, "vocabulary d_llm"]
-    tokenizer: object
+    tokenizer: Any
+    """transformers' own."""
     name: str
     revision: str | None
     """The commit, if the weights come from the hub."""
@@ -90,7 +92,7 @@ class Backbone:
 class TransformersDecoder(nn.Module):
     """Any decoder of transformers behind the native decoder's interface."""
 
-    def __init__(self, model: nn.Module, layers: int | None, recompute: bool = False,
+    def __init__(self, model: Any, layers: int | None, recompute: bool = False,
                  mean_layers: Sequence[int] = ()):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
@@ -128,10 +130,11 @@ class TransformersDecoder(nn.Module):
         return torch.cat(outputs, dim=-1)
 
     def _cut(self, layers: int | None) -> None:
+        assert self._place is not None and self._stack is not None  # found where layers are cut
         setattr(*self._place, self._stack[:layers])
 
 
-def _recompute_layers(model: nn.Module) -> None:
+def _recompute_layers(model: Any) -> None:
     """Gradient checkpointing. transformers has it for training only; a layer's own flag (and none inside it, where
     dropout would wake up) makes it believe so."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -142,7 +145,7 @@ def _recompute_layers(model: nn.Module) -> None:
             module.training = True
 
 
-def _layer_stack(model: nn.Module) -> tuple[tuple[nn.Module, str], nn.ModuleList]:
+def _layer_stack(model: Any) -> tuple[tuple[nn.Module, str], nn.ModuleList]:
     wanted = getattr(model.config, "num_hidden_layers", None) or getattr(model.config, "num_layers", None)
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
@@ -184,8 +187,8 @@ def load_backbone(config: BackboneConfig, device: torch.device = CPU, trust_remo
     return Backbone(decoder, embedding, tokenizer, config.name, weights.revision, weights.sha256, config)
 
 
-def _check_layers(model: nn.Module, config: BackboneConfig) -> None:
-    there = model.config.num_hidden_layers
+def _check_layers(model: Any, config: BackboneConfig) -> None:
+    there: int = model.config.num_hidden_layers
     if config.layers is not None and config.layers > there:
         raise UserError(f"backbone.layers is {config.layers}, but {config.name} has {there}")
     if max(config.mean_layers, default=0) > there:
@@ -194,7 +197,7 @@ def _check_layers(model: nn.Module, config: BackboneConfig) -> None:
                         "alone: --backbone.empty-mean-layers")
 
 
-def _load_sharded(config: BackboneConfig, dtype: torch.dtype, tokenizer: object, world: World, device: torch.device,
+def _load_sharded(config: BackboneConfig, dtype: torch.dtype, tokenizer: Any, world: World, device: torch.device,
                   trust_remote_code: bool) -> Backbone:
     from accelerate import init_empty_weights
     from huggingface_hub import snapshot_download
@@ -206,6 +209,8 @@ def _load_sharded(config: BackboneConfig, dtype: torch.dtype, tokenizer: object,
             wanted = ["*.safetensors", "*.json", *(["*.py"] if trust_remote_code else [])]
             snapshot_download(path, revision=config.revision, allow_patterns=wanted)
         weights = find_weights(config)
+        if weights.folder is None:
+            raise UserError(f"backbone {config.name!r} has no config.json")
         settings = AutoConfig.from_pretrained(weights.folder, trust_remote_code=trust_remote_code)
         model = AutoModel.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
     model.requires_grad_(False).eval()
@@ -233,7 +238,7 @@ def _quantization_options(config: BackboneConfig, dtype: torch.dtype, device: to
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
-def _decoder(model: nn.Module, config: BackboneConfig, dtype: torch.dtype) -> nn.Module:
+def _decoder(model: Any, config: BackboneConfig, dtype: torch.dtype) -> NativeDecoder | TransformersDecoder:
     reason = native_reason(model.config)
     if config.quantization != Quantization.NONE:
         reason = f"{config.quantization} weights"

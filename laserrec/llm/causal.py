@@ -59,7 +59,8 @@ class _CausalProducts(torch.autograd.Function):
         return _together(out, count, kv_heads, longest).flatten(2)
 
     @staticmethod
-    def backward(ctx, d_out):
+    def backward(ctx, *gradients):
+        (d_out,) = gradients
         count, longest, kv_heads, groups, pointwise = ctx.facts
         q, k, v, *kept = ctx.saved_tensors
         d_out = d_out.unflatten(-1, (kv_heads, groups, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)

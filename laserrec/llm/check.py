@@ -8,6 +8,7 @@ import torch
 
 from laserrec.config import BackboneConfig, Engine, Precision
 from laserrec.llm.backbone import load_backbone
+from laserrec.llm.decoder import NativeDecoder
 from laserrec.llm.precision import resolve_precision
 from laserrec.util.device import CPU
 
@@ -19,7 +20,7 @@ def check_backbone(name: str, device: torch.device = CPU) -> dict[str, Any]:
                              "vocabulary": backbone.embedding.shape[0],
                              "engine": "native" if backbone.native else "transformers",
                              "device": str(device), "precision here": str(resolve_precision(Precision.AUTO, device))}
-    if backbone.native:
+    if isinstance(backbone.decoder, NativeDecoder):
         reference = load_backbone(BackboneConfig(name=name, precision=Precision.FP32, engine=Engine.TRANSFORMERS),
                                   device)
         ids = backbone.tokens([backbone.tokenizer("A history of items: 1. saw 2. hammer")["input_ids"]])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,10 @@ class NativeDecoder(nn.Module):
     checkpointing): less memory, a third more time. mean_layers: those that `read_layers` is asked for.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, layers: int | None = None, compiled: bool = False,
+    final_norm: Tensor
+    inverse_frequency: Tensor
+
+    def __init__(self, model: Any, dtype: torch.dtype, layers: int | None = None, compiled: bool = False,
                  recompute: bool = False, mean_layers: Sequence[int] = ()):
         super().__init__()
         config = model.config
@@ -121,7 +125,8 @@ class NativeDecoder(nn.Module):
                 x, delta = layer(*arguments)
         return self._final(x, delta)
 
-    def _final(self, x: Tensor, delta: Tensor) -> Tensor:
+    def _final(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        assert delta is not None  # every layer leaves one
         return _rms_norm(x.float() + delta.float(), self.shape.norm_eps) * self.final_norm
 
     @torch.no_grad()
@@ -147,22 +152,35 @@ class NativeDecoder(nn.Module):
         rotary, s = self._rotary(attention), self.shape
         keys, values = [], []
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, _Layer)
             x, qkv = layer.project(x, delta)
             keys.append(qkv[:, s.heads : s.heads + s.kv_heads].flatten(1))
             values.append(qkv[:, s.heads + s.kv_heads :].flatten(1))
             if i + 1 < len(self.layers):
                 x, delta = layer.rest(x, qkv, rotary, attention, i)
-        return tuple(torch.stack(kept).unflatten(1, (batch, seq)) for kept in (keys, values))
+        return torch.stack(keys).unflatten(1, (batch, seq)), torch.stack(values).unflatten(1, (batch, seq))
 
     def _attention(self, batch: int, seq: int, past: Past | None) -> PackedAttention | PastAttention:
         return self.packed([seq] * batch) if past is None else self.behind(past, seq)
 
     def _rotary(self, attention: PackedAttention | PastAttention) -> tuple[Tensor, Tensor]:
-        return tuple(t[:, None] for t in rotary_tables(attention.positions, self.inverse_frequency))
+        cos, sin = rotary_tables(attention.positions, self.inverse_frequency)
+        return cos[:, None], sin[:, None]
 
 
 class _Layer(nn.Module):
-    def __init__(self, layer: nn.Module, shape: Shape, dtype: torch.dtype, pointwise: Pointwise):
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+    def __init__(self, layer: Any, shape: Shape, dtype: torch.dtype, pointwise: Pointwise):
         super().__init__()
         self.shape, self.pointwise = shape, pointwise
         attention, mlp = layer.self_attn, layer.mlp
@@ -174,7 +192,7 @@ class _Layer(nn.Module):
             norm = getattr(attention, name, None)
             self.register_buffer(name, None if norm is None else norm.weight.detach().to(dtype), persistent=False)
 
-    def _hold(self, name: str, linears: list[nn.Linear], norm: nn.Module | None, dtype: torch.dtype) -> None:
+    def _hold(self, name: str, linears: list[nn.Linear], norm: Any, dtype: torch.dtype) -> None:
         weight = torch.cat([linear.weight.detach().float() for linear in linears])
         if norm is not None:
             weight = weight * norm.weight.detach().float()
@@ -191,7 +209,7 @@ class _Layer(nn.Module):
         s = self.shape
         x, normed = self.pointwise.add_norm(x, delta, s.norm_eps)
         qkv = F.linear(normed, self.qkv, self.qkv_bias).unflatten(-1, (-1, s.head_dim))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split([s.heads, s.kv_heads, s.kv_heads], dim=1)
             q, k = _rms_norm(q, s.norm_eps) * self.q_norm, _rms_norm(k, s.norm_eps) * self.k_norm
             qkv = torch.cat([q, k, v], dim=1)

@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -127,7 +128,7 @@ def _convert(gguf: Path, out: Path) -> None:
     logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):  # the reader draws a bar of its own
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A plain config and class: what was read is dequantised, but still marked as GGUF, which save_pretrained refuses.
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}

@@ -111,7 +111,8 @@ class _AddNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
-    def backward(ctx, d_total, d_normed):
+    def backward(ctx, *gradients):
+        d_total, d_normed = gradients
         d = ctx.kernels.add_norm_back(d_total, d_normed, *ctx.saved_tensors)
         return d, d if ctx.two else None, None, None
 
@@ -124,7 +125,8 @@ class _SwiGlu(torch.autograd.Function):
         return kernels.swiglu(gate_up.detach())
 
     @staticmethod
-    def backward(ctx, d_out):
+    def backward(ctx, *gradients):
+        (d_out,) = gradients
         return ctx.kernels.swiglu_back(d_out, *ctx.saved_tensors), None
 
 
@@ -136,7 +138,8 @@ class _Rotate(torch.autograd.Function):
         return kernels.rotate(x.detach(), cos, sin, turned)
 
     @staticmethod
-    def backward(ctx, d_out):
+    def backward(ctx, *gradients):
+        (d_out,) = gradients
         cos, sin = ctx.saved_tensors  # the inverse of a turn is the turn by the negative angle
         return ctx.kernels.rotate(d_out, cos, -sin, ctx.turned), None, None, None, None
 

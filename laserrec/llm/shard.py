@@ -7,6 +7,7 @@ when it computes, forward and backward, and dropped again. The token embeddings 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,18 +18,20 @@ from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
 
 
-def shard(model: nn.Module, layers: nn.ModuleList, folder: Path, dtype: torch.dtype, world: World,
+def shard(model: Any, layers: nn.ModuleList, folder: Path, dtype: torch.dtype, world: World,
           device: torch.device) -> None:
     """Fill `model`, whose parameters are on the meta device, with this process's part of the weights in `folder`, on
     `device`.
 
-    layers: the model's stack; each is gathered as one. Raises UserError where a weight is not in the files under the
-    name that the model has for it.
+    model: transformers'. layers: its stack; each is gathered as one. Raises UserError where a weight is not in the
+    files under the name that the model has for it.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = DeviceMesh.from_group(world.group or dist.group.WORLD, device.type)
+    group = world.group or dist.group.WORLD
+    assert group is not None  # the processes have joined one
+    mesh = DeviceMesh.from_group(group, device.type)
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={model.get_input_embeddings().weight})

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from laserrec.config import BackboneConfig
 from laserrec.llm.fetch import DEFAULT_NAME, fetch_default
@@ -46,7 +47,7 @@ def find_weights(config: BackboneConfig) -> Weights:
     return Weights(folder, folder.name, _files_sha256(folder))  # .../snapshots/COMMIT/config.json
 
 
-def load_tokenizer(config: BackboneConfig, trust_remote_code: bool = False) -> object:
+def load_tokenizer(config: BackboneConfig, trust_remote_code: bool = False) -> Any:
     """transformers' tokenizer of the backbone. Raises UserError if it can't be loaded."""
     from transformers import AutoTokenizer
 

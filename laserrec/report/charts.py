@@ -29,7 +29,7 @@ _VARIABLES = {f"#0000{place:02x}": f"var(--c{place})" for place in range(1, 10)}
 _INK, _SOFT, _GRID, _CARD = list(_VARIABLES)[9:]
 _COLOURS = list(_VARIABLES)[:9]
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 12, "text.color": _INK, "axes.labelcolor": _SOFT,
     "axes.edgecolor": _SOFT, "axes.facecolor": "none", "figure.facecolor": "none", "axes.spines.top": False,
     "axes.spines.right": False, "axes.spines.left": False, "axes.grid": True, "axes.grid.axis": "y",

@@ -177,8 +177,8 @@ def _map(model: LaserRecommender, texts: _Texts, method: str | None) -> ItemMap 
     if not isinstance(model.model, TwoTower):
         return None
     present = [row for row in range(len(texts.titles)) if row not in model.removed]
-    columns = ([of[row] for row in present] for of in texts)
-    return draw(model.embeddings[present].float().cpu().numpy(), *columns, method=method)
+    return draw(model.embeddings[present].float().cpu().numpy(), [texts.titles[row] for row in present],
+                [texts.categories[row] for row in present], [texts.brands[row] for row in present], method)
 
 
 def _examples(model: LaserRecommender, cases: Cases, users: dict[int, str], texts: _Texts) -> tuple[Example, ...]:

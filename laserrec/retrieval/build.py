@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laserrec.retrieval.folder import catalogue_sha256, index_folder, make_index
 from laserrec.retrieval.index import Index, IndexKind, recall_against_exact
+from laserrec.retrieval.qdrant import QdrantIndex
 from laserrec.util.errors import UserError
 
 
@@ -23,7 +24,7 @@ def fill_index(vectors: Float[Tensor, "items d"], rows: Int[Tensor, "live"], kin
     elif any(value is not None for value in place.values()):
         raise UserError(f"a url or a collection is for kind qdrant, not {kind}")
     index = make_index(kind, vectors.shape[1], **place)
-    if len(index) and index.mark != place["mark"]:
+    if isinstance(index, QdrantIndex) and len(index) and index.mark != place["mark"]:
         raise UserError(f"collection {index.collection!r} at {index.url} holds {len(index):,} items of something else; "
                         "name another collection or delete it")
     index.add(rows.cpu().numpy(), vectors[rows].cpu().numpy())

@@ -117,5 +117,5 @@ def catalogue_sha256(vectors: Float[Tensor, "items d"], rows: Int[Tensor, "live"
     """Tells one catalogue from another: all items' vectors, and which of them are recommended."""
     digest = hashlib.sha256(f"{tuple(vectors.shape)} ".encode() + np.ascontiguousarray(rows.cpu().numpy()).tobytes())
     for part in vectors.split(100_000):
-        digest.update(np.ascontiguousarray(part.to("cpu", torch.float32).numpy()))
+        digest.update(np.ascontiguousarray(part.to("cpu", torch.float32).numpy()).data)
     return digest.hexdigest()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from laserrec.server.metrics import ServerMetrics
 from laserrec.server.service import Service
@@ -29,7 +29,7 @@ class HostGuard(TrustedHostMiddleware):
     """400 for a Host header of another name than the server's own, so that a web page can't reach a server on its
     reader's machine under a name of its own (DNS rebinding). Probes of whether the server lives ask by address."""
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         open_to_all = scope["type"] == "http" and scope["path"] in ("/healthz", "/readyz")
         return await (self.app if open_to_all else super().__call__)(scope, receive, send)
 
@@ -40,10 +40,10 @@ class TokenGuard:
     protected = ("/v1/", "/metrics")
     """What paths begin with that need the token."""
 
-    def __init__(self, app: Any, token: str | None):
+    def __init__(self, app: ASGIApp, token: str | None):
         self.app, self._expected = app, None if token is None else f"Bearer {token}".encode()
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         guarded = scope["type"] == "http" and scope["path"].startswith(self.protected)
         if self._expected is not None and guarded:
             given = dict(scope["headers"]).get(b"authorization", b"")
@@ -57,10 +57,10 @@ class Shedding:
     """429 for work that the model can't do in time, before its body is read: under load, reading what is turned away
     takes the time of what is answered."""
 
-    def __init__(self, app: Any, service: Service, metrics: ServerMetrics):
+    def __init__(self, app: ASGIApp, service: Service, metrics: ServerMetrics):
         self.app, self._service, self._metrics = app, service, metrics
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (scope["path"] == "/v1/recommend" or scope["path"].endswith("/similar")):
             try:
                 self._service.worker.check_room()
@@ -74,15 +74,15 @@ class Shedding:
 class Counting:
     """Requests and their seconds, by route and not by path, so that callers can't make labels."""
 
-    def __init__(self, app: Any, metrics: ServerMetrics):
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics):
         self.app, self.metrics = app, metrics
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         start, status = time.perf_counter(), 500
 
-        async def watched(message: dict) -> None:
+        async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

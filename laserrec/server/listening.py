@@ -50,8 +50,9 @@ def bind(host: str, port: int) -> socket.socket:
 def run(app: FastAPI, listener: socket.socket, limits: Limits, ready: Callable[[], None]) -> None:
     """Serve until a signal comes, then answer what waits. `ready` is called as soon as connections are taken."""
     protocol = partial(BoundedProtocol, read_seconds=limits.read_seconds, most=_connections_allowed())
-    config = uvicorn.Config(app, http=protocol, ws="none", log_level="error", access_log=False, backlog=_BACKLOG,
-                            server_header=False, timeout_graceful_shutdown=max(1, round(limits.timeout_seconds)))
+    config = uvicorn.Config(app, http=protocol,  # ty: ignore[invalid-argument-type]  # uvicorn calls it like a class
+                            ws="none", log_level="error", access_log=False, backlog=_BACKLOG, server_header=False,
+                            timeout_graceful_shutdown=max(1, round(limits.timeout_seconds)))
     _Server(config, ready).run(sockets=[listener])
 
 

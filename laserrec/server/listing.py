@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import polars as pl
 
@@ -15,6 +15,11 @@ class Item(TypedDict):
     title: str | None
     brand: str | None
     category: str | None
+
+
+def item_of(row: Mapping[str, Any]) -> Item:
+    """The texts of a table's row, which may have other columns too."""
+    return Item(item_id=row["item_id"], title=row["title"], brand=row["brand"], category=row["category"])
 
 
 class Listing:

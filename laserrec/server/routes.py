@@ -13,7 +13,7 @@ from laserrec import __version__
 from laserrec.server import schema
 from laserrec.server.changes import Change
 from laserrec.server.guards import problem
-from laserrec.server.listing import Item
+from laserrec.server.listing import item_of
 from laserrec.server.metrics import ServerMetrics
 from laserrec.server.service import Answer, Service, Similar, wait
 from laserrec.server.settings import MAX_K, MAX_PAGE
@@ -50,8 +50,9 @@ def recommendations(service: Service, metrics: ServerMetrics) -> APIRouter:
         items = _scored(service, answer, request.explain)
         return schema.RecommendAnswer(items=items, expert=answer.ranked.expert, unknown=unknown)
 
-    @router.get("/items/{item_id:path}/similar", responses=_problems(404, 422, 429, 503))
-    async def similar(item_id: _ItemPath, k: _K = 10) -> schema.SimilarAnswer:
+    @router.get("/items/{item_id:path}/similar", response_model=schema.SimilarAnswer,
+                responses=_problems(404, 422, 429, 503))
+    async def similar(item_id: _ItemPath, k: _K = 10) -> schema.SimilarAnswer | JSONResponse:
         """The items whose embeddings are nearest to an item's."""
         if (row := service.listing.row(item_id)) is None:
             return _not_found(item_id)
@@ -85,29 +86,31 @@ def catalogue(service: Service) -> APIRouter:
         found, total = await service.search(query, limit, offset)
         return schema.ItemsPage(items=[schema.ItemText(**item) for item in found], total=total)
 
-    @router.post("/items", status_code=201, responses={**accepted, **_problems(409, 413, 422, 429, 503)})
-    async def add(new: schema.NewItems) -> schema.Changed:
+    @router.post("/items", status_code=201, response_model=schema.Changed,
+                 responses={**accepted, **_problems(409, 413, 422, 429, 503)})
+    async def add(new: schema.NewItems) -> schema.Changed | JSONResponse:
         """Add items to the catalogue. Nothing is retrained. 201: all are encoded, searchable and on disk. 202: that
         takes longer and goes on; ask at `status_url`. The same request may be sent again at any time."""
-        return await _outcome(service, service.add([Item(**item.model_dump()) for item in new.items]))
+        return await _outcome(service, service.add([item_of(item.model_dump()) for item in new.items]))
 
-    @router.delete("/items/{item_id:path}", responses={**accepted, **_problems(404, 422, 429, 503)})
-    async def remove(item_id: _ItemPath) -> schema.Changed:
+    @router.delete("/items/{item_id:path}", response_model=schema.Changed,
+                   responses={**accepted, **_problems(404, 422, 429, 503)})
+    async def remove(item_id: _ItemPath) -> schema.Changed | JSONResponse:
         """Take an item out of the catalogue: never recommended again, and unknown in histories."""
         if service.listing.row(item_id) is None:
             return _not_found(item_id)
         return await _outcome(service, service.remove(item_id))
 
-    @router.get("/changes/{change_id}", responses=_problems(404, 422))
-    async def change(change_id: str) -> schema.ChangeStatus:
+    @router.get("/changes/{change_id}", response_model=schema.ChangeStatus, responses=_problems(404, 422))
+    async def change(change_id: str) -> schema.ChangeStatus | JSONResponse:
         """How far a change of the catalogue is that was answered with 202."""
         if (found := service.changes.get(change_id)) is None:
             return problem(404, "no such change; it was long ago or before a restart: look at the items themselves, "
                                 "or send the change again, which does no harm")
         return _status(found)
 
-    @router.get("/items/{item_id:path}", responses=_problems(404, 422))
-    async def item(item_id: _ItemPath) -> schema.ItemText:
+    @router.get("/items/{item_id:path}", response_model=schema.ItemText, responses=_problems(404, 422))
+    async def item(item_id: _ItemPath) -> schema.ItemText | JSONResponse:
         """One item's texts."""
         row = service.listing.row(item_id)
         return _not_found(item_id) if row is None else schema.ItemText(**service.listing[row])
@@ -131,7 +134,7 @@ def _status(change: Change) -> schema.ChangeStatus:
                                status_url=f"/v1/changes/{change.id}")
 
 
-def _not_found(item_id: str) -> Any:
+def _not_found(item_id: str) -> JSONResponse:
     return problem(404, f"no item {item_id!r} in the catalogue")
 
 
@@ -144,8 +147,8 @@ def operations(service: Service, metrics: ServerMetrics) -> APIRouter:
         """The process lives."""
         return {"status": "ok"}
 
-    @router.get("/readyz", responses={503: {"model": schema.Problem}})
-    async def ready() -> dict[str, str]:
+    @router.get("/readyz", response_model=dict[str, str], responses={503: {"model": schema.Problem}})
+    async def ready() -> dict[str, str] | JSONResponse:
         """It takes requests: 200, else 503."""
         if not service.worker.open:
             return problem(503, "shutting down", {"Retry-After": "5"})

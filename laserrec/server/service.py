@@ -28,7 +28,7 @@ from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.server.cache import AnswerCache
 from laserrec.server.changes import Change, Changes
-from laserrec.server.listing import Item, Listing
+from laserrec.server.listing import Item, Listing, item_of
 from laserrec.server.settings import Limits
 from laserrec.server.state import Kept, State
 from laserrec.server.worker import Worker
@@ -131,7 +131,7 @@ class Service:
 
     def _live_items(self) -> list[tuple[int, Item]]:
         names = list(Item.__annotations__)
-        texts = {row["item_id"]: Item(**row) for row in self.model.items.select(names).iter_rows(named=True)}
+        texts = {row["item_id"]: item_of(row) for row in self.model.items.select(names).iter_rows(named=True)}
         for gone in self.model.unknown_items(list(texts)):  # their rows stay in the model's table
             del texts[gone]
         return self._with_rows(list(texts.values()))
@@ -161,7 +161,7 @@ class Service:
         if missing := [item_id for item_id, row in rows.items() if row is None]:
             raise UserError(f"candidates: {len(missing)} unknown item ids, first {missing[:3]}; add them with "
                             "POST /v1/items")
-        return list(rows.values())
+        return [row for row in rows.values() if row is not None]
 
     def submit(self, ask: Ask | Similar) -> Future[Any]:
         """Queue it; the future holds an Answer, or for Similar a Ranked. Raises OverloadedError or ClosedError."""

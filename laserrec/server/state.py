@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from laserrec.server.listing import Item
+from laserrec.server.listing import Item, item_of
 from laserrec.util.errors import UserError
 from laserrec.util.io import write_parquet
 
-_SCHEMA = {"item_id": pl.String, "title": pl.String, "brand": pl.String, "category": pl.String, "removed": pl.Boolean,
-           "embedding": pl.List(pl.Float32), "model": pl.String}
+_SCHEMA = pl.Schema({
+    "item_id": pl.String(), "title": pl.String(), "brand": pl.String(), "category": pl.String(),
+    "removed": pl.Boolean(), "embedding": pl.List(pl.Float32), "model": pl.String(),
+})
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,13 @@ class State:
         rows = frame.filter(~pl.col("removed")).to_dicts()
         return Kept(
             tuple(frame.filter("removed")["item_id"]),
-            {row["item_id"]: Item(**{name: row[name] for name in Item.__annotations__}) for row in rows},
+            {row["item_id"]: item_of(row) for row in rows},
             {row["item_id"]: np.array(row["embedding"], dtype=np.float32) for row in rows
              if row["model"] == self._model and row["embedding"] is not None})
 
     def write(self, kept: Kept) -> None:
         """All of it, or (on any error) nothing."""
-        rows = [{"item_id": name, "removed": True} for name in kept.removed]
+        rows: list[dict[str, Any]] = [{"item_id": name, "removed": True} for name in kept.removed]
         rows += [{**item, "removed": False, "embedding": kept.embeddings.get(name), "model": self._model}
                  for name, item in kept.added.items()]
         write_parquet(self.file, pl.DataFrame(rows, schema=_SCHEMA))
