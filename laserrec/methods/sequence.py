@@ -116,6 +116,7 @@ class SequenceModel(nn.Module):
     """
 
     causal: bool
+    known: Bool[Tensor, "n_items"]
 
     def __init__(self, config: IdModelConfig, n_items: int, text: Float[Tensor, "n_items d_text"] | None = None):
         super().__init__()
