@@ -14,7 +14,7 @@ from laserrec.config import Config, IdModelKind, ItemTable
 from laserrec.data.dataset import Dataset
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.bert4rec import BERT4Rec
-from laserrec.methods.closed_form import FitOnce, ItemRegression, NearestText, Popularity
+from laserrec.methods.closed_form import ClosedForm, FitOnce, ItemRegression, NearestText, Popularity
 from laserrec.methods.laser import build as laser
 from laserrec.methods.neighbours import check_size
 from laserrec.methods.protocol import Phase
@@ -97,12 +97,12 @@ def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
 
 # -- closed forms -----------------------------------------------------------------------------------------------------
 
-def _closed_form(kind: str, make: Callable[[Given], nn.Module], fit: Callable[[Any, Given, Dataset], object],
+def _closed_form(kind: str, make: Callable[[Given], ClosedForm], fit: Callable[[Any, Given, Dataset], object],
                  shapes: Callable[[Config, int], Shapes], needs: Callable[[Config, int], None] | None = None) -> Method:
-    def phases(model: nn.Module, given: Given, dataset: Dataset) -> list[Phase]:
+    def phases(model: ClosedForm, given: Given, dataset: Dataset) -> list[Phase]:
         return [Phase("closed form", FitOnce(model, lambda: fit(model, given, dataset)), epochs=0)]
 
-    def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> nn.Module:
+    def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> ClosedForm:
         return _filled(make(given), weights, given)
 
     return Method(kind, ("neighbours",), lambda config: kind == "text", make, phases, restore, shapes,

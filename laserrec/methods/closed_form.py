@@ -5,7 +5,8 @@ The last two never recommend what stands in the history: its items are ranked be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from laserrec.methods.terms import decayed_pairs, decayed_sums
 
 class Popularity(nn.Module):
     """Everyone gets the items with the most training interactions. Items with equal counts are ties."""
+
+    counts: Float[Tensor, "n_items"]
 
     def __init__(self, n_items: int):
         super().__init__()
@@ -40,6 +43,8 @@ class Popularity(nn.Module):
 class ItemRegression(nn.Module):
     """EASE (Steck 2019); with text vectors, their dimensions are further rows of the regression (Jeunen et al. 2020).
     A score is the sum of the weights of the history's items, newer ones heavier."""
+
+    weights: Float[Tensor, "n_items n_items"]
 
     def __init__(self, config: NeighboursConfig, n_items: int):
         super().__init__()
@@ -63,6 +68,8 @@ class ItemRegression(nn.Module):
 class NearestText(nn.Module):
     """Cosine of each item's text vector with the sum of the history's, newer items heavier."""
 
+    unit: Float[Tensor, "n_items d_text"]
+
     def __init__(self, n_items: int, decay: float = 0.8):
         super().__init__()
         self.decay = decay
@@ -73,9 +80,10 @@ class NearestText(nn.Module):
         self.unit = F.normalize(text, dim=-1)
         return self
 
-    def load_state_dict(self, state: dict[str, Tensor], *args: object, **options: object) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Of vectors of any width."""
-        self.unit = state["unit"].to(self.unit.device)
+        self.unit = torch.empty_like(state_dict["unit"], device=self.unit.device)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
         """Cosines, seen items last."""
@@ -90,10 +98,13 @@ def _seen_last(scores: Tensor, histories: Histories) -> Float[Tensor, "users n_i
     return scores
 
 
+ClosedForm = Popularity | ItemRegression | NearestText
+
+
 class FitOnce:
     """A `Trainable` without epochs: the model is made by one call."""
 
-    def __init__(self, module: nn.Module, fit: Callable[[], object]):
+    def __init__(self, module: ClosedForm, fit: Callable[[], object]):
         self.module, self._fit = module, fit
 
     def start(self, pause: Callable[[], None]) -> None:
@@ -101,7 +112,7 @@ class FitOnce:
         self._fit()
         pause()
 
-    def decayed(self) -> Iterable[nn.Parameter]:
+    def decayed(self) -> Iterable[Tensor]:
         """None."""
         return ()
 

@@ -81,6 +81,10 @@ class Neighbours(nn.Module):
     Parameters: `n_items`: the items of the regression; later ones inherit (`inherit`).
     """
 
+    items: Int[Tensor, "n_items count"]
+    weights: Float[Tensor, "n_items count"]
+    log_scale: Float[Tensor, ""]
+
     def __init__(self, config: NeighboursConfig, n_items: int):
         super().__init__()
         self.config = config
@@ -122,7 +126,7 @@ class Neighbours(nn.Module):
                   (self.weights[rows] * strength[:, None]).flatten())]
         if self._parents is not None:
             own = users, rows, self.weights[rows].amax(dim=1) * strength
-            found.append(self._children(*(torch.cat(x) for x in zip(found[0], own, strict=True))))
+            found.append(self._children(self._parents, *(torch.cat(x) for x in zip(found[0], own, strict=True))))
         users, items, boosts = (torch.cat(x) for x in zip(*found, strict=True))
         width = len(self.items) + (0 if self._parents is None else len(self._parents[0]))
         keys, place = torch.unique(users * width + items, return_inverse=True)
@@ -140,9 +144,10 @@ class Neighbours(nn.Module):
                 torch.cat([pairs.items[known], parents.flatten()]),
                 torch.cat([strength[known], (shares * strength[~known][:, None]).flatten()]))
 
-    def _children(self, users: Tensor, items: Tensor, boosts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _children(self, inherited: tuple[Tensor, Tensor], users: Tensor, items: Tensor, boosts: Tensor
+                  ) -> tuple[Tensor, Tensor, Tensor]:
         """What boosts of known items add to new items: (users, new rows, boosts)."""
-        parents, shares = self._parents
+        parents, shares = inherited
         order = torch.argsort(parents.flatten(), stable=True)
         starts = torch.searchsorted(parents.flatten()[order], items)
         counts = torch.searchsorted(parents.flatten()[order], items, right=True) - starts

@@ -85,8 +85,10 @@ class Growing(Protocol):
 class Examples(Protocol):
     """What one epoch trains on."""
 
-    lengths: Int[np.ndarray, "examples"]
-    """By which examples are batched with their like: items or tokens."""
+    @property
+    def lengths(self) -> Int[np.ndarray, "examples"]:
+        """By which examples are batched with their like: items or tokens."""
+        ...
 
     def batch(self, index: Int[np.ndarray, "batch"]) -> Any:
         """These examples, ready for `Trainable.loss`. What is drawn at random here is the same in all processes."""
@@ -97,11 +99,13 @@ class Examples(Protocol):
 class Trainable(Protocol):
     """All that the trainer asks."""
 
-    module: torch.nn.Module
-    """Its parameters that require a gradient are trained."""
+    @property
+    def module(self) -> torch.nn.Module:
+        """Its parameters that require a gradient are trained."""
+        ...
 
-    def decayed(self) -> Iterable[torch.nn.Parameter]:
-        """Those that weight decay pulls towards zero."""
+    def decayed(self) -> Iterable[Tensor]:
+        """Those of its parameters that weight decay pulls towards zero."""
         ...
 
     def start(self, pause: Callable[[], None]) -> None:

@@ -116,6 +116,7 @@ class SequenceModel(nn.Module):
     """
 
     causal: bool
+    known: Bool[Tensor, "n_items"]
 
     def __init__(self, config: IdModelConfig, n_items: int, text: Float[Tensor, "n_items d_text"] | None = None):
         super().__init__()
@@ -139,9 +140,9 @@ class SequenceModel(nn.Module):
         self.seen = SeenOffset(_SEEN_OFFSET_START) if config.seen_offset else None
         with torch.no_grad():
             self.item.weight[self.pad].zero_()
-        if config.items == ItemTable.LLM_START:
+        if text is not None and config.items == ItemTable.LLM_START:
             self._start_from(text)
-        elif config.items == ItemTable.TEXT:
+        elif text is not None and config.items == ItemTable.TEXT:
             self.register_buffer("text", text.clone())
             self.adaptor = nn.Linear(text.shape[1], config.d_id, bias=False)
             nn.init.normal_(self.adaptor.weight, std=_ITEM_STD / text.shape[1] ** 0.5)

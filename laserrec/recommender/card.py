@@ -70,7 +70,7 @@ def _metadata(note: dict[str, Any], name: str) -> Any:
         **({"base_model_relation": "adapter"} if base else {}))
 
 
-def _licence_fields(licence: str | None) -> dict[str, str]:
+def _licence_fields(licence: str | None) -> dict[str, Any]:
     if licence is None:
         return {}
     if licence.lower() in _LICENCES:

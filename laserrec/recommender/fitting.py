@@ -227,8 +227,8 @@ def open_folder(folder: Path | str, device: torch.device, backbone: Backbone | P
     folder = Path(folder)
     saved = folders.load(folder)
     if features is None:
-        loaded = backbone if isinstance(backbone, Backbone) else None
-        settings = _backbone_settings(saved.config.backbone, saved.backbone, None if loaded else backbone)
+        loaded, place = (backbone, None) if isinstance(backbone, Backbone) else (None, backbone)
+        settings = _backbone_settings(saved.config.backbone, saved.backbone, place)
         features = TextFeatures(settings, saved.config.prompt, device, backbone=loaded,
                                 trust_remote_code=trust_remote_code)
     features.expect(None if saved.backbone is None else saved.backbone["sha256"], str(folder))

@@ -31,12 +31,12 @@ def local_folder(name: Path | str, revision: str | None = None, token: str | Non
 
     Raises UserError for an unknown repository or revision, without permission, and without a network.
     """
-    if not is_repo(name):
+    found = _REPO.fullmatch(Path(name).as_posix())
+    if found is None or not is_repo(name):
         if revision is not None:
             raise UserError(f"a revision is for a model on the hub, and {name} is not of the form ORG/NAME or is a "
                             "folder here")
         return Path(name)
-    found = _REPO.fullmatch(Path(name).as_posix())
     repo, revision = found["repo"], revision or found["revision"]
     with _told(repo, revision, "load"):
         folder = Path(_api(token).snapshot_download(repo, revision=revision, allow_patterns=list(KNOWN_FILES)))

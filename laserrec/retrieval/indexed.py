@@ -32,13 +32,18 @@ come: it may keep fewer bits."""
 class Request(Protocol):
     """The k best items for one history; item rows in any integer array or tensor."""
 
-    history: Any
-    k: int
-    exclude_seen: bool
-    candidates: Any
-    """Rows that alone may be recommended; None: all."""
-    exclude: Any
-    """Rows that may not be recommended; None: no further ones."""
+    @property
+    def history(self) -> Any: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def exclude_seen(self) -> bool: ...
+    @property
+    def candidates(self) -> Any:
+        """Rows that alone may be recommended; None: all."""
+    @property
+    def exclude(self) -> Any:
+        """Rows that may not be recommended; None: no further ones."""
 
 
 @runtime_checkable

@@ -165,7 +165,7 @@ class Trainer:
                 self._step(examples.batch(index), examples.lengths[index])
                 place.step, place.steps = place.step + 1, place.steps + 1
                 self.watch.step(place.steps, len(index), phase=phase.name, epoch=place.epoch, lr=lr)
-                bar.advance(**({} if place.step % _SHOWN_EVERY else {"loss": float(self._loss) / place.step}))
+                bar.advance(1, **({} if place.step % _SHOWN_EVERY else {"loss": float(self._loss) / place.step}))
                 self._pause()
         phase.task.end_epoch()
         looks = place.epoch % phase.eval_every == 0 or place.epoch == phase.epochs
@@ -177,6 +177,7 @@ class Trainer:
 
     def _step(self, batch: Any, lengths: np.ndarray) -> None:
         place, trained = self.place, self._trained()
+        assert self.optimizer is not None  # as in _set_rate
         self.optimizer.zero_grad(set_to_none=True)
         parts: dict[str, Tensor] = {}
         with self.world.own_randomness(self.pace.seed, place.phase, place.epoch, place.step):
@@ -214,6 +215,7 @@ class Trainer:
         scale = 0.5 * (1 + math.cos(math.pi * done / total)) if phase.cosine_decay else 1.0
         if done < (warmup := phase.warmup_fraction * total):
             scale = min(scale, (done + 1) / warmup)
+        assert self.optimizer is not None  # settings with epochs and nothing to train are refused
         for group in self.optimizer.param_groups:
             group["lr"] = phase.lr * scale
         return phase.lr * scale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import polars as pl
 import torch
 from jaxtyping import Float
@@ -34,23 +36,24 @@ def compose(
     means: what the LLM's mean outputs over the items' texts are, if they are known. The LLM is loaded only where a part
     needs it: to read histories, or texts whose means are not given. Raises UserError where settings and LLM don't fit.
     """
-    ids, settings = IdStates(id_model, features.device), config.head
-    mean_items = config.prompt.item_side == ItemSide.MEAN
-    if mean_items and means is None:
-        means = features.means(items)
+    ids, settings, decay = IdStates(id_model, features.device), config.head, config.neighbours.decay
+    added = student = mean_items = None
+    if config.prompt.item_side == ItemSide.MEAN:
+        mean_items = MeanItems(features.means(items) if means is None else means)
     reader, texts = _reader(config, items, features, ids, world, progress)
-    depths = max(1, len(config.backbone.mean_layers)) if mean_items else 1
-    head = Head(settings, means.shape[1] if mean_items else reader.backbone.d_llm, depths)
-    added = AddedOutput(settings, reader.backbone.d_llm, head.d_out) if mean_items and reader is not None else None
-    item_side = MeanItems(means) if mean_items else ReadItems(reader, config.prompt.item_side == ItemSide.PLAIN)
-    student = None
+    if mean_items is not None:
+        head = Head(settings, mean_items.means.shape[1], max(1, len(config.backbone.mean_layers)))
+        if reader is not None:
+            added = AddedOutput(settings, reader.backbone.d_llm, head.d_out)
+        item_side, user_side = mean_items, SummedUsers(mean_items, head, decay, reader, added)
+    else:
+        assert reader is not None  # Config refuses layout none without mean items
+        head = Head(settings, reader.backbone.d_llm)
+        item_side = ReadItems(reader, config.prompt.item_side == ItemSide.PLAIN)
+        user_side = ReadUsers(reader, head)
     if config.student is not None:
         student = Student(config.student, head.d_out, ids.d_id)
-        user_side = StudentUsers(student, ids, config.neighbours.decay)
-    elif mean_items:
-        user_side = SummedUsers(item_side, head, config.neighbours.decay, reader, added)
-    else:
-        user_side = ReadUsers(reader, head)
+        user_side = StudentUsers(student, ids, decay)
     neighbours = Neighbours(config.neighbours, n_known) if config.neighbours.count else None
     seen = SeenOffset(settings.seen_offset_start) if settings.seen_offset else None
     laser = Laser(config, Parts(user_side, item_side, head, ids, features, texts, reader, added, student, neighbours,
@@ -72,9 +75,10 @@ def _reader(config: Config, items: pl.DataFrame, features: TextFeatures, ids: Id
 def phases(laser: Laser, dataset: Dataset, world: World, progress: bool = False) -> list[Phase]:
     """The paper's two stages; a stage of no epochs still makes what is made in closed form."""
     train = laser.config.train
-    shared = {"batch_size": train.batch_size, "lr": train.lr, "weight_decay": train.weight_decay,
-              "cosine_decay": train.cosine_decay, "max_grad_norm": train.max_grad_norm,
-              "tokens_per_pass": train.tokens_per_pass if laser.config.prompt.layout == Layout.PREFIX_FIRST else None}
+    shared: dict[str, Any] = {
+        "batch_size": train.batch_size, "lr": train.lr, "weight_decay": train.weight_decay,
+        "cosine_decay": train.cosine_decay, "max_grad_norm": train.max_grad_norm,
+        "tokens_per_pass": train.tokens_per_pass if laser.config.prompt.layout == Layout.PREFIX_FIRST else None}
     first = Phase("stage 1", LaserTask(laser, dataset, world, fixed=False, progress=progress), train.stage_one_epochs,
                   warmup_fraction=train.warmup_fraction, validates_start=True, **shared)
     if not train.stage_two_epochs:

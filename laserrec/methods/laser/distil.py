@@ -15,12 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from laserrec.config import StudentConfig
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories
 from laserrec.methods.laser.model import Laser
+from laserrec.methods.laser.sides import StudentUsers
 from laserrec.methods.protocol import Phase
 from laserrec.util.progress import Progress
 
@@ -59,13 +60,19 @@ class _Batch:
 
 
 class DistilTask:
-    """Training the student; a `Trainable`. Reading the teacher's users is its start, and can be interrupted."""
+    """Training the student; a `Trainable`. Reading the teacher's users is its start, and can be interrupted.
+
+    Raises ValueError where `student` is a Laser without a student network.
+    """
 
     def __init__(self, teacher: Laser, student: Laser, dataset: Dataset, progress: bool = False):
         self.teacher, self.student, self.progress = teacher, student, progress
-        self.module = student.student
-        self.n_items, self.config = dataset.n_items, student.config.student
-        drawn = draw_histories(dataset.train_sequences, self.config)
+        side, config = student.user_side, student.config.student
+        if not isinstance(side, StudentUsers) or config is None:
+            raise ValueError("the student has no student network")
+        self.side, self.module = side, side.student
+        self.n_items, self.config = dataset.n_items, config
+        drawn = draw_histories(dataset.train_sequences, config)
         self.histories = drawn.take(drawn.lengths.argsort(stable=True))  # those of like length are read together
         self.users: Float[Tensor, "read d_text"] = torch.zeros(0, teacher.d_text, dtype=torch.float16)
         """The teacher's text parts of the histories read so far, of unit length."""
@@ -100,9 +107,9 @@ class DistilTask:
     def loss(self, batch: _Batch, rows: Int[np.ndarray, "some"]) -> dict[str, Tensor]:
         """Cross-entropy to the teacher's softmax at its temperature."""
         index, device, tau = batch.index[rows], self.student.device, self.teacher.temperature
-        items = self.student.user_side.vectors[: self.n_items]
+        items = self.side.vectors[: self.n_items]
         items = items if batch.items is None else items[batch.items.to(device)]
-        text, _ = self.student.user_side.text(self.histories.take(index), batch.hide[rows].to(device))
+        text, _ = self.side.text(self.histories.take(index), batch.hide[rows].to(device))
         with torch.no_grad():
             wanted = (self.users[index].to(device).float() @ items.T / tau).softmax(dim=-1)
         loss = F.cross_entropy(F.normalize(text, dim=-1) @ items.T / tau, wanted, reduction="sum")
@@ -111,7 +118,7 @@ class DistilTask:
     def end_epoch(self) -> None:
         """Nothing."""
 
-    def decayed(self) -> Iterable[nn.Parameter]:
+    def decayed(self) -> Iterable[Tensor]:
         """All of the student."""
         return self.module.parameters()
 

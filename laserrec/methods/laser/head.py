@@ -14,6 +14,9 @@ class Whitening(nn.Module):
     """Frozen after `fit`. A frozen LLM's last-token outputs lie in a narrow cone (cosines near .98), where a softmax
     over cosines hardly tells items apart; whitening turns the cone into a ball."""
 
+    mean: Float[Tensor, "d_in"]
+    matrix: Float[Tensor, "d_in dims"]
+
     def __init__(self, d_in: int, dims: int, depths: int = 1):
         super().__init__()
         self.depths, self.dims = depths, dims

@@ -32,11 +32,11 @@ def item_contrast(
     """
     columns = columns or columns_at_once(len(users), *items.shape)
     offsets = None
-    if seen is not None and seen_offset is None:
+    if seen is not None and seen_offset is not None:
+        offsets = (seen_offset / temperature).expand(len(seen.users))
+    elif seen is not None:
         others = seen.items != targets[seen.users]
         offsets = users.new_zeros(len(others)).masked_fill(others, -torch.inf)
-    elif seen is not None:
-        offsets = (seen_offset / temperature).expand(len(seen.users))
     # Over tau already, as are the offsets: so the gradient below needs to know nothing of it.
     scaled_users = F.normalize(users, dim=-1) / temperature
     return _ItemContrast.apply(scaled_users, items, targets, seen, offsets, columns)
@@ -60,7 +60,7 @@ class _ItemContrast(torch.autograd.Function):
         return (lse - own).mean()
 
     @staticmethod
-    def backward(ctx, d_loss):
+    def backward(ctx, d_loss):  # ty: ignore[incompatible-method-override]  # torch's takes any number of gradients
         users, items, targets, lse, offsets = ctx.saved_tensors
         d_users = torch.zeros_like(users)
         d_items = torch.zeros_like(items) if ctx.needs_input_grad[1] else None
@@ -91,7 +91,7 @@ def _column(rows: Tensor, at: int, count: int) -> tuple[Tensor, Tensor]:
 
 def _logits(users: Tensor, unit_items: Tensor, seen: Pairs | None, offsets: Tensor | None, at: int) -> Tensor:
     logits = users @ unit_items.T
-    if seen is not None:
+    if seen is not None and offsets is not None:
         column, inside = _column(seen.items, at, len(unit_items))
         logits.index_put_((seen.users, column), torch.where(inside, offsets, 0.0), accumulate=True)
     return logits

@@ -94,7 +94,7 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch queries d_model"]:
         y = self.self_norm(x)
         x = x + self.dropout(self.self_attention(y, y))
-        if self.cross_attention is not None:
+        if self.cross_attention is not None and self.cross_norm is not None:
             x = x + self.dropout(self.cross_attention(self.cross_norm(x), states, mask))
         return x + self.dropout(self.feed(self.feed_norm(x)))
 

@@ -22,6 +22,8 @@ class Reader(nn.Module):
     """Histories -> the LLM's pooled outputs. Prefix and suffix are trained; the LLM is held beside them and is in
     neither parameters nor state_dict."""
 
+    plain_suffix: Float[Tensor, "1 d_llm"]
+
     def __init__(self, config: Config, backbone: Backbone, texts: Texts, ids: IdStates):
         super().__init__()
         self.backbone, self.texts, self.ids, self.pooling = backbone, texts, ids, config.head.pooling
@@ -110,7 +112,7 @@ class TextFirst(Reader):
 
     def _outputs(self, histories: Histories, prefix: Tensor, suffix: Tensor, as_item: bool) -> Tensor:
         added = torch.cat([prefix, suffix.expand(len(prefix), 1, -1)], dim=1)
-        decoder = self.backbone.decoder
+        decoder = self.texts.decoder
         behind = decoder.behind(self.texts.past(histories), added.shape[1])
         return decoder.read(added.flatten(0, 1), behind, last_only=True)
 

@@ -93,7 +93,7 @@ class SummedUsers:
         with torch.no_grad():
             sums = decayed_sums(histories.to(means.device), lambda rows: white(means[rows]), self.decay)
             start = F.normalize(sums, dim=-1) * sums.shape[-1] ** 0.5  # as long as a whitened output
-        if self.reader is None:
+        if self.reader is None or self.added is None:
             return self.head.project(start), None
         outputs, route = self.reader.read(histories, hide)
         return self.head.project(start) + self.added(outputs), route

@@ -20,6 +20,7 @@ from laserrec.data.histories import Histories
 from laserrec.llm.whitening import fit_whitening, whiten
 from laserrec.methods.laser.losses import item_contrast, load_balance
 from laserrec.methods.laser.model import Laser
+from laserrec.methods.laser.readers import Reader
 from laserrec.methods.laser.sides import MeanItems
 from laserrec.util.device import move
 from laserrec.util.distributed import World
@@ -81,7 +82,7 @@ class LaserTask:
         self.module, self.dataset, self.world, self.fixed = laser, dataset, world, fixed
         self.progress = progress
         self.outputs: Float[Tensor, "n_items d_in"] = torch.zeros(0, laser.head.d_out, device=laser.device)
-        self._white: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._white: tuple[Tensor, Tensor] | None = None
 
     # -- around the epochs --------------------------------------------------------------------------------------
 
@@ -95,8 +96,8 @@ class LaserTask:
         self.outputs = self._read_items()
         if laser.head.white is not None:
             laser.head.white.fit(self.outputs)
-        if laser.added is not None:
-            laser.added.white.fit(self._suffix_outputs())
+        if laser.added is not None and laser.reader is not None:
+            laser.added.white.fit(self._suffix_outputs(laser.reader))
         if laser.neighbours is not None:
             laser.neighbours.fit(self.dataset.train_sequences, self._text_vectors())
         self.world.follow(laser.state_dict().values())
@@ -131,9 +132,8 @@ class LaserTask:
         return self.world.gather_rows(torch.cat(parts), self.dataset.n_items)
 
     @torch.no_grad()
-    def _suffix_outputs(self) -> Float[Tensor, "n_items d_llm"]:
+    def _suffix_outputs(self, reader: Reader) -> Float[Tensor, "n_items d_llm"]:
         """At the suffix, of the untrained items."""
-        reader = self.module.reader
 
         def read(rows: Tensor) -> Tensor:
             each = [Histories(r.cpu(), torch.arange(1, len(r) + 1)) for r in rows.split(64)]
@@ -198,7 +198,7 @@ class LaserTask:
         contrast = contrast * share
         told = {"contrast": contrast} | ({} if offset is None else {"seen_offset": offset.detach() * share})
         if laser.log_temperature is not None:
-            told["temperature"] = laser.temperature.detach() * share
+            told["temperature"] = laser.log_temperature.detach().exp() * share
         if route is None:
             return {"loss": contrast, **told}
         shown = int((~hide).sum()) / max(1, int((~batch.hide).sum()))  # the balance is a mean over users that are shown
@@ -212,13 +212,13 @@ class LaserTask:
         laser = self.module
         if not laser.config.train.item_gradient or self.fixed:
             return laser.vectors[:, : laser.d_text]
-        if self._white[0] is not self.outputs:
+        if self._white is None or self._white[0] is not self.outputs:
             self._white = self.outputs, laser.head.whiten(self.outputs)
         return laser.head.project(self._white[1])
 
     # -- what the trainer keeps ---------------------------------------------------------------------------------
 
-    def decayed(self) -> Iterable[nn.Parameter]:
+    def decayed(self) -> Iterable[Tensor]:
         """Weights of linear maps; decay would pull tokens, norms and biases away from where the LLM can read them."""
         return (m.weight for m in self.module.modules() if isinstance(m, nn.Linear))
 

@@ -15,6 +15,7 @@ from laserrec.data.histories import Histories
 from laserrec.data.prompt import PromptEncoder
 from laserrec.llm.attention import Past, TextCache
 from laserrec.llm.backbone import Backbone
+from laserrec.llm.decoder import NativeDecoder
 from laserrec.util.device import move
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
@@ -37,13 +38,14 @@ class Texts:
         self.prompt = PromptEncoder(backbone.tokenizer, prompt)
         self.shared = prompt.layout == Layout.TEXT_FIRST
         """Whether each text is read once, for all histories that hold the item."""
-        if self.shared and not backbone.native:
-            raise UserError("prompt.layout text_first needs the native decoder (Llama, Mistral, Qwen2, Qwen3) and "
-                            f"backbone {backbone.name!r} runs on transformers'; use layout prefix_first")
         self.tokens: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
-        self._cache: TextCache | None = None
-        self._used = 0  # rows of the cache that hold text; behind them is room for more
+        if self.shared:
+            if not isinstance(backbone.decoder, NativeDecoder):
+                raise UserError("prompt.layout text_first needs the native decoder (Llama, Mistral, Qwen2, Qwen3) and "
+                                f"backbone {backbone.name!r} runs on transformers'; use layout prefix_first")
+            self.decoder = backbone.decoder  # it and the cache are there for text_first alone
+            self._read_instruction()
         with Progress("reading item texts", items.height, progress and self.shared) as bar:
             self.add(items, bar.advance, world)
 
@@ -84,7 +86,7 @@ class Texts:
     # -- the cache ----------------------------------------------------------------------------------------------
 
     def _read_instruction(self) -> None:
-        device, decoder = self.backbone.device, self.backbone.decoder
+        device, decoder = self.backbone.device, self.decoder
         ids = torch.as_tensor(self.prompt.instruction, dtype=torch.long, device=device)[None]
         self._instruction_rows = np.arange(ids.shape[1])
         if ids.shape[1] == 0:
@@ -93,13 +95,11 @@ class Texts:
         else:
             keys, values = decoder.encode_text(self.backbone.embed(ids))
             self._cache = TextCache(keys[:, 0], values[:, 0])
-        self._used = ids.shape[1]
+        self._used = ids.shape[1]  # rows of the cache that hold text; behind them is room for more
 
     def _read(self, progress: Callable[[int], None] | None, world: World) -> None:
         """Each unread item's block after the instruction: it sees the instruction and itself. Sorted by length for
         speed."""
-        if self._cache is None:
-            self._read_instruction()
         blocks = [self.prompt.block(tokens) for tokens in self.tokens[len(self._rows) :]]
         lengths = np.array([len(b) for b in blocks], dtype=np.int64)
         ends = self._used + np.cumsum(lengths)
@@ -120,7 +120,7 @@ class Texts:
         """Token ids, and the cache's row behind their last."""
         ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(b, dtype=torch.long) for b, _ in blocks], True)
         embeds = self.backbone.embed(move(ids, self.backbone.device))
-        k, v = self.backbone.decoder.encode_text(embeds, self._instruction(len(blocks)))
+        k, v = self.decoder.encode_text(embeds, self._instruction(len(blocks)))
         for row, (block, end) in enumerate(blocks):
             where = slice(end - len(block), end)
             self._cache.keys[:, where], self._cache.values[:, where] = k[:, row, : len(block)], v[:, row, : len(block)]

@@ -39,6 +39,7 @@ def recorded(llm, **sections):
     """A Laser whose texts are real, and whose reader's decoder is a recorder from now on."""
     laser, recorder = tiny.laser(llm(), **sections).eval(), Recorder()
     laser.reader.backbone = dataclasses.replace(llm(), decoder=recorder)
+    laser.texts.decoder = recorder  # layout text_first reads by it
     return laser, laser.reader, recorder
 
 
