@@ -378,9 +378,9 @@ class LaserRecommender:
         return rows_at_once(scored, self.batch_size)
 
     def _read(self, histories: Any, unknown: str, exclude: Any = None) -> Asked:
-        if hasattr(histories, "columns"):
+        if not isinstance(histories, Mapping | list | tuple | np.ndarray):
             with self._held(tables=True):
-                return read_histories(histories, self._index, unknown, exclude)
+                pass  # refuses it in a forked process
         return read_histories(histories, self._index, unknown, exclude)
 
     def _new_items(self, frame: Any, exists: str) -> pl.DataFrame:

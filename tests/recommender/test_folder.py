@@ -53,7 +53,7 @@ def test_what_it_holds(folder, llm):
     note = note_of(folder)
     assert note["format"] == 3 and note["n_items"] == note["n_known"] == N and note["method"] == "laser"
     nested = {"id_model/model.json", "id_model/weights.safetensors"}
-    assert set(note["files"]) == {"weights.safetensors", "items.parquet", "items.safetensors", *nested}
+    assert set(note["files"]) == {"weights.safetensors", "items.parquet", "items.safetensors", "log.jsonl", *nested}
     assert set(shared_files(folder)) == {*note["files"], "model.json", "README.md"}
     # The LLM is named, and nothing of it is here.
     assert note["backbone"] == {"name": llm().name, "revision": None, "sha256": llm().sha256}
