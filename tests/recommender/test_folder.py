@@ -146,11 +146,6 @@ def forge(folder, section, **changes):
     edit(folder, config={**tree, section: {**tree[section], **changes}})
 
 
-def link(file):
-    shutil.move(file, file.with_name("moved"))
-    file.symlink_to("moved")
-
-
 @pytest.mark.parametrize(("spoil", "message"), [
     (lambda f: (f / "model.json").unlink(), "is not a model folder; make one with fit"),
     (lambda f: (f / "weights.safetensors").write_bytes(b"xx"), r"weights\.safetensors is cut short: it has 2 of"),
@@ -160,7 +155,6 @@ def link(file):
     (lambda f: flip(f / "weights.safetensors"), r"weights\.safetensors has changed"),
     (lambda f: flip(f / "id_model" / "weights.safetensors"), r"id_model/weights\.safetensors has changed"),
     (lambda f: (f / "id_model" / "model.json").write_text("{}"), r"id_model/model\.json is cut short"),
-    (lambda f: link(f / "weights.safetensors"), r"weights\.safetensors is a link; a model folder holds files"),
     (lambda f: (f / "model.json").write_text("{"), r"model\.json.*damaged"),
     (lambda f: (f / "model.json").write_text("[]"), r"model\.json is not a model's: its format is None"),
     (lambda f: edit(f, format=True), r"model\.json is not a model's: its format is True"),
