@@ -323,8 +323,8 @@ class LaserRecommender:
 
     @contextlib.contextmanager
     def _held(self, tables: bool = False) -> Iterator[None]:
-        """One call at a time. tables: one that computes with polars. Raises UserError in a forked process that can't do
-        this."""
+        """One call at a time. tables: it computes with polars. Raises UserError in a forked process where it can't be
+        done."""
         if os.getpid() != self._process:
             self._go_on_after_fork()
         if tables and self._forked:

@@ -169,7 +169,8 @@ CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["laserrec.recommender.recommender", "torch.utils.tensorboard", "pandas",
                               "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"])
 KILLED = [*(pytest.param(name, *places(name)[-1], id=name) for name in METHODS),
-          *(pytest.param(name, folders.__name__, "write_card", 1, id=f"{name}-saving") for name in ("popularity", "laser"))]
+          *(pytest.param(name, folders.__name__, "write_card", 1, id=f"{name}-saving")
+            for name in ("popularity", "laser"))]
 
 
 def fit_until(tree, name, place, owner, call, at, ready=None) -> None:

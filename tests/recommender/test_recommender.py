@@ -161,7 +161,7 @@ def test_encode_items_by_id(model):
     (lambda m: m.recommend(["i1", "i2"]), "one list of item ids; give a list of histories"),
     (lambda m: m.recommend([1, 2]), "one list of item ids; give a list of histories"),
     (lambda m: m.recommend({"anna": "i1"}), "history of user 'anna' is 'i1', not a list"),
-    (lambda m: m.recommend("i1"), "expected a dict, a list of lists, a Series of lists or a frame, not str"),
+    (lambda m: m.recommend("i1"), "a dict, a list of lists, a Series of lists or a frame, not str"),
     (lambda m: m.recommend([]), "no histories"),
     (lambda m: m.recommend([["i1"]], k=0), "k is 0; it must be at least 1"),
     (lambda m: m.recommend([["i1"]], k=-3), "at least 1"),
