@@ -127,7 +127,7 @@ def test_seen_items_and_candidates(model):
     assert few["rank"].to_list() == [1, 2, 3]
     both = model.recommend(history, k=99, candidates=["i2", "i5"], exclude_seen=True)
     assert both["item_id"].to_list() == ["i5"]
-    hidden = model.recommend(history, k=99, exclude=["i9", "i2"])
+    hidden = model.recommend(history, k=99, exclude=["i9", "i2", "nope"])
     assert hidden["item_id"].to_list() == [i for i in everything["item_id"] if i not in ("i9", "i2")]
 
 
@@ -170,7 +170,7 @@ def test_encode_items_by_id(model):
     (lambda m: m.recommend(pl.DataFrame({"user": ["a"], "item_id": ["i1"]})),
      "no column for user_id; there are: user"),
     (lambda m: m.encode_items(["nope"]), "item_ids: 1 unknown"),
-    (lambda m: m.recommend([["i1"]], exclude=["nope"]), "exclude: 1 unknown item ids, first .'nope'"),
+    (lambda m: m.recommend([["i1"]], exclude="i1"), "exclude is a list of item ids, or a dict of such lists by user"),
     (lambda m: m.remove_items(["i1", "nope"]), "remove_items: 1 unknown item ids, first .'nope'"),
     (lambda m: m.add_items(NEW, exists="maybe"), "exists is .error. or .skip., not 'maybe'"),
     (lambda m: m.add_items(pl.DataFrame({"item_id": ["x"]})), "column title is missing"),
