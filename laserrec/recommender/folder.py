@@ -156,12 +156,10 @@ def _check_note(file: Path, note: dict[str, Any]) -> None:
         raise UserError(f"{file} is damaged: {', '.join(wrong)} missing or not as a model has it; {_ADVICE}")
 
 
-def check_files(folder: Path, note: dict[str, Any]) -> None:
-    """Raises UserError, which names the file, if one is missing, a link, cut short or changed."""
-    for name in note["files"]:
-        if (folder / name).is_symlink():
-            raise UserError(f"{folder / name} is a link; a model folder holds files: copy what it points to")
-    manifest.check(folder, note["files"], "copy or download the folder anew, or fit again")
+def check_files(folder: Path, note: dict[str, Any], links: bool = True) -> None:
+    """Raises UserError, which names the file, if one is missing, cut short or changed, or a link where links = False;
+    the hub's cache is made of links."""
+    manifest.check(folder, note["files"], "copy or download the folder anew, or fit again", links)
 
 
 def load(folder: Path) -> Saved:

@@ -56,7 +56,7 @@ def push_folder(folder: Path, repo: str, private: bool | None = None, token: str
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"{repo!r} is no name on the hub; give ORG/NAME, such as my-shop/laser-tools")
     note = read_note(folder)
-    check_files(folder, note)
+    check_files(folder, note, links=False)
     write_card(folder, note, repo)
     with _told(repo, revision, "push"):
         api = _api(token)

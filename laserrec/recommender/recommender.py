@@ -323,8 +323,8 @@ class LaserRecommender:
 
     @contextlib.contextmanager
     def _held(self, tables: bool = False) -> Iterator[None]:
-        """One call at a time. tables: one that computes with polars. Raises UserError in a forked process that can't do
-        this."""
+        """One call at a time. tables: it computes with polars. Raises UserError in a forked process where it can't be
+        done."""
         if os.getpid() != self._process:
             self._go_on_after_fork()
         if tables and self._forked:
@@ -378,9 +378,9 @@ class LaserRecommender:
         return rows_at_once(scored, self.batch_size)
 
     def _read(self, histories: Any, unknown: str, exclude: Any = None) -> Asked:
-        if hasattr(histories, "columns"):
+        if not isinstance(histories, Mapping | list | tuple | np.ndarray):
             with self._held(tables=True):
-                return read_histories(histories, self._index, unknown, exclude)
+                pass  # refuses it in a forked process
         return read_histories(histories, self._index, unknown, exclude)
 
     def _new_items(self, frame: Any, exists: str) -> pl.DataFrame:

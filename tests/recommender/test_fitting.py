@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 
 import numpy as np
 import polars as pl
@@ -168,12 +169,14 @@ CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["laserrec.recommender.recommender", "torch.utils.tensorboard", "pandas",
                               "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"])
 KILLED = [*(pytest.param(name, *places(name)[-1], id=name) for name in METHODS),
-          *(pytest.param(name, folders, "write_card", 1, id=f"{name}-saving") for name in ("popularity", "laser"))]
+          *(pytest.param(name, folders.__name__, "write_card", 1, id=f"{name}-saving")
+            for name in ("popularity", "laser"))]
 
 
 def fit_until(tree, name, place, owner, call, at, ready=None) -> None:
     """A fit that is killed before the n-th call of a function; with `ready`, one that says so and waits there."""
     torch.set_num_threads(1)
+    owner = sys.modules[owner] if isinstance(owner, str) else owner
     if ready is None:
         Stop(owner, call, at, signal.SIGKILL)
     else:

@@ -53,7 +53,7 @@ def test_what_it_holds(folder, llm):
     note = note_of(folder)
     assert note["format"] == 3 and note["n_items"] == note["n_known"] == N and note["method"] == "laser"
     nested = {"id_model/model.json", "id_model/weights.safetensors"}
-    assert set(note["files"]) == {"weights.safetensors", "items.parquet", "items.safetensors", *nested}
+    assert set(note["files"]) == {"weights.safetensors", "items.parquet", "items.safetensors", "log.jsonl", *nested}
     assert set(shared_files(folder)) == {*note["files"], "model.json", "README.md"}
     # The LLM is named, and nothing of it is here.
     assert note["backbone"] == {"name": llm().name, "revision": None, "sha256": llm().sha256}
@@ -146,11 +146,6 @@ def forge(folder, section, **changes):
     edit(folder, config={**tree, section: {**tree[section], **changes}})
 
 
-def link(file):
-    shutil.move(file, file.with_name("moved"))
-    file.symlink_to("moved")
-
-
 @pytest.mark.parametrize(("spoil", "message"), [
     (lambda f: (f / "model.json").unlink(), "is not a model folder; make one with fit"),
     (lambda f: (f / "weights.safetensors").write_bytes(b"xx"), r"weights\.safetensors is cut short: it has 2 of"),
@@ -160,7 +155,6 @@ def link(file):
     (lambda f: flip(f / "weights.safetensors"), r"weights\.safetensors has changed"),
     (lambda f: flip(f / "id_model" / "weights.safetensors"), r"id_model/weights\.safetensors has changed"),
     (lambda f: (f / "id_model" / "model.json").write_text("{}"), r"id_model/model\.json is cut short"),
-    (lambda f: link(f / "weights.safetensors"), r"weights\.safetensors is a link; a model folder holds files"),
     (lambda f: (f / "model.json").write_text("{"), r"model\.json.*damaged"),
     (lambda f: (f / "model.json").write_text("[]"), r"model\.json is not a model's: its format is None"),
     (lambda f: edit(f, format=True), r"model\.json is not a model's: its format is True"),

@@ -194,6 +194,10 @@ def test_a_changed_folder_is_not_pushed(there, folder, tmp_path):
     (own / "items.safetensors").write_bytes((own / "items.safetensors").read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"items\.safetensors has changed"):
         hub.push_folder(own, REPO, token=TOKEN)
+    (own / "items.safetensors").unlink()
+    (own / "items.safetensors").symlink_to(folder / "items.safetensors")
+    with pytest.raises(UserError, match=r"items\.safetensors is a link, which is not followed"):
+        hub.push_folder(own, REPO, token=TOKEN)
     assert there.asked == []
 
 

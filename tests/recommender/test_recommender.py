@@ -127,7 +127,7 @@ def test_seen_items_and_candidates(model):
     assert few["rank"].to_list() == [1, 2, 3]
     both = model.recommend(history, k=99, candidates=["i2", "i5"], exclude_seen=True)
     assert both["item_id"].to_list() == ["i5"]
-    hidden = model.recommend(history, k=99, exclude=["i9", "i2"])
+    hidden = model.recommend(history, k=99, exclude=["i9", "i2", "nope"])
     assert hidden["item_id"].to_list() == [i for i in everything["item_id"] if i not in ("i9", "i2")]
 
 
@@ -157,25 +157,26 @@ def test_encode_items_by_id(model):
 @pytest.mark.parametrize(("ask", "message"), [
     (lambda m: m.recommend([["i1", "nope", "nada"]]), "history of user 0: 2 unknown item ids, first .'nope', 'nada'"),
     (lambda m: m.recommend({"anna": []}), "history of user 'anna': it is empty"),
-    (lambda m: m.recommend({"anna": ["nope"]}, unknown="drop"), "no item of it is in the catalogue"),
+    (lambda m: m.recommend({"anna": ["nope"]}, unknown="drop"), "no item of the histories is in the catalogue"),
     (lambda m: m.recommend(["i1", "i2"]), "one list of item ids; give a list of histories"),
     (lambda m: m.recommend([1, 2]), "one list of item ids; give a list of histories"),
     (lambda m: m.recommend({"anna": "i1"}), "history of user 'anna' is 'i1', not a list"),
-    (lambda m: m.recommend("i1"), "expected a dict, a list of lists or a frame, not str"),
+    (lambda m: m.recommend("i1"), "expected a dict, a list of lists.* or a frame, not str"),
     (lambda m: m.recommend([]), "no histories"),
     (lambda m: m.recommend([["i1"]], k=0), "k is 0; it must be at least 1"),
     (lambda m: m.recommend([["i1"]], k=-3), "at least 1"),
     (lambda m: m.recommend([["i1"]], candidates=["i1", "nope"]), "candidates: 1 unknown item ids, first .'nope'"),
     (lambda m: m.recommend([["i1"]], unknown="ignore"), 'unknown is "error" or "drop"'),
-    (lambda m: m.recommend(pl.DataFrame({"user": ["a"], "item_id": ["i1"]})), "column user_id is missing"),
+    (lambda m: m.recommend(pl.DataFrame({"user": ["a"], "item_id": ["i1"]})),
+     "no column for user_id; there are: user"),
     (lambda m: m.encode_items(["nope"]), "item_ids: 1 unknown"),
-    (lambda m: m.recommend([["i1"]], exclude=["nope"]), "exclude: 1 unknown item ids, first .'nope'"),
+    (lambda m: m.recommend([["i1"]], exclude="i1"), "exclude is a list of item ids, or a dict of such lists by user"),
     (lambda m: m.remove_items(["i1", "nope"]), "remove_items: 1 unknown item ids, first .'nope'"),
     (lambda m: m.add_items(NEW, exists="maybe"), "exists is .error. or .skip., not 'maybe'"),
-    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x"]})), "column title is missing"),
+    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x"]})), "no column for title; there are: item_id"),
     (lambda m: m.add_items(pl.DataFrame({"item_id": ["i1"], "title": ["saw"]})), "in the catalogue already"),
-    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x", "x"], "title": ["saw", "saw"]})), "repeated"),
-    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x", "y"], "title": ["saw", " "]})), "1 have no title, .*'y'"),
+    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x", "x"], "title": ["saw", "saw"]})), "row 1: item .x. stands in more than one row"),
+    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x", "y"], "title": ["saw", " "]})), "row 2: item .y. has no title"),
 ])
 def test_mistakes_are_named(model, ask, message):
     before = len(model.items)
