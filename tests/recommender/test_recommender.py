@@ -175,8 +175,10 @@ def test_encode_items_by_id(model):
     (lambda m: m.add_items(NEW, exists="maybe"), "exists is .error. or .skip., not 'maybe'"),
     (lambda m: m.add_items(pl.DataFrame({"item_id": ["x"]})), "no column for title; there are: item_id"),
     (lambda m: m.add_items(pl.DataFrame({"item_id": ["i1"], "title": ["saw"]})), "in the catalogue already"),
-    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x", "x"], "title": ["saw", "saw"]})), "row 1: item .x. stands in more than one row"),
-    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x", "y"], "title": ["saw", " "]})), "row 2: item .y. has no title"),
+    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x", "x"], "title": ["saw", "saw"]})),
+     "row 1: item .x. stands in more than one row"),
+    (lambda m: m.add_items(pl.DataFrame({"item_id": ["x", "y"], "title": ["saw", " "]})),
+     "row 2: item .y. has no title"),
 ])
 def test_mistakes_are_named(model, ask, message):
     before = len(model.items)
