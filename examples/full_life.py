@@ -158,7 +158,7 @@ def main() -> None:
     laserrec("prepare", out / "orders.csv", out / "data", "--items", out / "goods.csv", "--columns",
              "user_id=customer", "item_id=sku", "timestamp=day", "title=name", *settings)
     laserrec("pretrain", out / "data", out / "id_model", "--quiet", *settings)
-    laserrec("fit", out / "data", out / "id_model", out / "model", "--quiet", *settings)
+    laserrec("fit", out / "data", out / "model", "--id-model", out / "id_model", "--quiet", *settings)
     laserrec("evaluate", out / "data", out / "model", "popularity", "--record", "--quiet")
 
     outcome = add_and_recommend(out / "model", out)

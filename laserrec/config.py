@@ -200,7 +200,7 @@ class BackboneConfig(_Section):
         if list(self.mean_layers) != sorted(set(self.mean_layers)) or min(self.mean_layers, default=1) < 1:
             raise ValueError(f"mean_layers must ascend from 1 or more; given {list(self.mean_layers)}")
         if self.shard and self.mean_layers:
-            raise ValueError("shard reads one depth only; add --backbone.empty-mean-layers")
+            raise ValueError("shard reads one depth only; set mean_layers = [] under [backbone] in a TOML file")
         return self
 
     @model_validator(mode="after")

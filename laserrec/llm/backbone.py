@@ -194,7 +194,7 @@ def _check_layers(model: Any, config: BackboneConfig) -> None:
     if max(config.mean_layers, default=0) > there:
         raise UserError(f"backbone.mean_layers is {config.mean_layers}, but {config.name} has {there} layers; name "
                         f"others (--backbone.mean-layers {there}, repeated for more), or the last of backbone.layers "
-                        "alone: --backbone.empty-mean-layers")
+                        "alone: mean_layers = [] under [backbone] in a TOML file (--config)")
 
 
 def _load_sharded(config: BackboneConfig, dtype: torch.dtype, tokenizer: Any, world: World, device: torch.device,

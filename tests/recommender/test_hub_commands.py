@@ -113,19 +113,20 @@ def test_rays_workers_get_the_folder_that_a_name_stands_for(there, folder, run, 
 
 
 def test_serve_by_name_keeps_changes_outside_the_cache(there, folder, run, tmp_path, monkeypatch):
-    import uvicorn
     from fastapi.testclient import TestClient
+
+    from laserrec.server import listening
 
     facts = []
 
-    def look(app, **options):
-        client = TestClient(app)
+    def look(app, *_):
+        client = TestClient(app, base_url="http://127.0.0.1")
         facts.append(client.get("/v1/model").json())
         new = {"item_id": f"x{len(facts)}", "title": "glue"}
         assert client.post("/v1/items", json={"items": [new]}).status_code == 201
 
     hub.push_folder(folder, REPO, token=TOKEN)
-    monkeypatch.setattr(uvicorn, "run", look)
+    monkeypatch.setattr(listening, "run", look)
     monkeypatch.chdir(tmp_path)
     for name in (REPO, f"{REPO}@main"):  # another revision goes on with the same changes
         code, _, err = run("serve", name)
