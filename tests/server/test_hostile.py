@@ -153,7 +153,7 @@ def test_a_method_without_texts_or_vectors_says_what_it_can_not_do(method, llm_f
         assert answer.json()["items"][0]["nearest_history_item"] is None
         assert client("GET", "/v1/items/i1/similar").status_code == 422
         refused = client("POST", "/v1/items", json={"items": [{"item_id": "n", "title": "saw"}]})
-        assert refused.status_code == 422 and "can't take new" in refused.json()["detail"]
+        assert refused.status_code == 422 and "can't take items" in refused.json()["detail"]
         facts = client("GET", "/v1/model").json()
         assert facts["method"] == method and facts["backbone"] is None and facts["experts"] is None
 
