@@ -252,11 +252,13 @@ class PromptConfig(_Section):
     """trained: an item is embedded with the same prefix and suffix as a user (paper). plain (not in the paper): with no
     prefix and a frozen [EOS] as suffix, so that the targets do not move while users are trained. mean (not in the
     paper): an item is the average of the LLM's outputs over its text; a user is the sum of the history's items, recent
-    items weighted more (neighbours.decay), plus a trained linear map of the output at the suffix."""
+    items weighted more (prompt.decay), plus a trained linear map of the output at the suffix."""
     max_items: int = Field(20, ge=1)
     """Number of most recent items that are written into the prompt."""
     max_item_tokens: int = Field(64, ge=4)
     """Maximum tokens per item; longer texts are truncated at the end."""
+    decay: float = Field(0.8, gt=0, le=1)
+    """item_side mean only: weight of a history item in the sum relative to the next newer one."""
     attributes: tuple[str, ...] = ("brand", "category")
     """Item columns that are written in brackets after the title."""
 
@@ -438,6 +440,19 @@ class TrainConfig(_Section):
     """Random seed for initialisation, batch order, cuts and dropout."""
 
 
+class BlendConfig(_Section):
+    """How much each part of Laser's score counts, chosen on validation after the training (not in the paper): the
+    settings neighbours.*, head.id_share and the seen offset are then starting points."""
+
+    trials: int = Field(0, ge=0)
+    """Most blends of the fitted parts that are tried, milliseconds each. 0: keep the settings as they are."""
+    regressions: int = Field(8, ge=0)
+    """Most fits of neighbours with other settings (l2, text_weight, length_power) that are tried. Large catalogues get
+    fewer, since the time grows with the items cubed."""
+    users: int = Field(4000, ge=1)
+    """Validation users that the choice is made on, drawn at random if there are more."""
+
+
 class EvalConfig(_Section):
     """Evaluation by full ranking, the same for every method."""
 
@@ -486,6 +501,7 @@ class Config(_Section):
     head: HeadConfig = HeadConfig()
     neighbours: NeighboursConfig = NeighboursConfig()
     train: TrainConfig = TrainConfig()
+    blend: BlendConfig = BlendConfig()
     eval: EvalConfig = EvalConfig()
     student: StudentConfig | None = None
     """Settings of the student; only in distilled models, set by `laserrec distil`."""

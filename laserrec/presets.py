@@ -49,6 +49,7 @@ _SMALL: dict[str, Any] = {
     "head": {"suffix_from_eos": True, "whiten_dims": 512, "projection": True, "dropout": 0.1, "id_share": 0.3,
              "seen_offset": True},
     "neighbours": {"count": 100, "temperature": 0.14, "share": 2.0},
+    "blend": {"trials": 300},
     "train": {"lr": 1e-3, "weight_decay": 0.5, "batch_size": 128, "stage_one_epochs": 2, "stage_two_epochs": 1,
               "warmup_fraction": 0.05, "cosine_decay": True, "item_gradient": True, "history_negatives": False,
               "temperature": 0.07},
@@ -64,6 +65,7 @@ _INSTANT: dict[str, Any] = {
     "mformer": {"prefix": "none"},
     "head": {"whiten_dims": 512, "seen_offset": True, "seen_offset_start": -3.0},
     "neighbours": {"count": 200, "share": 0.001},
+    "blend": {"trials": 300},
     "train": {"stage_one_epochs": 0, "stage_two_epochs": 0},
 }
 
@@ -73,6 +75,7 @@ _QUICKSTART: dict[str, Any] = {
     **_SMALL,
     "id_model": {**_SMALL["id_model"], "items": "ids", "patience": 3},
     "backbone": {**_SMALL["backbone"], "mean_layers": (6,)},
+    "blend": {"trials": 150, "regressions": 2},
     "train": {**_SMALL["train"], "cuts": "random", "stage_one_epochs": 3, "stage_two_epochs": 0,
               "validation_users": 2000},
 }

@@ -86,7 +86,19 @@ def _fit(data: Path, out: Path, method: str, how: Fitting, id_model: Path | None
     quality = f"validation NDCG@{k} {kept[score]:.4f}" if score in kept else "not validated"
     where = f"{kept['phase']}, epoch {kept['epoch']}" if kept.get("epoch") else kept.get("phase", "nothing to train")
     say(f"{method} in {out}: {quality} ({where}), {facts['seconds']:.0f} s{' (was there already)' if there else ''}")
+    _tell_parts(facts.get("parts"))
     finish({"method": method, **facts, "new_items": _tell_new_items(model, dataset)}, how.json_file)
+
+
+def _tell_parts(parts: dict[str, Any] | None) -> None:
+    """What each part of the score gives on validation."""
+    if not parts:
+        return
+    ndcg = parts["ndcg@10"]
+    worth = [f"{name.removeprefix('without ')} {100 * (ndcg['chosen'] / max(ndcg[name], 1e-9) - 1):+.1f}%"
+             for name in ndcg if name.startswith("without")]
+    say(f"parts weighed on {parts['users']:,} validation users: NDCG@10 {ndcg['chosen']:.4f}, with the settings as "
+        f"given {ndcg['given']:.4f}; each part adds: {', '.join(worth)}")
 
 
 def _tell_new_items(model: LaserRecommender, dataset: Dataset) -> int:

@@ -16,6 +16,7 @@ from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.bert4rec import BERT4Rec
 from laserrec.methods.closed_form import ClosedForm, FitOnce, ItemRegression, NearestText, Popularity
 from laserrec.methods.laser import build as laser
+from laserrec.methods.laser.finish import choose_blend
 from laserrec.methods.neighbours import check_size
 from laserrec.methods.protocol import Phase
 from laserrec.methods.sasrec import SASRec
@@ -60,6 +61,8 @@ class Method:
     """The model from its state_dict and item tensors. Raises RuntimeError where they don't fit."""
     shapes: Callable[[Config, int], Shapes]
     """Shapes of its largest weights, by which forged settings are found before anything is allocated."""
+    finish: Callable[[Any, bool], tuple[Config, dict[str, Any]]] | None = None
+    """(task after the training, progress) -> settings that it chose by itself, and facts about the choice."""
     needs: Callable[[Config, int], None] = lambda config, n_items: None
     """Raises UserError where it can't be fitted to so many items on this machine."""
 
@@ -106,7 +109,7 @@ def _closed_form(kind: str, make: Callable[[Given], ClosedForm], fit: Callable[[
         return _filled(make(given), weights, given)
 
     return Method(kind, ("neighbours",), lambda config: kind == "text", make, phases, restore, shapes,
-                  needs or (lambda config, n_items: None))
+                  needs=needs or (lambda config, n_items: None))
 
 
 def _regression(kind: str) -> Method:
@@ -146,10 +149,11 @@ def _laser() -> Method:
         if config.neighbours.count:
             check_size(n_items)
 
-    return Method("laser", ("id_model", "backbone", "prompt", "mformer", "head", "neighbours", "train", "student"),
+    return Method("laser", ("id_model", "backbone", "prompt", "mformer", "head", "neighbours", "train", "blend",
+                            "student"),
                   lambda config: True, make, lambda model, given, data: laser.phases(model, data, given.world,
                                                                                      given.progress),
-                  restore, laser.shapes, needs)
+                  restore, laser.shapes, choose_blend, needs)
 
 
 def _filled(model: nn.Module, weights: dict[str, Tensor], given: Given) -> Any:

@@ -117,6 +117,9 @@ def _train(name: str, method: Method, given: Given, dataset: Dataset, folder: Pa
     log = trainer.run()
     training = {**trainer.summary(), **getattr(model, "sizes", dict)()}
     model.eval().requires_grad_(False)
+    if method.finish is not None:
+        config, parts = method.finish(trainer.phase.task, given.progress)
+        training |= {"parts": parts, "seconds": trainer.summary()["seconds"]} if parts else {}
     facts = {"fingerprint": fingerprint, "data": dataset.meta, "training": training}
     return Fitted(model, name, config, dataset.items, dataset.n_items, given.features, facts,
                   backbone=_named(given.features) if method.reads_text(config) else None, log=log)

@@ -225,6 +225,19 @@ def test_of_two_fits_into_one_folder_the_second_is_told_who_has_it(fit, settings
     fit(DATA, tmp_path / "m", "sasrec")  # the lock ends with its process
 
 
+def test_what_was_chosen_on_validation_is_kept(fit, llm, tmp_path, monkeypatch):
+    monkeypatch.setattr("laserrec.methods.laser.finish._FEWEST_USERS", 10)
+    sections = {**INSTANT, "blend": {"trials": 100, "regressions": 2}}
+    model = fit(DATA, tmp_path / "m", **sections)
+    parts = model.facts["training"]["parts"]
+    assert parts["users"] == USERS and parts["ndcg@10"]["chosen"] >= parts["ndcg@10"]["given"]
+    assert model.config.neighbours.l2 == parts["chosen"].get("l2", 1.0)
+    again = LaserRecommender.from_pretrained(tmp_path / "m", llm())
+    assert again.config == model.config
+    same(again, model)
+    same(fit(DATA, tmp_path / "m", **sections), model)  # the folder knows the settings that were asked for
+
+
 # -- an ID model that is there already --------------------------------------------------------------------------
 
 

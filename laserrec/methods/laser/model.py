@@ -130,13 +130,24 @@ class Laser(nn.Module):
         """Embeddings of items from their outputs. Where they have an ID part, items that the ID model does not know
         inherit theirs from the `parents` nearest by text. parents: embeddings of items that it knows; None: those
         among `rows`."""
+        return self._with_ids(self.head(outputs), rows, parents)
+
+    def _with_ids(self, text: Float[Tensor, "items d_text"], rows: Int[Tensor, "items"],
+                  parents: Float[Tensor, "parents d_out"] | None = None) -> Float[Tensor, "items d_out"]:
         if not self.id_share:
-            return self._joined(self.head(outputs), None)
-        vectors, known = self._joined(self.head(outputs), self.ids.item(rows)), self.ids.knows(rows)
+            return self._joined(text, None)
+        vectors, known = self._joined(text, self.ids.item(rows)), self.ids.knows(rows)
         parents = vectors[known] if parents is None else parents
         if len(parents) and not known.all():
             vectors[~known] = F.normalize(inherit_id_part(vectors[~known], parents, self.ids.d_id), dim=-1)
         return vectors
+
+    @torch.no_grad()
+    def set_id_share(self, share: float) -> None:
+        """Weigh the ID part of all embeddings anew."""
+        text, rows = self.vectors[:, : self.d_text], torch.arange(len(self.vectors), device=self.device)
+        self.id_share = share
+        self.set_items(self._with_ids(text, rows))
 
     def set_items(self, vectors: Float[Tensor, "n_items d_out"]) -> None:
         """Take these as the items' embeddings."""

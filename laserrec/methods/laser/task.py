@@ -99,7 +99,7 @@ class LaserTask:
         if laser.added is not None and laser.reader is not None:
             laser.added.white.fit(self._suffix_outputs(laser.reader))
         if laser.neighbours is not None:
-            laser.neighbours.fit(self.dataset.train_sequences, self._text_vectors())
+            laser.neighbours.fit(self.dataset.train_sequences, self.text_vectors())
         self.world.follow(laser.state_dict().values())
         self._embed()
 
@@ -107,7 +107,7 @@ class LaserTask:
         """Encode the items anew, unless they are fixed."""
         self.module.eval()
         if self.fixed:
-            self._scale_neighbours()
+            self.scale_neighbours()
             return
         if self.module.item_side.trained:
             self.outputs = self._read_items()
@@ -141,7 +141,7 @@ class LaserTask:
 
         return self._in_shares(read)
 
-    def _text_vectors(self) -> Float[Tensor, "n_items d_text"]:
+    def text_vectors(self) -> Float[Tensor, "n_items d_text"]:
         """Of the frozen LLM, for the regression: every item's mean outputs, whitened."""
         laser = self.module
         if not isinstance(laser.item_side, MeanItems):
@@ -153,15 +153,19 @@ class LaserTask:
     @torch.no_grad()
     def _embed(self) -> None:
         self.module.set_items(self.module.embed_items(self.outputs, self._rows()))
-        self._scale_neighbours()
+        self.scale_neighbours()
+
+    def scale_histories(self) -> Histories:
+        """Some training sequences, by which the neighbours are scaled; the same in every process."""
+        sequences = self.dataset.train_sequences
+        return sequences.take(np.linspace(0, len(sequences) - 1, min(_SCALE_USERS, len(sequences))).astype(int))
 
     @torch.no_grad()
-    def _scale_neighbours(self) -> None:
-        """By some users' training sequences; the same in every process."""
-        laser, sequences = self.module, self.dataset.train_sequences
-        if laser.neighbours is None or not len(sequences):
+    def scale_neighbours(self) -> None:
+        """Set the neighbours' scale by the cosines of those users."""
+        laser, some = self.module, self.scale_histories()
+        if laser.neighbours is None or not len(some):
             return
-        some = sequences.take(np.linspace(0, len(sequences) - 1, min(_SCALE_USERS, len(sequences))).astype(int))
         size = laser.config.eval.batch_size
         users = torch.cat([laser.users(some.take(rows)) for rows in torch.arange(len(some)).split(size)])
         laser.neighbours.scale_to(users @ laser.vectors.T)

@@ -1,0 +1,144 @@
+"""How much each part of a score counts, chosen on validation users after training (not in the paper).
+
+What a data set rewards differs: item texts say much about tools and little about films. Nothing here trains; it weighs
+what is there. The choice is made on each user's likely items alone, so that one trial takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+_TOP = 200
+"""Best items of each part among a user's candidates. The best ten of a blend are nearly always among them."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Weights of the parts."""
+
+    id_share: float
+    """Of the ID model's cosine; the text's gets the rest."""
+    share: float | None
+    """Of the cosines relative to the neighbours; None: no neighbours."""
+    temperature: float
+    """At which cosines and neighbours are combined."""
+    seen_offset: float
+    """Added to the scores of items in the history."""
+
+
+Grid = dict[tuple[str, ...], list[tuple[Any, ...]]]
+"""Settings that are chosen together -> their values."""
+
+
+def full_grid(ids: bool, neighbours: bool, seen: bool) -> Grid:
+    """All values that are tried, for the parts that are there."""
+    grid: Grid = {}
+    if neighbours:
+        shares, temperatures = (0.001, 0.03, 0.1, 0.3, 0.7, 1.0, 2.0, 4.0, 8.0), (0.03, 0.05, 0.07, 0.1, 0.14, 0.2)
+        grid["share", "temperature"] = [(None, temperatures[0]), *itertools.product(shares, temperatures)]
+    if ids:
+        grid["id_share",] = [(tenth / 10,) for tenth in range(10)]
+    if seen:
+        sizes = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 3.0)
+        grid["seen_offset",] = [(0.0,), *((sign * size,) for size in sizes for sign in (-1, 1))]
+    return grid
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Validation users' likely items, part by part. Column 0 is the target."""
+
+    text: Float[Tensor, "users candidates"]
+    """Cosines of the text parts."""
+    ids: Float[Tensor, "users candidates"]
+    """Cosines of the ID parts."""
+    boosts: Float[Tensor, "users candidates"]
+    """Sums of neighbour weights."""
+    seen: Bool[Tensor, "users candidates"]
+    """Items of the history."""
+    real: Bool[Tensor, "users candidates"]
+    """False where an item stands a second time."""
+    has_ids: Bool[Tensor, "users"]
+    """Users with an ID part."""
+    background: tuple[Float[Tensor, "others items"], Float[Tensor, "others items"]]
+    """Text and ID cosines of some training users with all items, which set the neighbours' scale."""
+
+    def take(self, rows: Int[Tensor, "some"]) -> Candidates:
+        """Some of the users."""
+        parts = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "background"}
+        return replace(self, **parts)
+
+    def ndcg(self, blend: Blend, k: int = 10) -> Float[Tensor, "users"]:
+        """Of each user's target; tied items share the mean of their ranks."""
+        share = blend.id_share
+        # A user without ID part has a text part of full length.
+        alone = 1.0 if share in (0.0, 1.0) else (1 - share) ** -0.5
+        scores = (1 - share) * self.text + share * self.ids
+        scores = torch.where(self.has_ids[:, None], scores, scores * alone)
+        if blend.share is not None:
+            tau = blend.temperature
+            scores = tau * torch.logaddexp(scores / tau, self.boosts.log() + self._log_scale(blend))
+        scores = (scores + blend.seen_offset * self.seen).masked_fill(~self.real, -torch.inf)
+        target, others = scores[:, :1], scores[:, 1:]
+        rank = 1 + (others > target).sum(dim=1) + 0.5 * ((others == target) & self.real[:, 1:]).sum(dim=1)
+        return torch.where(rank <= k, 1 / torch.log2(rank + 1), 0.0)
+
+    def _log_scale(self, blend: Blend) -> Tensor:
+        text, ids = self.background
+        cosines = (1 - blend.id_share) * text + blend.id_share * ids
+        return (cosines / blend.temperature).logsumexp(dim=1).mean() - math.log(blend.share or 1.0)
+
+
+def gather_candidates(
+    targets: Int[Tensor, "users"], text: Float[Tensor, "users items"], ids: Float[Tensor, "users items"],
+    boosts: Float[Tensor, "users items"], seen: Bool[Tensor, "users items"],
+) -> tuple[Tensor, ...]:
+    """(text, ids, boosts, seen, real) of the candidates of some users: the target, and the best items by text, by ID,
+    by both and by neighbours, and the newest seen ones."""
+    count = min(_TOP, text.shape[1])
+    tops = [part.topk(count, dim=1).indices for part in (text, ids, text + ids, boosts, seen.float())]
+    rows = torch.cat([targets[:, None], *tops], dim=1)
+    order = rows.sort(dim=1, stable=True)
+    again = torch.zeros_like(rows, dtype=torch.bool)
+    again[:, 1:] = order.values[:, 1:] == order.values[:, :-1]
+    real = torch.empty_like(again).scatter_(1, order.indices, ~again)
+    return *(part.gather(1, rows) for part in (text, ids, boosts, seen)), real
+
+
+def search(candidates: Candidates, start: Blend, grid: Grid, trials: int) -> tuple[Blend, Float[Tensor, "users"]]:
+    """Coordinate ascent of mean NDCG@10 from `start`, until nothing improves or `trials` are used up; the best blend
+    and its users' NDCG. Of equal blends the first tried stays."""
+    best, found, improved = start, candidates.ndcg(start), True
+    while improved and trials > 0:
+        improved = False
+        for names, values in grid.items():
+            tried = [replace(best, **dict(zip(names, each, strict=True))) for each in values][: max(0, trials)]
+            trials -= len(tried)
+            for blend in tried:
+                ndcg = candidates.ndcg(blend)
+                if ndcg.mean() > found.mean() + 1e-6:
+                    best, found, improved = blend, ndcg, True
+    return best, found
+
+
+def search_guarded(candidates: Candidates, start: Blend, grid: Grid, trials: int
+                   ) -> tuple[Blend, Float[Tensor, "users"]]:
+    """As `search`, but `start` where such a search does not help users that it has not seen: it is run on each half of
+    the users and judged on the other."""
+    best, found = search(candidates, start, grid, trials)
+    halves = torch.arange(len(found)).split((len(found) + 1) // 2)
+    if len(halves) < 2:
+        return start, candidates.ndcg(start)
+    gain = 0.0
+    for chosen_on, judged_on in (halves, halves[::-1]):
+        blend, _ = search(candidates.take(chosen_on), start, grid, trials)
+        others = candidates.take(judged_on)
+        gain += float((others.ndcg(blend) - others.ndcg(start)).sum())
+    return (best, found) if gain > 0 else (start, candidates.ndcg(start))

@@ -1,0 +1,210 @@
+"""The last step of a fit: weigh Laser's parts by validation users, and tell what each of them gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laserrec.config import BlendConfig, Config, NeighboursConfig
+from laserrec.data.dataset import Cases
+from laserrec.methods.laser.blend import Blend, Candidates, full_grid, gather_candidates, search, search_guarded
+from laserrec.methods.laser.sides import SummedUsers
+from laserrec.methods.laser.task import LaserTask
+from laserrec.methods.neighbours import Neighbours
+from laserrec.util.memory import rows_at_once
+from laserrec.util.progress import Progress
+
+_FEWEST_USERS = 50
+"""With fewer validation users nothing is chosen."""
+_WORK = 1.5e13
+"""Multiplications that may be spent on regressions: eight of 12,000 items, none of more than 24,000."""
+
+
+@torch.no_grad()
+def choose_blend(task: LaserTask, progress: bool = False) -> tuple[Config, dict[str, Any]]:
+    """Weigh the parts of a fitted Laser and change it accordingly; the config that it has then, and what was found:
+    {users, chosen, ndcg@10: {given, chosen, without ...}}. Parts that do not help are dropped. Every process of several
+    chooses alike."""
+    config, dataset = task.module.config, task.dataset
+    cases = _sample(dataset.cases("validation"), config.blend.users)
+    if not config.blend.trials or len(cases) < _FEWEST_USERS:
+        return config, {}
+    task.module.eval()
+    parts = _Parts(task, cases, progress)
+    chosen = parts.choose(config.blend)
+    report = {"users": len(cases), "chosen": {**vars(chosen.blend), **chosen.regression()},
+              "ndcg@10": parts.report(chosen, config.blend.trials)}
+    return _apply(task, chosen), report
+
+
+def _sample(cases: Cases, count: int) -> Cases:
+    if len(cases) <= count:
+        return cases
+    return cases.take(np.sort(np.random.default_rng(0).choice(len(cases), count, replace=False)))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    neighbours: Neighbours | None
+    candidates: Candidates
+    blend: Blend
+    ndcg: Float[Tensor, "users"]
+
+    def regression(self) -> dict[str, float]:
+        """Settings of the neighbours, if there are any."""
+        if self.blend.share is None or self.neighbours is None:
+            return {}
+        return {name: getattr(self.neighbours.config, name) for name in ("l2", "text_weight", "length_power", "decay")}
+
+
+class _Parts:
+    """A fitted Laser's parts for some validation users."""
+
+    def __init__(self, task: LaserTask, cases: Cases, progress: bool):
+        self.task, self.cases, self.progress = task, cases, progress
+        self.laser, self.config = task.module, task.module.config
+        self.has_ids = self.laser.ids.model is not None
+        if self.has_ids:
+            self.laser.set_id_share(0.5)
+        self.batch = rows_at_once(len(self.laser.vectors), self.config.eval.batch_size)
+        with Progress("weighing the parts", len(cases), progress) as bar:
+            self.users = self._users(cases, bar.advance)
+        self.background = self._cosines(self._users_of(task.scale_histories()))
+
+    def _users(self, cases: Cases, advance: Any) -> Tensor:
+        found = []
+        for rows in torch.arange(len(cases)).split(self.batch):
+            found.append(self.laser.users(cases.histories.take(rows)))
+            advance(len(rows))
+        return torch.cat(found)
+
+    def _users_of(self, histories: Any) -> Tensor:
+        return torch.cat([self.laser.users(histories.take(rows))
+                          for rows in torch.arange(len(histories)).split(self.batch)])
+
+    def _cosines(self, users: Float[Tensor, "some d_out"]) -> tuple[Tensor, Tensor]:
+        """With all items, of the text parts and of the ID parts."""
+        d, unit, items = self.laser.d_text, torch.nn.functional.normalize, self.laser.vectors
+        text = unit(users[:, :d], dim=-1) @ unit(items[:, :d], dim=-1).T
+        if not self.has_ids:
+            return text, torch.zeros_like(text)
+        return text, unit(users[:, d:], dim=-1) @ unit(items[:, d:], dim=-1).T
+
+    def candidates(self, neighbours: Neighbours | None, users: Tensor | None = None) -> Candidates:
+        """users: vectors in place of the model's own."""
+        users, found, own = self.users if users is None else users, [], []
+        for rows in torch.arange(len(self.cases)).split(self.batch):
+            text, ids = self._cosines(users[rows.to(users.device)])
+            histories = self.cases.histories.take(rows)
+            boosts, seen = torch.zeros_like(text), torch.zeros_like(text, dtype=torch.bool)
+            if neighbours is not None:
+                term = neighbours.on(histories)
+                boosts[term.pairs.users, term.pairs.items] = term.values
+            pairs = histories.distinct().to(text.device)
+            seen[pairs.users, pairs.items] = True
+            targets = self.cases.targets[rows].to(text.device)
+            found.append(gather_candidates(targets, text, ids, boosts, seen))
+            own.append(ids.any(dim=1))
+        return Candidates(*(torch.cat(part) for part in zip(*found, strict=True)), torch.cat(own), self.background)
+
+    # -- the choice ---------------------------------------------------------------------------------------------
+
+    def choose(self, settings: BlendConfig) -> _Choice:
+        """Blend first, then the regression's settings, each with a short search of its own, then the blend again."""
+        laser, trials = self.laser, settings.trials
+        grid = full_grid(self.has_ids, laser.neighbours is not None, laser.seen is not None)
+        candidates = self.candidates(laser.neighbours)
+        self.given = candidates.ndcg(self._start())
+        best = _Choice(laser.neighbours, candidates, *search_guarded(candidates, self._start(), grid, trials))
+        if laser.neighbours is None:
+            return best
+        for neighbours in self._regressions(laser.neighbours, settings.regressions):
+            candidates = self.candidates(neighbours)
+            short = {names: values for names, values in grid.items() if "share" in names}
+            other = _Choice(neighbours, candidates, *search(candidates, best.blend, short, trials))
+            gain = other.ndcg - best.ndcg
+            if gain.mean() > gain.std() / len(gain) ** 0.5:  # one standard error, or chance would choose
+                best, self.settled = other, neighbours.config
+        return _Choice(best.neighbours, best.candidates, *search(best.candidates, best.blend, grid, trials))
+
+    def _start(self) -> Blend:
+        config, seen = self.config, self.laser.seen
+        return Blend(config.head.id_share if self.has_ids else 0.0,
+                     config.neighbours.share if self.laser.neighbours is not None else None,
+                     config.neighbours.temperature, 0.0 if seen is None else float(seen.offset))
+
+    def _regressions(self, given: Neighbours, count: int) -> Iterator[Neighbours]:
+        """Others, one setting changed at a time from what has proved best so far."""
+        n = len(given.items)
+        left = min(count, int(_WORK / max(1, n) ** 3))
+        self.settled, text = given.config, self.task.text_vectors()
+        changes: list[tuple[str, float]] = [("text_weight", 4.0), ("text_weight", 0.25), ("text_weight", 0.0),
+                                            ("l2", 4.0), ("l2", 0.25), ("length_power", 1.0), ("length_power", 0.0)]
+        for name, value in changes[:left]:
+            own = getattr(self.settled, name)
+            wanted = value if name == "length_power" or value == 0 else own * value
+            if wanted != own:
+                yield self._fitted(self.settled.model_copy(update={name: wanted}), n, text)
+        for decay in (0.6, 0.9, 1.0):
+            yield self._fitted(self.settled.model_copy(update={"decay": decay}), n, text)
+
+    def _fitted(self, config: NeighboursConfig, n: int, text: Tensor) -> Neighbours:
+        other = Neighbours(config, n).to(self.laser.device)
+        other.fit(self.task.dataset.train_sequences, text)
+        return other
+
+    # -- what each part gives -----------------------------------------------------------------------------------
+
+    def report(self, chosen: _Choice, trials: int) -> dict[str, float]:
+        """NDCG@10 on these users: as given, as chosen, and without each part, the others weighed anew."""
+        found, best = chosen.candidates, chosen.blend
+        out = {"given": self.given, "chosen": chosen.ndcg}
+        without: dict[str, dict[str, Any]] = {}
+        if best.share is not None:
+            without["without neighbours"] = {"share": None}
+        if best.id_share:
+            without["without the ID part"] = {"id_share": 0.0}
+        if self.has_ids or best.share is not None:
+            without["without the text part"] = {"id_share": 1.0}
+        grid = full_grid(self.has_ids, self.laser.neighbours is not None, self.laser.seen is not None)
+        for name, change in without.items():
+            rest = {names: values for names, values in grid.items() if not set(names) & set(change)}
+            out[name] = search(found, replace(best, **change), rest, trials)[1]
+        if isinstance(side := self.laser.user_side, SummedUsers) and side.reader is not None:
+            out["without the LLM's reading of the history"] = self._without_pass(chosen, side)
+        return {name: round(float(ndcg.mean()), 5) for name, ndcg in out.items()}
+
+    def _without_pass(self, chosen: _Choice, side: SummedUsers) -> Tensor:
+        laser = self.laser
+        laser.user_side = SummedUsers(side.items, side.head, side.decay)
+        try:
+            users = self._users_of(self.cases.histories)
+        finally:
+            laser.user_side = side
+        return self.candidates(chosen.neighbours, users).ndcg(chosen.blend)
+
+
+def _apply(task: LaserTask, chosen: _Choice) -> Config:
+    laser, blend, config = task.module, chosen.blend, task.module.config
+    head = config.head.model_copy(update={"id_share": blend.id_share})
+    neighbours = config.neighbours.model_copy(update={"count": 0})
+    laser.set_id_share(blend.id_share)
+    if blend.share is None:
+        laser.neighbours = None
+    elif chosen.neighbours is not None:
+        neighbours = chosen.neighbours.config.model_copy(update={
+            "share": blend.share, "temperature": blend.temperature, "count": config.neighbours.count})
+        chosen.neighbours.config = neighbours
+        laser.neighbours = chosen.neighbours
+    if laser.seen is not None:
+        laser.seen.offset.fill_(blend.seen_offset)
+    laser.config = config.model_copy(update={"head": head, "neighbours": neighbours})
+    laser.set_items(laser.vectors)
+    task.scale_neighbours()
+    return laser.config

@@ -1,0 +1,96 @@
+"""Weighing the parts of a score: what a trial computes, and what is chosen in planted cases."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from laserrec.methods.laser.blend import (
+    Blend,
+    Candidates,
+    full_grid,
+    gather_candidates,
+    search,
+    search_guarded,
+)
+
+USERS, ITEMS = 300, 60
+START = Blend(id_share=0.3, share=1.0, temperature=0.1, seen_offset=-0.5)
+GRID = full_grid(ids=True, neighbours=True, seen=True)
+
+
+def planted(seed: int, text: float, ids: float, boosts: float, users: int = USERS) -> Candidates:
+    """Cosines of noise, in which the target of each part stands out by as much as is given."""
+    g = torch.Generator().manual_seed(seed)
+    targets = torch.randint(ITEMS, (users,), generator=g)
+    at, noise = (torch.arange(users), targets), [torch.randn(users, ITEMS, generator=g) * 0.1 for _ in range(2)]
+    for part, size in zip(noise, (text, ids), strict=True):
+        part[at] += size
+    weights = torch.rand(users, ITEMS, generator=g).masked_fill_(torch.rand(users, ITEMS, generator=g) < 0.8, 0)
+    weights[at] += boosts
+    seen = torch.rand(users, ITEMS, generator=g) < 0.05
+    seen[at] = False
+    parts = gather_candidates(targets, *noise, weights, seen)
+    return Candidates(*parts, torch.ones(users, dtype=torch.bool), (noise[0][:50], noise[1][:50]))
+
+
+def test_a_users_candidates_are_each_counted_once():
+    found = planted(0, 0.1, 0.1, 0.1)
+    assert found.real[:, 0].all() and (found.real.sum(dim=1) == ITEMS).all()
+
+
+@pytest.mark.parametrize("blend", [START, replace(START, share=None), replace(START, id_share=0.0, seen_offset=0.2)])
+def test_a_trial_is_the_scores_formula(blend):
+    found = planted(1, 0.1, 0.1, 0.5, users=20)
+    log_scale = None
+    if blend.share is not None:
+        sums = [((1 - blend.id_share) * t + blend.id_share * i).div(blend.temperature).exp().sum().log()
+                for t, i in zip(*found.background, strict=True)]
+        log_scale = sum(sums) / len(sums) - torch.tensor(blend.share).log()
+    for user in range(20):
+        scores = []
+        for column in range(found.text.shape[1]):
+            score = (1 - blend.id_share) * found.text[user, column] + blend.id_share * found.ids[user, column]
+            if log_scale is not None:
+                tau = blend.temperature
+                score = tau * ((score / tau).exp() + log_scale.exp() * found.boosts[user, column]).log()
+            if found.seen[user, column]:
+                score = score + blend.seen_offset
+            if found.real[user, column]:
+                scores.append(float(score))
+        rank = 1 + sum(s > scores[0] for s in scores[1:])
+        want = 1 / torch.log2(torch.tensor(rank + 1.0)) if rank <= 10 else 0.0
+        assert float(found.ndcg(blend)[user]) == pytest.approx(float(want), abs=1e-5)
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [
+    ((0.3, 0.0, 0.0), lambda b: b.id_share < 0.3 and (b.share is None or b.share >= 1)),
+    ((0.0, 0.3, 0.0), lambda b: b.id_share > 0.6),
+    ((0.0, 0.0, 1.0), lambda b: b.share is not None and b.share < 1),
+])
+def test_the_part_that_knows_is_trusted(sizes, expected):
+    found = planted(2, *sizes)
+    best, ndcg = search_guarded(found, START, GRID, 300)
+    assert expected(best), best
+    fresh = planted(3, *sizes)
+    assert fresh.ndcg(best).mean() > fresh.ndcg(START).mean() + 0.01
+    torch.testing.assert_close(ndcg, found.ndcg(best))
+
+
+def test_what_chance_would_choose_is_not_taken():
+    """Of few users whose parts are noise alike, a search finds a blend that looks better; on other users it is not."""
+    kept = searched = 0
+    for seed in range(12):
+        found = planted(100 + seed, 0.05, 0.05, 0.05, users=24)
+        assert search(found, START, GRID, 300)[1].mean() >= found.ndcg(START).mean()
+        searched += search(found, START, GRID, 300)[0] != START
+        kept += search_guarded(found, START, GRID, 300)[0] == START
+    assert searched >= 10 and kept >= 4, (searched, kept)
+
+
+def test_the_budget_bounds_the_trials(monkeypatch):
+    found, calls, ndcg = planted(4, 0.3, 0.0, 0.0), [], Candidates.ndcg
+    monkeypatch.setattr(Candidates, "ndcg", lambda self, blend, k=10: calls.append(1) or ndcg(self, blend, k))
+    search(found, START, GRID, 7)
+    assert len(calls) == 8
+    assert search(found, START, GRID, 0)[0] == START
