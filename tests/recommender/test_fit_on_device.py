@@ -19,7 +19,7 @@ STEADY = {"id_model": tiny.ID_MODEL.model_dump() | {"max_epochs": 2, "dropout": 
           "data": {"min_item_interactions": 1, "min_user_interactions": 2}}
 SMALL = {"prompt": {"layout": "text_first", "item_side": "mean", "max_items": 4, "max_item_tokens": 8},
          "head": {"projection": True, "whiten_dims": 8, "seen_offset": True, "id_share": 0.3},
-         "neighbours": {"count": 4, "l2": 1.0}, "train": {"item_gradient": True}}
+         "neighbours": {"count": 4, "l2": 1.0}, "train": {"item_gradient": True}, "blend": {"trials": 60, "regressions": 2}}
 CASES = [*((name, {}) for name in METHODS), ("sasrec", {"id_model": {"items": "text", "seen_offset": True}}),
          ("laser", SMALL)]
 
@@ -33,7 +33,8 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "sections"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x) or "plain")
-def test_a_fit_on_the_device_is_the_cpus(data, llm_folder, tmp_path, name, sections):
+def test_a_fit_on_the_device_is_the_cpus(data, llm_folder, tmp_path, monkeypatch, name, sections):
+    monkeypatch.setattr("laserrec.methods.laser.finish._FEWEST_USERS", 10)
     merged = {section: STEADY.get(section, {}) | sections.get(section, {}) for section in {*STEADY, *sections}}
     config, asked = tiny.config(llm_folder(), **merged), Histories.of([[0, 3], [5], [7, 8, 9]])
     own = fit(name, data, config, tmp_path / "cpu", CPU, progress=False)

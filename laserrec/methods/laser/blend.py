@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_TOP = 200
+_TOP = 100
 """Best items of each part among a user's candidates. The best ten of a blend are nearly always among them."""
 
 
@@ -70,6 +71,11 @@ class Candidates:
     background: tuple[Float[Tensor, "others items"], Float[Tensor, "others items"]]
     """Text and ID cosines of some training users with all items, which set the neighbours' scale."""
 
+    @cached_property
+    def log_boosts(self) -> Float[Tensor, "users candidates"]:
+        """Minus infinity where there is no boost."""
+        return self.boosts.log()
+
     def take(self, rows: Int[Tensor, "some"]) -> Candidates:
         """Some of the users."""
         parts = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "background"}
@@ -84,7 +90,7 @@ class Candidates:
         scores = torch.where(self.has_ids[:, None], scores, scores * alone)
         if blend.share is not None:
             tau = blend.temperature
-            scores = tau * torch.logaddexp(scores / tau, self.boosts.log() + self._log_scale(blend))
+            scores = tau * torch.logaddexp(scores / tau, self.log_boosts + self._log_scale(blend))
         scores = (scores + blend.seen_offset * self.seen).masked_fill(~self.real, -torch.inf)
         target, others = scores[:, :1], scores[:, 1:]
         rank = 1 + (others > target).sum(dim=1) + 0.5 * ((others == target) & self.real[:, 1:]).sum(dim=1)
@@ -133,7 +139,7 @@ def search_guarded(candidates: Candidates, start: Blend, grid: Grid, trials: int
     """As `search`, but `start` where such a search does not help users that it has not seen: it is run on each half of
     the users and judged on the other."""
     best, found = search(candidates, start, grid, trials)
-    halves = torch.arange(len(found)).split((len(found) + 1) // 2)
+    halves = torch.arange(len(found), device=found.device).split((len(found) + 1) // 2)
     if len(halves) < 2:
         return start, candidates.ndcg(start)
     gain = 0.0
