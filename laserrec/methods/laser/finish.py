@@ -126,8 +126,8 @@ class _Parts:
             return best
         for neighbours in self._regressions(laser.neighbours, settings.regressions):
             candidates = self.candidates(neighbours)
-            short = {names: values for names, values in grid.items() if "share" in names}
-            other = _Choice(neighbours, candidates, *search(candidates, best.blend, short, trials))
+            short: Grid = {("share",): [((best.blend.share or 1.0) * factor,) for factor in (1.0, 0.5, 2.0)]}
+            other = _Choice(neighbours, candidates, *search(candidates, best.blend, short, len(short["share",])))
             gain = other.ndcg - best.ndcg
             if gain.mean() > gain.std() / len(gain) ** 0.5:  # one standard error, or chance would choose
                 best, self.settled = other, neighbours.config
