@@ -13,7 +13,7 @@ from torch import Tensor
 
 from laserrec.config import BlendConfig, Config, NeighboursConfig
 from laserrec.data.dataset import Cases
-from laserrec.methods.laser.blend import Blend, Candidates, full_grid, gather_candidates, search, search_guarded
+from laserrec.methods.laser.blend import Blend, Candidates, Grid, full_grid, gather_candidates, search, search_guarded
 from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.task import LaserTask
 from laserrec.methods.neighbours import Neighbours
