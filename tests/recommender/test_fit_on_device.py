@@ -19,7 +19,8 @@ STEADY = {"id_model": tiny.ID_MODEL.model_dump() | {"max_epochs": 2, "dropout": 
           "data": {"min_item_interactions": 1, "min_user_interactions": 2}}
 SMALL = {"prompt": {"layout": "text_first", "item_side": "mean", "max_items": 4, "max_item_tokens": 8},
          "head": {"projection": True, "whiten_dims": 8, "seen_offset": True, "id_share": 0.3},
-         "neighbours": {"count": 4, "l2": 1.0}, "train": {"item_gradient": True}, "blend": {"trials": 60, "regressions": 2}}
+         "neighbours": {"count": 4, "l2": 1.0}, "train": {"item_gradient": True},
+         "blend": {"trials": 60, "regressions": 2}}
 CASES = [*((name, {}) for name in METHODS), ("sasrec", {"id_model": {"items": "text", "seen_offset": True}}),
          ("laser", SMALL)]
 
