@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from laserrec.cli.options import ConfigFile, Device, Flags, JsonFile, Preset, Quiet, finish, say, settings
+from laserrec.cli.output import print_table
 from laserrec.config import Config
 
 reproduce_app = App(name="reproduce", help="Train and compare, several seeds, as the tables of benchmarks/results do.")
@@ -81,6 +82,39 @@ def cold_start(out: Out = Path("runs/cold-start"), *, data: Data = None, seeds: 
         table.add_row(*key, *means, str(sum(r["users"] for r in own)), str(len(own)))
     Console().print(table)
     finish({"machine": describe(), **result}, json_file)
+
+
+@reproduce_app.command
+def datasets(root: Path, out: Path = Path("runs/datasets"), *, names: Annotated[
+                 list[str] | None, Parameter(consume_multiple=True)] = None, seeds: int = 3, trials: int = 12,
+             device: Device = "auto", preset: Preset = "small", config: ConfigFile = None, quiet: Quiet = False,
+             json_file: JsonFile = None, flags: Flags = None) -> None:
+    """One default Laser on many data sets, beside rivals that are tuned on each. Run again to resume.
+
+    Example: laserrec reproduce datasets shared/data --names steam amazon-games --seeds 3
+
+    Parameters
+    ----------
+    root
+        A folder of data sets: ROOT/NAME/interactions.csv.gz and ROOT/NAME/items.jsonl.gz.
+    names
+        Those to take; else all in ROOT.
+    seeds
+        Seeds 0, 1, ... of every model in which something is random.
+    trials
+        Most settings that each rival is tried with on a data set's validation split.
+    """
+    from laserrec.experiments.datasets import means, reproduce
+    from laserrec.experiments.machine import describe
+
+    tree = settings(preset, config, flags)
+    rows, k = reproduce(root, names or [], out, tree, range(seeds), trials, not quiet, device), tree.eval.k
+    for data in dict.fromkeys(row["data"] for row in rows):
+        print_table(f"{data}, test split, all items ranked, nothing filtered",
+                    ("model", f"Recall@{k}", f"NDCG@{k}", "seeds", "trials"),
+                    [(row["model"], f"{row[f'recall@{k}']:.4f}", f"{row[f'ndcg@{k}']:.4f}", row["seeds"], row["trials"])
+                     for row in means(rows, k) if row["data"] == data])
+    finish({"machine": describe(), "rows": rows}, json_file)
 
 
 def over(line: dict[str, Any], k: int) -> str:
