@@ -415,6 +415,9 @@ class TrainConfig(_Section):
     cuts: Cuts = Cuts.ALL
     """all: every position of a training sequence is a target in every epoch (paper). random: one random position per
     user and epoch."""
+    epoch_examples: int | None = Field(None, ge=1)
+    """Train on at most this many targets per epoch, drawn anew for each epoch; none: all of `cuts`. Keeps the cost of
+    an epoch the same however many interactions there are."""
     item_gradient: bool = False
     """Stage 1 only: recompute the item embeddings from their LLM outputs at every step, so that the head gets gradients
     from the items too (not in the paper, where item embeddings are fixed within an epoch)."""

@@ -62,9 +62,18 @@ class LaserExamples:
         return Batch(histories, whole.items[whole.starts + cut], torch.rand(len(index)) < self.state_dropout)
 
 
-def epoch_examples(sequences: Histories, cuts: Cuts, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def epoch_examples(sequences: Histories, cuts: Cuts, seed: tuple[int, ...], limit: int | None = None
+                   ) -> tuple[Int[Tensor, "examples"], Int[Tensor, "examples"]]:
     """Sequences and places of this epoch's targets: every place that has a history (all), or one random such place per
-    sequence."""
+    sequence; of these at most `limit`, drawn at random."""
+    of, cut = _targets(sequences, cuts, seed)
+    if limit is None or len(of) <= limit:
+        return of, cut
+    some = torch.from_numpy(np.random.default_rng((*seed, 1)).choice(len(of), limit, replace=False)).sort().values
+    return of[some], cut[some]
+
+
+def _targets(sequences: Histories, cuts: Cuts, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     long = (sequences.lengths > 1).nonzero()[:, 0]
     lengths = sequences.lengths[long]
     if cuts == Cuts.RANDOM:
@@ -176,7 +185,8 @@ class LaserTask:
         """Examples by train.cuts."""
         self.module.train()
         train, sequences = self.module.config.train, self.dataset.train_sequences
-        of, cut = epoch_examples(sequences, train.cuts, (train.seed, 2 if self.fixed else 1, number))
+        seed = train.seed, 2 if self.fixed else 1, number
+        of, cut = epoch_examples(sequences, train.cuts, seed, train.epoch_examples)
         return LaserExamples(sequences, of, cut, self._tokens(sequences, of, cut),
                              self.module.config.mformer.state_dropout)
 

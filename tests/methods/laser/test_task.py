@@ -40,6 +40,16 @@ def test_random_cuts_are_one_a_user_and_new_each_epoch():
     assert all(history == list(range(1, target)) for history, target in first)
 
 
+@pytest.mark.parametrize("cuts", Cuts)
+def test_an_epoch_has_at_most_so_many_examples_drawn_anew(cuts):
+    sequences = tiny.histories(*(list(range(9)) for _ in range(20)))
+    everything = set(zip(*(x.tolist() for x in epoch_examples(sequences, Cuts.ALL, (0, 1))), strict=True))
+    first, again, later = (epoch_examples(sequences, cuts, seed, 12) for seed in ((0, 1), (0, 1), (0, 2)))
+    drawn = [set(zip(*(x.tolist() for x in e), strict=True)) for e in (first, again, later)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 12 and drawn[0] <= everything
+    assert len(epoch_examples(sequences, cuts, (0, 1), 1000)[0]) == (160 if cuts == Cuts.ALL else 20)
+
+
 def test_lengths_are_what_the_llm_reads(llm):
     laser, data = tiny.laser(llm(), n=N, prompt={"max_items": 3}), tiny.planted(N, 20)
     given = LaserTask(laser, data, tiny.World(), fixed=False).begin_epoch(1)
