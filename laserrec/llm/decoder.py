@@ -21,9 +21,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from laserrec.llm.attention import Heads, PackedAttention, Past, PastAttention, rotary_tables
+from laserrec.llm import kernels
+from laserrec.llm.attention import Heads, PackedAttention, Past, PastAttention
+from laserrec.llm.gpu_attention import PackedOnGpu, PastOnGpu
 from laserrec.llm.kernels import Pointwise
 
+Attention = PackedAttention | PastAttention | PackedOnGpu | PastOnGpu
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -102,23 +105,26 @@ class NativeDecoder(nn.Module):
         """Outputs of whole sequences, packed: one behind another, or (last_only) each one's last."""
         return self.read(torch.cat(list(rows)), self.packed([len(row) for row in rows]), last_only)
 
-    def packed(self, lengths: Sequence[int]) -> PackedAttention:
+    def packed(self, lengths: Sequence[int]) -> Attention:
         """For sequences of these lengths that lie one behind another in one flat tensor."""
-        return PackedAttention(lengths, self.shape, self.pointwise, self.final_norm.device)
+        if kernels.on_gpu(self.final_norm.device):
+            return PackedOnGpu(lengths, self.shape, self.inverse_frequency, self.dtype)
+        return PackedAttention(lengths, self.shape, self.pointwise, self.inverse_frequency)
 
-    def behind(self, past: Past, seq: int) -> PastAttention:
+    def behind(self, past: Past, seq: int) -> Attention:
         """For `seq` new tokens per example, example after example in one flat tensor, behind their past."""
-        return PastAttention(past, seq, self.shape, self.inverse_frequency)
+        if kernels.on_gpu(self.final_norm.device):
+            return PastOnGpu(past, seq, self.shape, self.inverse_frequency)
+        return PastAttention(past, seq, self.shape, self.pointwise, self.inverse_frequency)
 
     def read(
-        self, embeds: Float[Tensor, "tokens d_llm"], attention: PackedAttention | PastAttention, last_only: bool = False
+        self, embeds: Float[Tensor, "tokens d_llm"], attention: Attention, last_only: bool = False
     ) -> Float[Tensor, "tokens_or_batch d_llm"]:
         """Outputs after the final norm, float32, of every token, or (last_only) of each sequence's last."""
         x, delta = embeds.to(self.dtype), None
-        rotary = self._rotary(attention)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            arguments = (x, delta, rotary, attention, i, last_only and i == last)
+            arguments = (x, delta, attention, i, last_only and i == last)
             if self.recompute and torch.is_grad_enabled():
                 x, delta = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -134,9 +140,9 @@ class NativeDecoder(nn.Module):
         """Outputs of every token of whole sequences, packed, as they are behind the first at[0], at[1] ... layers
         (ascending, from 1), the final norm included, side by side."""
         attention = self.packed([len(row) for row in rows])
-        x, delta, rotary, outputs = torch.cat(list(rows)).to(self.dtype), None, self._rotary(attention), []
+        x, delta, outputs = torch.cat(list(rows)).to(self.dtype), None, []
         for i, layer in enumerate([*self.layers, *self.deeper][: max(at)]):
-            x, delta = layer(x, delta, rotary, attention, i, False)
+            x, delta = layer(x, delta, attention, i, False)
             if i + 1 in at:
                 outputs.append(self._final(x, delta))
         return torch.cat(outputs, dim=-1)
@@ -149,23 +155,18 @@ class NativeDecoder(nn.Module):
         batch, seq, _ = embeds.shape
         attention = self._attention(batch, seq, past)
         x, delta = embeds.flatten(0, 1).to(self.dtype), None
-        rotary, s = self._rotary(attention), self.shape
-        keys, values = [], []
+        s, keys, values = self.shape, [], []
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, _Layer)
             x, qkv = layer.project(x, delta)
             keys.append(qkv[:, s.heads : s.heads + s.kv_heads].flatten(1))
             values.append(qkv[:, s.heads + s.kv_heads :].flatten(1))
             if i + 1 < len(self.layers):
-                x, delta = layer.rest(x, qkv, rotary, attention, i)
+                x, delta = layer.rest(x, qkv, attention, i)
         return torch.stack(keys).unflatten(1, (batch, seq)), torch.stack(values).unflatten(1, (batch, seq))
 
-    def _attention(self, batch: int, seq: int, past: Past | None) -> PackedAttention | PastAttention:
+    def _attention(self, batch: int, seq: int, past: Past | None) -> Attention:
         return self.packed([seq] * batch) if past is None else self.behind(past, seq)
-
-    def _rotary(self, attention: PackedAttention | PastAttention) -> tuple[Tensor, Tensor]:
-        cos, sin = rotary_tables(attention.positions, self.inverse_frequency)
-        return cos[:, None], sin[:, None]
 
 
 class _Layer(nn.Module):
@@ -216,19 +217,16 @@ class _Layer(nn.Module):
         return x, qkv
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, rotary: tuple[Tensor, Tensor],
-        attention: PackedAttention | PastAttention, i: int, last_only: bool,
+        self, x: Tensor, delta: Tensor | None, attention: Attention, i: int, last_only: bool,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream is x + delta; both are [tokens d_llm], the sum is left to the next step's norm."""
-        return self.rest(*self.project(x, delta), rotary, attention, i, last_only)
+        return self.rest(*self.project(x, delta), attention, i, last_only)
 
     def rest(
-        self, x: Tensor, qkv: Tensor, rotary: tuple[Tensor, Tensor], attention: PackedAttention | PastAttention,
-        i: int, last_only: bool = False,
+        self, x: Tensor, qkv: Tensor, attention: Attention, i: int, last_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """All behind `project`."""
         s = self.shape
-        qkv = self.pointwise.rotate(qkv, *rotary, s.heads + s.kv_heads)
         attended = attention(qkv, i, last_only)
         if last_only:
             x = x[attention.ends]

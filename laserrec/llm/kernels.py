@@ -2,6 +2,9 @@
 
 Each exists twice: as plain torch calls, and compiled (one fused loop each, any number of tokens), which needs a C++
 compiler at run time. Weights are frozen, so nothing here has a weight gradient.
+
+On a GPU a layer's time is that of its kernel launches unless the batch is large, and there the plain ones are torch's
+own fused operations with its own gradients.
 """
 
 from __future__ import annotations
@@ -12,10 +15,16 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from laserrec.llm.fetch import cache_folder
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether the fewest launches count, and not the fewest passes over memory."""
+    return device.type != "cpu"
 
 
 def _add_norm(x: Tensor, delta: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +73,7 @@ def _softmax_back(d_weights: Tensor, weights: Tensor, scale: float) -> Tensor:
 # transformers' do.
 def _plain_swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate).mul_(up)
+    return F.silu(gate).mul_(up)
 
 
 def _plain_rotate(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
@@ -148,16 +157,22 @@ class Pointwise:
     """The three steps between a layer's products."""
 
     def __init__(self, compiled: bool):
-        self._kernels = _compiled() if compiled else _PLAIN
+        self.compiled, self._kernels = compiled, _compiled() if compiled else _PLAIN
 
     def add_norm(
         self, x: Float[Tensor, "tokens d_llm"], delta: Float[Tensor, "tokens d_llm"] | None, eps: float
     ) -> tuple[Float[Tensor, "tokens d_llm"], Float[Tensor, "tokens d_llm"]]:
         """x + delta, and that sum over its root mean square."""
+        if on_gpu(x.device) and not self.compiled:
+            total = x if delta is None else x + delta
+            return total, F.rms_norm(total, total.shape[-1:], eps=eps)
         return _AddNorm.apply(x, delta, eps, self._kernels)
 
     def swiglu(self, gate_up: Float[Tensor, "tokens two_width"]) -> Float[Tensor, "tokens width"]:
         """silu(gate) * up, gate and up side by side."""
+        if on_gpu(gate_up.device) and not self.compiled:
+            gate, up = gate_up.chunk(2, dim=-1)
+            return F.silu(gate) * up
         return _SwiGlu.apply(gate_up, self._kernels)
 
     def rotate(

@@ -1,8 +1,10 @@
-"""The native decoder is transformers' forward; reading cached text is the same as reading the text."""
+"""The native decoder is transformers' forward; reading cached text is the same as reading the text. Each test runs with
+the computation that a CPU gets and with the two that a GPU may get."""
 
 import pytest
 import tiny
 import torch
+from gpu_kernels import WAYS, computed_as_on_gpu
 
 from laserrec.llm.attention import Past, TextCache
 from laserrec.llm.decoder import NativeDecoder, native_reason
@@ -16,6 +18,12 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def lines(*lengths: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randn(len(lengths), max(lengths), 32, generator=generator)
+
+
+@pytest.fixture(params=WAYS, autouse=True)
+def way(request):
+    with computed_as_on_gpu(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=tiny.NATIVE)

@@ -9,10 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_kernels import computed_as_on_gpu
 
 from laserrec.llm.kernels import Pointwise
 
 PLAIN = Pointwise(False)
+
+
+@pytest.fixture(params=["cpu", "padded"], autouse=True)
+def way(request):
+    with computed_as_on_gpu(request.param):
+        yield
 
 
 def same_gradients(ours, reference, *inputs):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from laserrec.data.histories import Histories
 from laserrec.methods.sequence import SequenceModel
+from laserrec.util.device import move
 
 
 class IdStates:
@@ -49,14 +50,14 @@ class IdStates:
         known = self._known_part(histories).last(self.model.max_history)
         mask = torch.zeros(len(known), 1, dtype=torch.bool)
         if len(known.items) == 0:
-            return torch.zeros(*mask.shape, self.d_id, device=self.device), mask.to(self.device)
+            return torch.zeros(*mask.shape, self.d_id, device=self.device), move(mask, self.device)
         padded = known.padded(self.model.pad)
         mask = padded != self.model.pad
         mask = mask if hide is None else mask & ~hide[:, None]
         # A history without any known item would be all padding, which attention can't read.
         padded[:, 0] = padded[:, 0].where(known.lengths > 0, 0)
-        states = self.model.states(padded.to(self.device, non_blocking=True)).float()
-        return states, mask.to(self.device, non_blocking=True)
+        states = self.model.states(move(padded, self.device)).float()
+        return states, move(mask, self.device)
 
     @torch.no_grad()
     def user(self, histories: Histories) -> Float[Tensor, "batch d_id"]:
@@ -67,7 +68,7 @@ class IdStates:
         known = self._known_part(histories)
         some = (known.lengths > 0).nonzero()[:, 0]
         if len(some):
-            out[some.to(self.device)] = self.model.next_item_state(self.model.pad_histories(known.take(some))).float()
+            out[move(some, self.device)] = self.model.next_item_state(self.model.pad_histories(known.take(some))).float()
         return out
 
     @torch.no_grad()
