@@ -7,6 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+_LEAST_VARIANCE = 1e-9
+"""Share of the largest direction's below which a direction's variance is none: to scale such a one up to unit variance
+would make large numbers of rounding errors, and larger ones of items that were not among the rows."""
+
+
 @torch.no_grad()
 def fit_whitening(
     outputs: Float[Tensor, "rows d_all"], dims: int, depths: int = 1
@@ -15,7 +20,8 @@ def fit_whitening(
 
     PCA whitening; for text embeddings: Su et al. 2021, "Whitening Sentence Representations for Better Semantics and
     Faster Retrieval". depths: `outputs` holds so many equally wide parts side by side (the LLM's outputs behind several
-    layers). Each is whitened on its own to `dims` dimensions, and their matrices stand one below another.
+    layers). Each is whitened on its own to `dims` dimensions, and their matrices stand one below another. Directions in
+    which the rows don't differ, as there are with fewer rows than dimensions, become zeros.
     """
     fitted = [_fit(part, dims) for part in outputs.chunk(depths, dim=1)]
     mean, matrix = (torch.cat(parts) for parts in zip(*fitted, strict=True))
@@ -37,7 +43,8 @@ def _fit(outputs: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     x = outputs.double()
     mean = x.mean(dim=0)
     values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-    values, vectors = values[-dims:].flip(0).clamp(min=1e-8), vectors[:, -dims:].flip(1)
+    values, vectors = values[-dims:].flip(0), vectors[:, -dims:].flip(1)
+    scale = torch.where(values > _LEAST_VARIANCE * values[0], values.clamp(min=1e-300).rsqrt(), 0.0)
     # The sign of an eigenvector is arbitrary; fix it so that two machines agree.
     largest = vectors.abs().argmax(dim=0, keepdim=True)
-    return mean.float(), (vectors * torch.sign(vectors.gather(0, largest)) / values.sqrt()).float()
+    return mean.float(), (vectors * torch.sign(vectors.gather(0, largest)) * scale).float()

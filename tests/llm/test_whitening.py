@@ -34,7 +34,24 @@ def test_the_largest_entry_of_a_direction_is_positive():
     assert (matrix.gather(0, matrix.abs().argmax(dim=0, keepdim=True)) > 0).all()
 
 
-def test_a_direction_without_variance_stays_finite():
+def test_directions_without_variance_become_zeros():
     outputs = cone()
     outputs[:, 3] = 1.0
-    assert whiten(outputs, *fit_whitening(outputs, 12)).isfinite().all()
+    white = whiten(outputs, *fit_whitening(outputs, 12))
+    assert (white[:, :11].std(dim=0) > 0.9).all() and (white[:, 11] == 0).all()
+    same = outputs[:1].expand(5, -1)
+    assert (whiten(same, *fit_whitening(same, 12)) == 0).all()
+
+
+def test_with_fewer_rows_than_dimensions_a_new_row_is_no_larger_than_the_others():
+    rows, new = cone(9), cone(20)[9:]
+    mean, matrix = fit_whitening(rows, 12)
+    assert (matrix[:, 8:] == 0).all()
+    assert whiten(new, mean, matrix).abs().max() < 10 * whiten(rows, mean, matrix).abs().max()
+
+
+def test_rounding_errors_of_the_rows_stay_rounding_errors():
+    rows = cone(9).double()
+    noisy = rows * (1 + 1e-6 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(5)))
+    a, b = (whiten(x.float(), *fit_whitening(x.float(), 12)) for x in (rows, noisy))
+    assert (a - b).abs().max() < 1e-3

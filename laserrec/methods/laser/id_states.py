@@ -68,7 +68,8 @@ class IdStates:
         known = self._known_part(histories)
         some = (known.lengths > 0).nonzero()[:, 0]
         if len(some):
-            out[move(some, self.device)] = self.model.next_item_state(self.model.pad_histories(known.take(some))).float()
+            states = self.model.next_item_state(self.model.pad_histories(known.take(some)))
+            out[move(some, self.device)] = states.float()
         return out
 
     @torch.no_grad()
