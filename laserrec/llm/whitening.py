@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
 _LEAST_VARIANCE = 1e-9
 """Share of the largest direction's below which a direction's variance is none: to scale such a one up to unit variance
 would make large numbers of rounding errors, and larger ones of items that were not among the rows."""

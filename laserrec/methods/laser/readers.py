@@ -45,7 +45,7 @@ class Reader(nn.Module):
     def _token_start(self, count: int) -> Float[Tensor, "count d_llm"]:
         """Embeddings of the instruction's first words, repeated as needed: a prefix that reads as text."""
         ids = self.backbone.tokenizer(INSTRUCTIONS[Template.PAPER], add_special_tokens=False)["input_ids"]
-        return self.backbone.embedding[torch.tensor((ids * count)[:count])].float().cpu()
+        return self.backbone.embed(self.backbone.tokens((ids * count)[:count])).float().cpu()
 
     def read(self, histories: Histories, hide: Bool[Tensor, "batch"] | None = None
              ) -> tuple[Float[Tensor, "batch d_llm"], Route | None]:
