@@ -9,6 +9,7 @@ from cyclopts import App
 
 from laserrec.cli.options import OPENING, JsonFile, Model, Opening, finish, say
 from laserrec.util.errors import UserError
+from laserrec.util.io import check_folder
 
 index_app = App(name="index", help="Indexes of item vectors, for catalogues too large to compare with all.")
 
@@ -42,6 +43,7 @@ def build(model: Model, out: Path, *, kind: Literal["exact", "usearch", "qdrant"
 
     if queries < 1:
         raise UserError(f"queries is {queries}; it must be at least 1")
+    check_folder(out)
     result = build_index(opening.open(model), IndexKind(kind), out, url, queries, collection=collection)
     say(f"{result['items']:,} items, {result['width']} wide, in {result['seconds']:.1f} s, "
         f"{result['bytes'] / 2**20:.1f} MiB; recall@10 against exact {result['recall@10']:.3f} over "

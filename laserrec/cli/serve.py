@@ -68,6 +68,7 @@ def serve(model: Model, *, host: str = "127.0.0.1", port: int = 8000, token_file
         import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("serving needs the extra serve: pip install 'laserrec[serve]'") from None
+    from laserrec.recommender.folder import SERVED
     from laserrec.recommender.hub import is_repo
 
     if not host:
@@ -82,7 +83,7 @@ def serve(model: Model, *, host: str = "127.0.0.1", port: int = 8000, token_file
         console.print(f"[yellow]warning:[/] {host} can be reached by others and no API token is set "
                       f"(--token-file or {_TOKEN}); anybody there can change the catalogue")
     if state is None:  # never inside the hub's cache, which people delete; one for all revisions
-        state = Path("served") / model.as_posix().partition("@")[0] if is_repo(model) else model / "served"
+        state = Path("served") / model.as_posix().partition("@")[0] if is_repo(model) else model / SERVED
     _run(model, host, port, token, allowed_hosts or [], state, index, limits, threads, opening, console)
 
 
@@ -114,7 +115,7 @@ def _read_token(file: Path | None) -> str | None:
     try:
         token = file.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"token file {file} can't be read: {error}") from None
+        raise UserError(f"token file {file} can't be read: {getattr(error, 'strerror', None) or 'it is no UTF-8'}") from None
     if not token:
         raise UserError(f"token file {file} is empty")
     return token

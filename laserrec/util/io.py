@@ -52,6 +52,33 @@ def new_file(path: Path | str) -> Iterator[Path]:
             _flush(path.parent)
 
 
+def check_file(path: Path | str) -> None:
+    """Raises UserError where a file could not be written: call it before the work of which the file is the result."""
+    path = Path(os.path.abspath(path))
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
+    _check_parent(path)
+
+
+def check_folder(path: Path | str) -> None:
+    """As `check_file`, for a folder."""
+    path = Path(os.path.abspath(path))
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a folder")
+    _check_parent(path)
+    if path.is_dir():
+        _check_parent(path / "file")
+
+
+def _check_parent(path: Path) -> None:
+    """Try it in the nearest folder that is there: permissions alone tell too little of network and system folders."""
+    nearest = next(parent for parent in path.parents if parent.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{path} can't be written: {nearest} is a file; name another place")
+    with _clear(nearest / path.name), _temporary(nearest / path.name):
+        pass
+
+
 def write_bytes(path: Path | str, data: bytes) -> None:
     """Write `data` atomically, as `new_file` does."""
     with new_file(path) as file:
