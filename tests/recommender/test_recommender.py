@@ -163,7 +163,7 @@ def test_encode_items_by_id(model):
     (lambda m: m.recommend({"anna": "i1"}), "history of user 'anna' is 'i1', not a list"),
     (lambda m: m.recommend("i1"), "expected a dict, a list of lists.* or a frame, not str"),
     (lambda m: m.recommend([]), "no histories"),
-    (lambda m: m.recommend([["i1"]], k=0), "k is 0; it must be at least 1"),
+    (lambda m: m.recommend([["i1"]], k=0), "k is 0; it must be a whole number of at least 1"),
     (lambda m: m.recommend([["i1"]], k=-3), "at least 1"),
     (lambda m: m.recommend([["i1"]], candidates=["i1", "nope"]), "candidates: 1 unknown item ids, first .'nope'"),
     (lambda m: m.recommend([["i1"]], unknown="ignore"), 'unknown is "error" or "drop"'),
