@@ -36,7 +36,7 @@ from laserrec.config import Config
 from laserrec.methods.all import find_method
 from laserrec.recommender.card import write_card
 from laserrec.util import checkpoint, manifest
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, reading
 from laserrec.util.io import (
     check_folder,
     locked,
@@ -140,7 +140,9 @@ def read_note(folder: Path) -> dict[str, Any]:
     version of laserrec wrote it."""
     recover(folder)
     file = folder / _MODEL
-    if not file.is_file():
+    with reading(folder):
+        there = file.is_file()
+    if not there:
         unfinished = (folder / "checkpoint.safetensors").is_file()
         hint = "start the same fit again to go on with it" if unfinished else "make one with fit"
         raise UserError(f"{folder} is {'an unfinished fit' if unfinished else 'not a model folder'}; {hint}")

@@ -26,7 +26,7 @@ import polars as pl
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, reading
 
 _ADVICE = {errno.ENOSPC: "make room on the disk", errno.EDQUOT: "make room within the disk quota",
            errno.EACCES: "name another folder or change its permissions", errno.EROFS: "name another folder"}
@@ -75,8 +75,11 @@ def _check_parent(path: Path) -> None:
     nearest = next(parent for parent in path.parents if parent.exists())
     if not nearest.is_dir():
         raise UserError(f"{path} can't be written: {nearest} is a file; name another place")
-    with _clear(nearest / path.name), _temporary(nearest / path.name):
-        pass
+    try:
+        with _temporary(nearest / path.name):
+            pass
+    except OSError as error:
+        raise _refused(path, error) from error
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
@@ -93,11 +96,10 @@ def write_text(path: Path | str, text: str) -> None:
 def read_json(path: Path, advice: str) -> Any:
     """Read JSON. Raises UserError for a missing, unreadable or damaged file; `advice` says what to do about damage."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number or a nesting without end
         raise UserError(f"{path} is damaged: {error}; {advice}") from None
 
@@ -305,5 +307,9 @@ def _clear(path: Path) -> Iterator[None]:
         other = error.filename is not None and not str(error.filename).startswith(str(path.parent))
         if other or error.errno is None or isinstance(error, ConnectionError | TimeoutError):
             raise  # about something else that happened while this was written
-        raise UserError(f"{path} can't be written: {os.strerror(error.errno)}; "
-                        f"{_ADVICE.get(error.errno, 'name another place')}") from error
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    number = error.errno or errno.EIO
+    return UserError(f"{path} can't be written: {os.strerror(number)}; {_ADVICE.get(number, 'name another place')}")
