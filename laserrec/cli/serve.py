@@ -115,7 +115,8 @@ def _read_token(file: Path | None) -> str | None:
     try:
         token = file.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"token file {file} can't be read: {getattr(error, 'strerror', None) or 'it is no UTF-8'}") from None
+        why = getattr(error, "strerror", None) or "it is no UTF-8"
+        raise UserError(f"token file {file} can't be read: {why}") from None
     if not token:
         raise UserError(f"token file {file} is empty")
     return token

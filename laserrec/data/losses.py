@@ -64,6 +64,12 @@ class Losses:
         elif self.unknown:
             log.info(*self.lines())
 
+    def tell_unanswered(self, count: int) -> None:
+        """Warns of users whose answer is empty for another reason than `tell` knows. count: all empty answers."""
+        if count > self.empty_users:
+            warnings.warn(f"{count - self.empty_users:,} of {self.users:,} users get no recommendation: nothing is "
+                          "left for them that may be recommended.", LossWarning, stacklevel=3)
+
 
 def mismatch(theirs: Iterable[str], ours: Iterable[str]) -> str:
     """Why ids of the caller's are not among the catalogue's: the likeliest cause if there is one, then two of each."""

@@ -7,7 +7,6 @@ import os
 import sys
 import tempfile
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laserrec.config import Config, load_config
-from laserrec.data.clean import is_nested, item_id
+from laserrec.data.clean import item_ids_of
 from laserrec.data.dataset import Dataset
-from laserrec.data.door import Asked, LossWarning, read_histories
+from laserrec.data.door import Asked, read_histories
 from laserrec.data.histories import Histories
 from laserrec.data.prepare import prepare
 from laserrec.data.raw import from_frames, read_items
@@ -79,7 +78,7 @@ class LaserRecommender:
         alone("LaserRecommender.fit")
         config = load_config() if config is None else config
         if not isinstance(config, Config):
-            raise UserError(f"config is a {type(config).__name__}, not a Config; make one with laserrec.config.load_config")
+            raise UserError(f"config is a {type(config).__name__}; make a Config with laserrec.config.load_config")
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="laserrec-") as scratch:
                 return cls.fit(interactions, items, config, scratch, columns, progress, method, device)
@@ -166,7 +165,9 @@ class LaserRecommender:
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise UserError(f"k is {k!r}; it must be a whole number of at least 1")
         asked = self._read(histories, unknown, exclude)
-        allowed = None if candidates is None else self.dense_items(_clean_ids(candidates, "candidates"), "candidates")
+        allowed = candidates
+        if candidates is not None:
+            allowed = self.dense_items(item_ids_of(candidates, "candidates"), "candidates")
         users, ids, scores, ranks, nothing = [], [], [], [], 0
         size = self._users_at_once()
         for at in range(0, len(asked.rows), size):
@@ -179,9 +180,7 @@ class LaserRecommender:
                 ids += self.item_ids(answer.items)
                 scores += answer.scores.tolist()
                 ranks += range(1, len(answer.items) + 1)
-        if nothing > asked.lost.empty_users:  # of which reading the histories told
-            warnings.warn(f"{nothing - asked.lost.empty_users:,} of {len(asked.users):,} users get no recommendation: "
-                          "nothing is left for them that may be recommended.", LossWarning, stacklevel=2)
+        asked.lost.tell_unanswered(nothing)
         frame = pl.DataFrame({"user_id": users, "item_id": ids, "score": scores, "rank": ranks},
                              schema={"user_id": asked.user_type, "item_id": pl.String, "score": pl.Float32,
                                      "rank": pl.Int32})
@@ -199,7 +198,7 @@ class LaserRecommender:
         """Items' vectors, of these or of the whole catalogue in the order of `items`."""
         if item_ids is None:
             return self.embeddings.cpu().numpy().copy()
-        names = _clean_ids(item_ids, "item_ids")
+        names = item_ids_of(item_ids, "item_ids")
         self.dense_items(names, "item_ids")  # names what is unknown
         return self.embeddings[torch.tensor([self._index[i] for i in names], dtype=torch.long)].cpu().numpy()
 
@@ -220,7 +219,7 @@ class LaserRecommender:
             if not ids:
                 return 0
             if embeddings is not None and tuple(embeddings.shape) != (want := (len(ids), self.embeddings.shape[1])):
-                raise UserError(f"embeddings: their shape is {tuple(embeddings.shape)}, and {want} belong to these items")
+                raise UserError(f"embeddings: the shape is {tuple(embeddings.shape)}, and these items' is {want}")
             self.model.add_items(new, embeddings)
             new = new.with_columns(pl.Series("item", range(first, first + new.height), dtype=pl.Int32))
             self.items = pl.concat([self.items, new.select(self.items.columns)])
@@ -233,7 +232,7 @@ class LaserRecommender:
         Their rows stay in `items` and `embeddings`. The same id may be added anew, as an item of its own. Returns how
         many. Raises UserError for an unknown id; then nothing is removed."""
         with self._held():
-            names = list(dict.fromkeys(_clean_ids(item_ids, "remove_items")))
+            names = list(dict.fromkeys(item_ids_of(item_ids, "remove_items")))
             self._removed = [*self._removed, *self.dense_items(names, "remove_items").tolist()]
             for name in names:
                 del self._index[name]
@@ -402,10 +401,3 @@ class LaserRecommender:
             raise UserError(f"new items: {len(known)} ids are in the catalogue already, first {known[:3]}; leave them "
                             'out, or give exists="skip"')
         return items.filter(~pl.col("item_id").is_in(known))
-
-
-def _clean_ids(item_ids: Sequence[Any], what: str) -> list[str]:
-    """As the catalogue has them. Raises UserError for what is no list of ids."""
-    if not is_nested(item_ids) or isinstance(item_ids, Mapping):
-        raise UserError(f"{what} is a list of item ids, not {item_ids!r}"[:200])
-    return [item_id(value) for value in item_ids]

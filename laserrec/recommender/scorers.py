@@ -54,8 +54,8 @@ def load_scorer(name: str, dataset: Dataset, device: torch.device, backbone: Bac
     if not model.items["item_id"].head(dataset.n_items).equals(dataset.items["item_id"]):
         raise UserError(f"{name} has another catalogue than the data folder; evaluate it on its own data")
     if model.facts.get("data", {}).get("sha256", dataset.fingerprint) != dataset.fingerprint:
-        warnings.warn(f"{name} was fitted on other data, which have the same items: what is asked here may have been in "
-                      "its training, and its numbers then tell too much", UserWarning, stacklevel=2)
+        warnings.warn(f"{name} was fitted on other data, which have the same items: what is asked here may have been "
+                      "in its training, and its numbers then tell too much", UserWarning, stacklevel=2)
     return FirstItems(model, dataset.n_items), model.batch_size
 
 

@@ -13,7 +13,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """What the operating system refuses to read, as a UserError; a file that is not there passes as FileNotFoundError."""
+    """What the operating system refuses to read, as a UserError; FileNotFoundError passes."""
     try:
         yield
     except FileNotFoundError:

@@ -27,7 +27,7 @@ def available_bytes() -> int:
 
 
 def _left_in_container() -> float:
-    """By the limit of the control group, of which the machine's own numbers don't tell; the file cache counts as free."""
+    """By the limit of the control group, of which the machine's numbers don't tell; the file cache counts as free."""
     try:
         limit = int((_CONTROL_GROUP / "memory.max").read_text())
         used = int((_CONTROL_GROUP / "memory.current").read_text())

@@ -21,7 +21,6 @@ from laserrec.cli import main as cli
 from laserrec.data.clean import as_id
 from laserrec.data.losses import LossWarning
 from laserrec.data.raw import from_frames
-from laserrec.data.dataset import Dataset
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.server.app import make_app
 from laserrec.server.service import Service
@@ -155,8 +154,8 @@ def test_recommend_for_one_history(table, model, folder):
         text = ",".join("" if item is None else str(item) for item in items)
         with tempfile.TemporaryDirectory() as place, arriving(model) as seen:
             file = Path(place) / "r.json"
-            code, err = command(model, "recommend", folder, f"--history={text}", "--k", K, "--unknown", "drop", "--json",
-                                file)
+            code, err = command(model, "recommend", folder, f"--history={text}", "--k", K, "--unknown", "drop",
+                                "--json", file)
             if not want:
                 assert code == 2 and not seen, err
                 continue
@@ -254,7 +253,8 @@ def prepared(items):
 
 ADDED = {"polars": lambda items: items, "lazy": lambda items: items.lazy(), "arrow": lambda items: items.to_arrow(),
          "pandas": lambda items: items.to_pandas(), "pandas objects": lambda items: items.to_pandas().astype(object),
-         "dict of columns": lambda items: items.to_dict(as_series=False), "list of dicts": lambda items: items.to_dicts()}
+         "dict of columns": lambda items: items.to_dict(as_series=False),
+         "list of dicts": lambda items: items.to_dicts()}
 
 
 @pytest.mark.parametrize("form", ADDED)

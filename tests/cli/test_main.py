@@ -178,7 +178,8 @@ def test_quickstart_hands_its_settings_on(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("command", [
-    ["recommend", "none", "--history", "i1", "--json", "{bad}"], ["evaluate", "{data}", "popularity", "--json", "{bad}"],
+    ["recommend", "none", "--history", "i1", "--json", "{bad}"],
+    ["evaluate", "{data}", "popularity", "--json", "{bad}"],
     ["evaluate", "{data}", "popularity", "--ranks", "{bad}"], ["index", "build", "none", "{bad}"],
     ["fit", "{data}", "{bad}"], ["fit", "{data}", "{file}"], ["prepare", "none.csv", "{bad}", "--items", "none.csv"],
     ["recommend", "none", "--histories", "{histories}", "--out", "{bad}"]])

@@ -1,7 +1,7 @@
 """Tables of interactions as callers have them, and every form in which they are handed over.
 
-One table in all forms means one thing: {user: item rows, oldest first}, which `expected` works out by hand. The tests of
-this room hold the reader against it, those of the command line the whole product.
+One table in all forms means one thing: {user: item rows, oldest first}, which `expected` works out by hand. The tests
+of this room hold the reader against it, those of the command line the whole product.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ INDEX = {name: row for row, name in enumerate(["1", "2", "3", "0", "007", "i 1",
 
 # -- tables ---------------------------------------------------------------------------------------------------------
 
-_TEXTS = st.sampled_from(["1", " 1", "2.0", "3\t", "007", "i 1", "\u00a0ä ", "A-1", "a-1", "1.5", "7", "nada", "00", None])
+_TEXTS = st.sampled_from(["1", " 1", "2.0", "3\t", "007", "i 1", "\u00a0ä ", "A-1", "a-1", "1.5", "7", "nada", "00",
+                          None])
 _WHOLE = st.sampled_from([-4, 0, 1, 2, 3, 7, None])
 _START = datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
 _TIMES: tuple[Callable[[list[int]], pl.Series], ...] = (

@@ -168,7 +168,7 @@ def test_encode_items_by_id(model):
     (lambda m: m.recommend([["i1"]], k=-3), "at least 1"),
     (lambda m: m.recommend([["i1"]], candidates="i1"), "candidates is a list of item ids, not 'i1'"),
     (lambda m: m.remove_items("i1"), "remove_items is a list of item ids, not 'i1'"),
-    (lambda m: m.add_items(NEW, torch.zeros(1, 3)), r"embeddings: their shape is \(1, 3\), and \(2, \d+\) belong"),
+    (lambda m: m.add_items(NEW, torch.zeros(1, 3)), r"embeddings: the shape is \(1, 3\), and these items' is \(2, \d+\)"),
     (lambda m: m.recommend([["i1"]], candidates=["i1", "nope"]), "candidates: 1 unknown item ids, first .'nope'"),
     (lambda m: m.recommend([["i1"]], unknown="ignore"), 'unknown is "error" or "drop"'),
     (lambda m: m.recommend(pl.DataFrame({"user": ["a"], "item_id": ["i1"]})),

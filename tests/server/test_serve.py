@@ -79,8 +79,8 @@ def test_settings_that_can_not_work_are_refused_before_the_model_is_loaded(flags
 def test_a_state_that_can_not_be_kept_is_told_before_the_model_is_loaded(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(LaserRecommender, "from_pretrained", lambda *args, **options: pytest.fail("it loads"))
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file is a file; name a folder"), Service.opened(model_folder, tmp_path / "file",
-                                                                                        Limits()):
+    with (pytest.raises(UserError, match="file is a file; name a folder"),
+          Service.opened(model_folder, tmp_path / "file", Limits())):
         pass
     with (locked(tmp_path / "state", "a server"), pytest.raises(UserError, match="state is in use by a server"),
           Service.opened(model_folder, tmp_path / "state", Limits())):
