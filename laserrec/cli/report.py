@@ -45,7 +45,8 @@ def report(run: Path, *, out: Path | None = None, data: Path | None = None, resu
 
     places, out = find(run, data, results), out or run / "report.html"
     check_file(out)
-    text = render(collect(places, map, device))
+    found = collect(places, map, device)
+    text = render(found)
     write_text(out, text)
     say(f"report {out}: {len(text.encode()) / 2**20:.1f} MiB")
     finish(found.numbers(), json_file)

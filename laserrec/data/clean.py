@@ -39,10 +39,10 @@ def item_id(value: Any) -> str:
     return name
 
 
-def item_ids_of(values: Any, what: str) -> list[str]:
+def item_ids_of(values: Any) -> list[str]:
     """`item_id` of each value of a list, array or Series. Raises UserError for anything else."""
     if not is_nested(values) or isinstance(values, Mapping):
-        raise UserError(f"{what} is a list of item ids, not {_short(values)}")
+        raise UserError(f"expected a list of item ids, not {_short(values)}")
     return [item_id(value) for value in values]
 
 

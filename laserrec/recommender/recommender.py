@@ -71,9 +71,8 @@ class LaserRecommender:
         """Prepare polars or pandas frames and fit a method on them.
 
         interactions: user_id, item_id, and timestamp or position (else row order); items: item_id, title, and brand,
-        category if known. `columns` maps these names to yours. With `folder` all steps are kept there (data, model) and
-        an interrupted fit is resumed by the same call. device: auto, cpu, cuda, cuda:N or mps. Raises UserError for bad
-        input.
+        category if known. `columns` maps these names to yours. With `folder` all steps are kept there (data, model),
+        and the same call resumes an interrupted fit. device: auto, cpu, cuda, cuda:N or mps. UserError for bad input.
         """
         alone("LaserRecommender.fit")
         config = load_config() if config is None else config
@@ -165,9 +164,7 @@ class LaserRecommender:
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise UserError(f"k is {k!r}; it must be a whole number of at least 1")
         asked = self._read(histories, unknown, exclude)
-        allowed = candidates
-        if candidates is not None:
-            allowed = self.dense_items(item_ids_of(candidates, "candidates"), "candidates")
+        allowed = None if candidates is None else self.dense_items(item_ids_of(candidates), "candidates")
         users, ids, scores, ranks, nothing = [], [], [], [], 0
         size = self._users_at_once()
         for at in range(0, len(asked.rows), size):
@@ -198,7 +195,7 @@ class LaserRecommender:
         """Items' vectors, of these or of the whole catalogue in the order of `items`."""
         if item_ids is None:
             return self.embeddings.cpu().numpy().copy()
-        names = item_ids_of(item_ids, "item_ids")
+        names = item_ids_of(item_ids)
         self.dense_items(names, "item_ids")  # names what is unknown
         return self.embeddings[torch.tensor([self._index[i] for i in names], dtype=torch.long)].cpu().numpy()
 
@@ -218,8 +215,8 @@ class LaserRecommender:
             first, ids = len(self._names), new["item_id"].to_list()
             if not ids:
                 return 0
-            if embeddings is not None and tuple(embeddings.shape) != (want := (len(ids), self.embeddings.shape[1])):
-                raise UserError(f"embeddings: the shape is {tuple(embeddings.shape)}, and these items' is {want}")
+            if embeddings is not None and embeddings.shape != (len(ids), self.embeddings.shape[1]):
+                raise UserError(f"embeddings of shape {tuple(embeddings.shape)} are not those of {len(ids)} items")
             self.model.add_items(new, embeddings)
             new = new.with_columns(pl.Series("item", range(first, first + new.height), dtype=pl.Int32))
             self.items = pl.concat([self.items, new.select(self.items.columns)])
@@ -232,7 +229,7 @@ class LaserRecommender:
         Their rows stay in `items` and `embeddings`. The same id may be added anew, as an item of its own. Returns how
         many. Raises UserError for an unknown id; then nothing is removed."""
         with self._held():
-            names = list(dict.fromkeys(item_ids_of(item_ids, "remove_items")))
+            names = list(dict.fromkeys(item_ids_of(item_ids)))
             self._removed = [*self._removed, *self.dense_items(names, "remove_items").tolist()]
             for name in names:
                 del self._index[name]
