@@ -64,7 +64,8 @@ def serve(model: Model, *, host: str = "127.0.0.1", port: int = 8000, token_file
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # to be ended so is no failure
     token = _read_token(token_file)
     try:
-        import fastapi  # noqa: F401
+        import fastapi_offline  # noqa: F401
+        import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("serving needs the extra serve: pip install 'laserrec[serve]'") from None

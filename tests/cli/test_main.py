@@ -189,3 +189,13 @@ def test_a_place_that_can_not_be_written_is_told_before_the_work(run, data, tmp_
               "histories": tmp_path / "histories.csv"}
     code, out, err = run(*(word.format(**places) for word in command))
     assert code == 2 and out == "" and re.match(r"error: .*(is a file|can't be written)", err), err
+
+
+@pytest.mark.parametrize(("missing", "command", "extra"), [
+    ("usearch", ["index", "build", "none", "index"], "usearch"),
+    ("fastapi_offline", ["serve", "none"], "serve"), ("prometheus_client", ["serve", "none"], "serve")])
+def test_a_missing_extra_is_told_before_the_work(run, tmp_path, monkeypatch, missing, command, extra):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, out, err = run(*command)
+    assert code == 2 and out == "" and f"pip install 'laserrec[{extra}]'" in err
