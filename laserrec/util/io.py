@@ -57,6 +57,8 @@ def check_file(path: Path | str) -> None:
     path = Path(os.path.abspath(path))
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file")
+    if path.exists() and not path.is_file():  # /dev/null would be replaced
+        raise UserError(f"{path} is no plain file; name one")
     _check_parent(path)
 
 

@@ -286,6 +286,8 @@ def test_a_place_that_can_not_be_written_is_told_at_once(tmp_path, place, messag
     assert names(tmp_path) == ["file"]
     with pytest.raises(UserError, match="is a folder; name a file"):
         check_file(tmp_path)
+    with pytest.raises(UserError, match="/dev/null is no plain file"):
+        check_file("/dev/null")
 
 
 def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
