@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, reading
 
 _S = TypeVar("_S", bound=BaseModel)
 
@@ -571,7 +571,8 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        with reading(file):
+            return tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such config file: {file}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

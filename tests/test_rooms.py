@@ -1,6 +1,7 @@
 """Imports run downwards: a module imports from its own room (folder) and from lower ones."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,13 @@ def test_every_exception_is_still_needed():
 def test_an_upward_import_is_noticed(source, bad):
     found = [name for name in imports(source) if upward("laserrec.methods.sasrec", name)]
     assert bool(found) == bad
+
+
+def test_advice_names_no_flag_outside_the_command_line():
+    """Python has no flags, and every room but cli is used from Python too; a whole command may be named."""
+    flags = re.compile(r"^(?!.*(laserrec|tensorboard|ray start)\b).*(?<![\w-])--[a-z]")
+    found = [f"{file.relative_to(PACKAGE)}:{node.lineno}" for file in PACKAGE.rglob("*.py") if file.parent.name != "cli"
+             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "UserError"
+             and any(isinstance(part, ast.Constant) and flags.search(str(part.value)) for part in ast.walk(node))]
+    assert found == []

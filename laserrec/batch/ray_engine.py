@@ -124,8 +124,8 @@ def _opened(task: _Task, again: bool = False) -> Worker:
     # Ray replaces dead workers for ever. Where a model is too large for the memory, that gets nowhere and never ends.
     if again and parts_in(job.out) <= task.done:
         raise UserError("a worker died before any part was done, probably for want of memory: each loads the whole "
-                        "model; give fewer --workers")
-    host, advice = socket.gethostname(), "--engine ray needs a file system that all machines share"
+                        "model; give fewer workers")
+    host, advice = socket.gethostname(), "the ray engine needs a file system that all machines share"
     if task.version != __version__:
         raise UserError(f"{host} runs laserrec {__version__}, not {task.version}; install one version everywhere")
     file = job.out / "manifest.json"
@@ -180,7 +180,7 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
         import ray
         import ray.data
     except ImportError:
-        raise UserError("--engine ray needs another library: pip install 'laserrec[ray]'") from None
+        raise UserError("the ray engine needs another library: pip install 'laserrec[ray]'") from None
     if ray.is_initialized():
         yield ray
         return
@@ -194,7 +194,7 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
 def _start(ray: Any, cluster: Cluster) -> None:
     said: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if cluster.address is not None:
-        advice = "start one with ray start --head, or leave --address out"
+        advice = "start one with ray start --head, or give no address"
         _check_address(cluster.address, advice)
         try:
             ray.init(address=cluster.address, **said)
@@ -241,10 +241,10 @@ def _share(ray: Any, cluster: Cluster, device: str, parts: int) -> _Share:
         each = float(device == "cuda" or (device == "auto" and gpus >= (cluster.workers or 1)))
     count = min(cluster.workers or (max(1, int(gpus / each)) if each else len(machines)), parts)
     if count > sum(machines):
-        raise UserError(f"{count} workers need as many CPUs and Ray has {sum(machines)}; give fewer --workers")
+        raise UserError(f"{count} workers need as many CPUs and Ray has {sum(machines)}; give fewer workers")
     if count * each > gpus:
         raise UserError(f"{count} workers of {each:g} GPUs need {count * each:g} and Ray has {gpus:g}; give fewer "
-                        "--workers, a smaller --num-gpus, or --device cpu")
+                        "workers, a smaller num_gpus, or the device cpu")
     cpus = max(c for c in range(1, max(machines) + 1) if sum(m // c for m in machines) >= count)
     return _Share(count, cpus, each)
 

@@ -14,7 +14,7 @@ import polars as pl
 
 from laserrec.data.door import read_histories
 from laserrec.data.files import POLARS_ERRORS, ending, parts_of, read_table, reason
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, reading
 
 _DIGEST_BYTES = 1 << 20
 
@@ -40,8 +40,9 @@ class Source:
         else:
             self._rows = read_table(path).frame.lazy()
         try:
-            first = self._rows.head(1).collect()
-            self.n_rows = self._rows.select(pl.len()).collect().item()
+            with reading(path):
+                first = self._rows.head(1).collect()
+                self.n_rows = self._rows.select(pl.len()).collect().item()
         except (*POLARS_ERRORS, OSError) as error:
             raise UserError(f"{path} is not readable as Parquet: {reason(error)}; write it again") from None
         if not self.n_rows:

@@ -38,10 +38,12 @@ def build(model: Model, out: Path, *, kind: Literal["exact", "usearch", "qdrant"
         Random histories that the recall is measured with.
     """
     from laserrec.recommender.indexing import build_index
+    from laserrec.retrieval.build import check_place
     from laserrec.retrieval.index import IndexKind
 
     if queries < 1:
         raise UserError(f"queries is {queries}; it must be at least 1")
+    check_place(IndexKind(kind), out, url)
     result = build_index(opening.open(model), IndexKind(kind), out, url, queries, collection=collection)
     say(f"{result['items']:,} items, {result['width']} wide, in {result['seconds']:.1f} s, "
         f"{result['bytes'] / 2**20:.1f} MiB; recall@10 against exact {result['recall@10']:.3f} over "

@@ -62,6 +62,8 @@ def _read_environment() -> None:
     if level.upper() not in (levels := logging.getLevelNamesMapping()):
         raise UserError(f"LASERREC_LOG is {level!r}; give one of {', '.join(levels).lower()}")
     logging.basicConfig(level=level.upper(), format="%(message)s", force=True)
+    losses = logging.INFO if level == "warning" else logging.NOTSET  # small ones are told too, unless a level is given
+    logging.getLogger("laserrec.data.losses").setLevel(losses)
     for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
         value = os.environ.get(name, "1")
         if not value.isdecimal() or int(value) < least:

@@ -13,7 +13,7 @@ from rich.console import Console
 from laserrec.cli.settings import Settings
 from laserrec.config import Config, load_config
 from laserrec.presets import PRESETS
-from laserrec.util.io import write_json
+from laserrec.util.io import check_file, write_json
 
 if TYPE_CHECKING:
     from laserrec.recommender.recommender import LaserRecommender
@@ -28,7 +28,15 @@ ConfigFile = Annotated[Path | None, Parameter(name="--config", help="TOML file w
 Flags = Annotated[Settings | None, Parameter(name="*", group="Settings", show_default=False)]
 Switch = Annotated[bool, Parameter(negative="")]
 """A flag that is off unless it is given."""
-JsonFile = Annotated[Path | None, Parameter(name="--json", help="Write the numbers to this file.")]
+
+
+def writable(kind: Any, file: Path | None) -> None:
+    """Validator of files to write: a place that can't be written is told before the work."""
+    if file is not None:
+        check_file(file)
+
+
+JsonFile = Annotated[Path | None, Parameter(name="--json", help="Write the numbers to this file.", validator=writable)]
 Separator = Annotated[str | None, Parameter(help="Of delimited text, such as ; (a comma if not given, a tab in .tsv).")]
 Encoding = Annotated[str, Parameter(help="Of text files, such as cp1252 or utf-16.")]
 Quiet = Annotated[bool, Parameter(negative="", help="Show no progress.")]

@@ -41,10 +41,11 @@ def report(run: Path, *, out: Path | None = None, data: Path | None = None, resu
     from laserrec.report.collect import collect
     from laserrec.report.page import render
     from laserrec.report.places import find
-    from laserrec.util.io import write_text
+    from laserrec.util.io import check_file, write_text
 
-    found = collect(find(run, data, results), map, device)
-    out = out or run / "report.html"
+    places, out = find(run, data, results), out or run / "report.html"
+    check_file(out)
+    found = collect(places, map, device)
     text = render(found)
     write_text(out, text)
     say(f"report {out}: {len(text.encode()) / 2**20:.1f} MiB")

@@ -64,10 +64,12 @@ def serve(model: Model, *, host: str = "127.0.0.1", port: int = 8000, token_file
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # to be ended so is no failure
     token = _read_token(token_file)
     try:
-        import fastapi  # noqa: F401
+        import fastapi_offline  # noqa: F401
+        import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("serving needs the extra serve: pip install 'laserrec[serve]'") from None
+    from laserrec.recommender.folder import SERVED
     from laserrec.recommender.hub import is_repo
 
     if not host:
@@ -82,7 +84,7 @@ def serve(model: Model, *, host: str = "127.0.0.1", port: int = 8000, token_file
         console.print(f"[yellow]warning:[/] {host} can be reached by others and no API token is set "
                       f"(--token-file or {_TOKEN}); anybody there can change the catalogue")
     if state is None:  # never inside the hub's cache, which people delete; one for all revisions
-        state = Path("served") / model.as_posix().partition("@")[0] if is_repo(model) else model / "served"
+        state = Path("served") / model.as_posix().partition("@")[0] if is_repo(model) else model / SERVED
     _run(model, host, port, token, allowed_hosts or [], state, index, limits, threads, opening, console)
 
 
@@ -114,7 +116,8 @@ def _read_token(file: Path | None) -> str | None:
     try:
         token = file.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"token file {file} can't be read: {error}") from None
+        why = getattr(error, "strerror", None) or "it is no UTF-8"
+        raise UserError(f"token file {file} can't be read: {why}") from None
     if not token:
         raise UserError(f"token file {file} is empty")
     return token

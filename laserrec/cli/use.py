@@ -23,6 +23,7 @@ from laserrec.cli.options import (
 )
 from laserrec.cli.output import print_recommendations, print_results
 from laserrec.util.errors import UserError
+from laserrec.util.io import check_file, check_folder
 
 
 def evaluate(data: Data, models: list[str], *, split: Literal["validation", "test"] = "test", k: int = 10,
@@ -58,6 +59,8 @@ def evaluate(data: Data, models: list[str], *, split: Literal["validation", "tes
 
     if k < 1:
         raise UserError(f"k is {k}; it must be at least 1")
+    if ranks is not None:
+        check_folder(ranks)
     if record and (far := [name for name in models if is_repo(name)]):
         raise UserError(f"--record keeps numbers in a model's folder, and {far[0]} is none here; evaluate the folder "
                         "and push it again")
@@ -126,6 +129,8 @@ def recommend(model: Model, *, history: str | None = None, histories: Path | Non
         raise UserError("give either --history ID,ID,... or --histories FILE")
     if out is not None and out.suffix not in (".csv", ".parquet"):
         raise UserError(f"{out}: ending {out.suffix!r} is not one of .csv, .parquet")
+    if out is not None:
+        check_file(out)
     loaded = opening.open(model)
     loaded.use_index(index)
     frame = loaded.recommend(asked, k=k, exclude_seen=exclude_seen, unknown=unknown,

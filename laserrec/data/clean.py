@@ -39,6 +39,13 @@ def item_id(value: Any) -> str:
     return name
 
 
+def item_ids_of(values: Any) -> list[str]:
+    """`item_id` of each value of a list, array or Series. Raises UserError for anything else."""
+    if not is_nested(values) or isinstance(values, Mapping):
+        raise UserError(f"expected a list of item ids, not {_short(values)}")
+    return [item_id(value) for value in values]
+
+
 def as_id(value: Any) -> str | None:
     """`item_id`, or None where the value is missing, empty, true or false, a date, a list or dict, or a float so large
     that its last digits are lost."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from laserrec.data.files import POLARS_ERRORS, reason
 from laserrec.data.histories import Histories
 from laserrec.data.raw import ITEM_SCHEMA
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, reading
 from laserrec.util.io import read_json
 
 FORMAT = 2
@@ -88,8 +88,9 @@ class Dataset:
     def load(folder: Path | str) -> Dataset:
         """Read a data folder; UserError if it is not one."""
         folder = Path(folder)
-        missing = [f for f in ("meta.json", "items.parquet", "users.parquet", "interactions.parquet")
-                   if not (folder / f).is_file()]
+        with reading(folder):
+            missing = [f for f in ("meta.json", "items.parquet", "users.parquet", "interactions.parquet")
+                       if not (folder / f).is_file()]
         if missing:
             raise UserError(f"{folder} is not a data folder ({', '.join(missing)} missing); make one: laserrec prepare")
         meta = read_json(folder / "meta.json", "prepare again")
@@ -149,6 +150,7 @@ def _by_user(interactions: pl.DataFrame) -> tuple[np.ndarray, Histories]:
 
 def _read(file: Path) -> pl.DataFrame:
     try:
-        return pl.read_parquet(file)
+        with reading(file):
+            return pl.read_parquet(file)
     except (*POLARS_ERRORS, OSError) as error:
         raise UserError(f"{file} is damaged: {reason(error)}; prepare the data again") from None

@@ -24,7 +24,7 @@ from typing import Any
 import polars as pl
 
 from laserrec.data.clean import column_of
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, reading
 
 ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".inter", ".item")
 POLARS_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
@@ -142,7 +142,8 @@ def _read_file(path: Path, options: FileOptions) -> Table:
     kind = ending(path)
     if kind == ".parquet":
         try:
-            return Table(pl.read_parquet(path), str(path))
+            with reading(path):
+                return Table(pl.read_parquet(path), str(path))
         except (*POLARS_ERRORS, OSError) as error:
             raise UserError(f"{path} is not readable as Parquet: {reason(error)}; write it again") from None
     if kind in _JSON_ENDINGS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -10,13 +11,15 @@ from itertools import islice
 
 from laserrec.util.errors import UserError
 
+log = logging.getLogger(__name__)
+
 LOUD = 0.1
 """A larger share lost than this is a warning."""
 _LOOKED_AT = 1000
 
 
 class LossWarning(UserWarning):
-    """More than a tenth of something the caller gave was left out."""
+    """More than a tenth of something the caller gave was left out, or a user gets no answer."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,24 @@ class Losses:
         return found
 
     def tell(self, catalogue: Iterable[str]) -> None:
-        """Warns (LossWarning) of more than a tenth lost, and raises UserError where nothing is left, with the likeliest
-        cause and examples of both sides. catalogue: its item ids."""
+        """Warns (LossWarning) of more than a tenth of the items lost and of users without an answer, and raises
+        UserError where nothing is left, with the likeliest cause and examples of both sides; logs what is less.
+        catalogue: its item ids."""
         if self.unknown == self.items and not self.examples:
             raise UserError("the histories hold no item ids; a recommendation needs at least one")
         if self.unknown == self.items:
             raise UserError(f"no item of the histories is in the catalogue: {mismatch(self.examples, catalogue)}")
-        if self.unknown > LOUD * self.items or self.empty_users > LOUD * self.users:
+        if self.unknown > LOUD * self.items or self.empty_users:
             more = f" {mismatch(self.examples, catalogue)}" if self.examples else ""
             warnings.warn(" ".join(self.lines()) + more, LossWarning, stacklevel=3)
+        elif self.unknown:
+            log.info(*self.lines())
+
+    def tell_unanswered(self, count: int) -> None:
+        """Warns of users whose answer is empty for another reason than `tell` knows. count: all empty answers."""
+        if count > self.empty_users:
+            warnings.warn(f"{count - self.empty_users:,} of {self.users:,} users get no recommendation: nothing is "
+                          "left for them that may be recommended.", LossWarning, stacklevel=3)
 
 
 def mismatch(theirs: Iterable[str], ours: Iterable[str]) -> str:

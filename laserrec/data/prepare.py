@@ -23,9 +23,10 @@ from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA
 from laserrec.data.sources import Source, read_source
 from laserrec.data.summary import warn_of_losses
 from laserrec.util.errors import UserError
-from laserrec.util.io import json_text, new_folder, parquet_bytes, write_bytes
+from laserrec.util.io import check_folder, json_text, new_folder, parquet_bytes, write_bytes
 
 _TABLES = ("items", "users", "interactions")
+_NEEDED = ("meta.json", "interactions.parquet")
 
 
 def prepare_source(source: Source, out: Path | str, config: DataConfig | None = None, *, format: str = "auto",
@@ -33,6 +34,7 @@ def prepare_source(source: Source, out: Path | str, config: DataConfig | None = 
                    encoding: str = "utf-8", overwrite: bool = False) -> dict:
     """`read_source`, then `prepare`: files of any known format -> the data folder `out`; returns `prepare`'s report.
     on_error, separator, encoding: see `files.FileOptions`."""
+    _check_free(Path(out))
     raw = read_source(source, format, columns, FileOptions(on_error, separator, encoding))
     return prepare(raw.interactions, raw.items, config or DataConfig(), out, overwrite=overwrite, notes=raw.notes)
 
@@ -78,17 +80,23 @@ def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig,
 
 def _holds(out: Path, files: dict[str, bytes], overwrite: bool) -> bool:
     """True when `out` holds exactly these files; UserError when it holds something that may not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    _check_free(out)
+    if not out.is_dir() or not any(out.iterdir()):
         return False
     same = all((out / name).is_file() and (out / name).read_bytes() == data for name, data in files.items())
     if same and (NEW_ITEMS in files or not (out / NEW_ITEMS).exists()):
         return True
-    if not all((out / name).is_file() for name in ("meta.json", "interactions.parquet")):
-        raise UserError(f"{out} is there already and is no data folder; it is never overwritten, name another folder")
     if not overwrite:
         raise UserError(f"{out} is a data folder made from other input or settings, or changed since; name another "
                         "folder, or replace it: overwrite")
     return False
+
+
+def _check_free(out: Path) -> None:
+    """Raises UserError for a folder that can't be written, or that holds something else than data."""
+    check_folder(out)
+    if out.is_dir() and any(out.iterdir()) and not all((out / name).is_file() for name in _NEEDED):
+        raise UserError(f"{out} is there already and is no data folder; it is never overwritten, name another folder")
 
 
 def _check_frames(interactions: pl.DataFrame, items: pl.DataFrame) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from laserrec.data.clean import column_of, ids, is_empty, texts, times, why_no_id
+from laserrec.data.clean import column_of, ids, is_empty, is_nested, texts, times, why_no_id
 from laserrec.data.files import POLARS_ERRORS, SKIP_HINT, FileOptions, Table, header_hint, reason
 from laserrec.util.errors import UserError
 
@@ -62,7 +62,7 @@ def from_tables(interactions: Table, items: Table, columns: Mapping[str, str] | 
 def read_items(frame: Any, name: str = "new items") -> pl.DataFrame:
     """A frame of items to add (item_id, title, and brand, category if known) with ITEM_SCHEMA, cleaned as `from_frames`
     does. Raises UserError for a missing column, and for an empty or repeated id or an empty title (with the row)."""
-    table = _pick(Table(to_polars(frame, name), name), "items", {})
+    table = _pick(Table(to_polars(frame, name), name), "items", None)
     items, _ = _checked_items(table, "raise", "Mend it")
     for bad, what in ((items["item_id"].is_duplicated(), "stands in more than one row; keep one"),
                       (items["title"].is_null(), "has no title; give it one, its text is what a model reads")):
@@ -73,8 +73,8 @@ def read_items(frame: Any, name: str = "new items") -> pl.DataFrame:
 
 
 def to_polars(frame: Any, name: str = "the frame") -> pl.DataFrame:
-    """A polars frame (eager or lazy), pandas frame or Arrow table as an eager polars frame, pandas' named index levels
-    as columns. Raises UserError for anything else."""
+    """A polars frame (eager or lazy), pandas frame, Arrow table, dict of columns, list of dicts or one dict as an eager
+    polars frame, pandas' named index levels as columns. Raises UserError for anything else."""
     try:
         if isinstance(frame, (pl.DataFrame, pl.LazyFrame)):
             return frame.lazy().collect()
@@ -83,12 +83,19 @@ def to_polars(frame: Any, name: str = "the frame") -> pl.DataFrame:
             return pl.DataFrame(pl.from_arrow(frame))
         if module == "pandas" and hasattr(frame, "columns"):
             return _from_pandas(frame)
+        if isinstance(frame, Mapping) and all(map(is_nested, frame.values())):
+            return pl.DataFrame([column_of(str(c), values) for c, values in frame.items()])
+        rows = [frame] if isinstance(frame, Mapping) else frame
+        if isinstance(rows, (list, tuple)) and all(isinstance(row, Mapping) for row in rows):
+            names = dict.fromkeys(name for row in rows for name in row)
+            return pl.DataFrame([column_of(str(n), [row.get(n) for row in rows]) for n in names])
     except ImportError as error:  # polars needs pyarrow for pandas' string columns
         raise UserError(f"reading {name} from pandas needs one more package ({error}); "
                         "pip install 'laserrec[pandas]'") from None
     except (TypeError, ValueError, *POLARS_ERRORS) as error:
         raise UserError(f"{name} can't be read: {reason(error)}") from None
-    raise UserError(f"{name}: expected a polars or pandas frame, not {type(frame).__name__}")
+    raise UserError(f"{name}: expected a polars or pandas frame, a dict of columns or a list of dicts, not "
+                    f"{type(frame).__name__}")
 
 
 def _from_pandas(frame: Any) -> pl.DataFrame:
@@ -119,16 +126,18 @@ def _check_map(columns: dict[str, str]) -> None:
                             "with 'items.' or 'interactions.' before it for one table alone")
 
 
-def _pick(table: Table, kind: str, columns: dict[str, str]) -> Table:
+def _pick(table: Table, kind: str, given: dict[str, str] | None) -> Table:
+    """Our columns under our names. given: the caller's names for them; None where the caller can't give any."""
     needed, optional = _COLUMNS[kind]
+    columns = given or {}
     chosen = {name: columns.get(f"{kind}.{name}", columns.get(name, name)) for name in sorted(needed | optional)}
     asked = {name for name in chosen if name in columns or f"{kind}.{name}" in columns}
     have = table.frame.columns
     missing = [name for name in chosen if chosen[name] not in have and (name in needed or name in asked)]
     if missing:
         wanted = [f"{name} (looked for {chosen[name]!r})" if name in asked else name for name in missing]
-        error = no_column(table.name, wanted, have)
-        raise UserError(f"{error}. Map it: columns {missing[0]}=YOUR_COLUMN, in Python {{'{missing[0]}': ...}}")
+        advice = f"; name yours so: columns {{{missing[0]!r}: YOUR_COLUMN}}" if given is not None else ""
+        raise UserError(f"{no_column(table.name, wanted, have)}{'' if header_hint(have) else advice}")
     frame = table.frame.select(pl.col(theirs).alias(name) for name, theirs in chosen.items() if theirs in have)
     return Table(frame, table.name, table.locate)
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as Grid
+from rich.text import Text
 
 from laserrec.config import Config, load_config
 from laserrec.data.dataset import Dataset
@@ -89,16 +91,18 @@ def _example(console: Console, model: LaserRecommender, dataset: Dataset) -> lis
     at = next((i for i, length in enumerate(lengths) if 3 <= length <= 6), 0)
     ids, titles = dataset.items["item_id"].to_list(), dataset.items["title"].to_list()
     bought, target = cases.histories[at].tolist(), int(cases.targets[at])
-    grid = Grid("", "item", "title", box=None, padding=(0, 2))
+    grid = Grid(Column("", no_wrap=True), Column("item", no_wrap=True), "title", box=None, padding=(0, 2))
+
+    def add(what: str, item: str, title: str | None, style: str = "") -> None:
+        grid.add_row(what, Text(item), Text(title or "", no_wrap=True, overflow="ellipsis"), style=style)
+
     for row in bought:
-        grid.add_row("bought", ids[row], titles[row])
+        add("bought", ids[row], titles[row])
     frame = model.recommend([[ids[row] for row in bought]], k=5, exclude_seen=True)
     names = dict(zip(ids, titles, strict=True))
     for rank, item in zip(frame["rank"], frame["item_id"], strict=True):
-        grid.add_row(f"recommended {rank}", item, names[item], style="bold green" if item == ids[target] else "green")
-    grid.add_row("bought next", ids[target], titles[target], style="dim")
-    for column in grid.columns:
-        column.no_wrap, column.overflow = True, "ellipsis"
+        add(f"recommended {rank}", item, names[item], "bold green" if item == ids[target] else "green")
+    add("bought next", ids[target], titles[target], "dim")
     console.print(grid)
     return [ids[row] for row in bought]
 

@@ -190,11 +190,10 @@ def load_backbone(config: BackboneConfig, device: torch.device = CPU, trust_remo
 def _check_layers(model: Any, config: BackboneConfig) -> None:
     there: int = model.config.num_hidden_layers
     if config.layers is not None and config.layers > there:
-        raise UserError(f"backbone.layers is {config.layers}, but {config.name} has {there}")
+        raise UserError(f"backbone.layers is {config.layers}, but {config.name} has {there}; set at most {there}")
     if max(config.mean_layers, default=0) > there:
-        raise UserError(f"backbone.mean_layers is {config.mean_layers}, but {config.name} has {there} layers; name "
-                        f"others (--backbone.mean-layers {there}, repeated for more), or the last of backbone.layers "
-                        "alone: mean_layers = [] under [backbone] in a TOML file (--config)")
+        raise UserError(f"backbone.mean_layers is {config.mean_layers}, but {config.name} has {there} layers; set "
+                        f"backbone.mean_layers to some of 1 to {there}, or to [] for the last of backbone.layers alone")
 
 
 def _load_sharded(config: BackboneConfig, dtype: torch.dtype, tokenizer: Any, world: World, device: torch.device,

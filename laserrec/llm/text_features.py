@@ -33,6 +33,7 @@ from laserrec.util import checkpoint
 from laserrec.util.device import move
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
+from laserrec.util.memory import available_bytes
 from laserrec.util.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ _MAX_TOKENS = 64
 """Of one item's text; read once per catalogue, it may be longer than what every history repeats."""
 _AT_ONCE = 64
 """Texts per pass of the LLM."""
+_COPIES = 3
+"""Of the means, that reading and whitening hold at once."""
 _KEPT_BYTES = 2**28
 """Means no larger than this stay in memory: an ID model, Laser and its rivals all want those of one catalogue, and
 reading it takes minutes."""
@@ -183,6 +186,10 @@ class TextFeatures:
             lock.release()
 
     def _read(self, lines: list[np.ndarray]) -> Tensor:
+        needed, free = _COPIES * 4 * len(lines) * self.backbone.d_means, available_bytes()
+        if self.device.type == "cpu" and needed > free:
+            raise UserError(f"the text vectors of {len(lines):,} items take {needed / 1e9:,.1f} GB of memory and "
+                            f"{free / 1e9:,.1f} GB are free; set fewer backbone.mean_layers or use a larger machine")
         with Progress("reading item texts", len(lines), self.progress) as bar:
             return _means(self.backbone, lines, bar.advance, self.world)
 

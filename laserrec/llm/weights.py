@@ -11,7 +11,7 @@ from typing import Any
 
 from laserrec.config import BackboneConfig
 from laserrec.llm.fetch import DEFAULT_NAME, fetch_default
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, reading
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -37,7 +37,8 @@ def find_weights(config: BackboneConfig) -> Weights:
     """The files of `config.name`, hashed."""
     path = source(config)
     if Path(path).is_dir():
-        return Weights(Path(path), None, _files_sha256(Path(path)))
+        with reading(path):
+            return Weights(Path(path), None, _files_sha256(Path(path)))
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(path, "config.json", revision=config.revision)
@@ -81,6 +82,9 @@ def _reason(config: BackboneConfig, error: Exception) -> str:
         return ("it comes with Python code of its own, which is not run. If you trust its source, load it with "
                 "load_backbone(..., trust_remote_code=True)")
     folder = Path(config.name)
+    if (folder.is_absolute() or config.name.startswith((".", "~"))) and not folder.exists():
+        return ("there is no such folder; give the LLM's folder, and for a model whose LLM has moved, its new one: "
+                "backbone")
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES) if folder.is_dir() else []
     if pickles and not any(folder.glob("*.safetensors")):
         return (f"its weights are in {pickles[0]}, a pickle, which can run code when it is opened. Convert them to "

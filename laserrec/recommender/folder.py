@@ -36,12 +36,23 @@ from laserrec.config import Config
 from laserrec.methods.all import find_method
 from laserrec.recommender.card import write_card
 from laserrec.util import checkpoint, manifest
-from laserrec.util.errors import UserError
-from laserrec.util.io import new_folder, read_json, recover, write_json, write_parquet, write_text
+from laserrec.util.errors import UserError, reading
+from laserrec.util.io import (
+    check_folder,
+    locked,
+    new_folder,
+    read_json,
+    recover,
+    write_json,
+    write_parquet,
+    write_text,
+)
 
 FORMAT = 3
 _MODEL, _WEIGHTS, _ITEMS, _KEPT, _LOG, _ID = ("model.json", "weights.safetensors", "items.parquet",
                                               "items.safetensors", "log.jsonl", "id_model")
+SERVED = "served"
+"""Where a server of the folder keeps its changes, unless it is told otherwise."""
 _NEEDED = (_WEIGHTS, _ITEMS, _KEPT)
 _NESTED = (f"{_ID}/{_MODEL}", f"{_ID}/{_WEIGHTS}")
 _CHECKED = (*_NEEDED, *_NESTED, _LOG)
@@ -76,8 +87,10 @@ class Saved:
 
 def save(folder: Path, saved: Saved) -> None:
     """Write the folder and swap it in; curves, a server's state and a card that a person wrote are taken over from the
-    folder that it replaces. Raises UserError where it can't be written, or would replace something that is no model."""
-    with new_folder(folder, replace=(_MODEL, "checkpoint.safetensors", _CURVES[0])) as new:
+    folder that it replaces. Raises UserError where it can't be written, would replace something that is no model, or
+    while a server keeps its state there, whose next changes would be lost."""
+    serving = locked(folder / SERVED, "a save") if (folder / f".{SERVED}.lock").is_file() else contextlib.nullcontext()
+    with serving, new_folder(folder, replace=(_MODEL, "checkpoint.safetensors", _CURVES[0])) as new:
         _take_over(folder, new)
         checkpoint.save(new / _WEIGHTS, saved.weights)
         checkpoint.save(new / _KEPT, saved.kept)
@@ -101,7 +114,7 @@ def save(folder: Path, saved: Saved) -> None:
 
 def _take_over(old: Path, new: Path) -> None:
     below = [f"{_ID}/{name}" for name in (*_CURVES, _LOG)]
-    for name in (*_CURVES, _LOG, *below, "served", "README.md", "LICENSE"):
+    for name in (*_CURVES, _LOG, *below, SERVED, "README.md", "LICENSE"):
         if (old / name).is_dir():
             shutil.copytree(old / name, new / name, symlinks=True)
         elif (old / name).is_file():
@@ -110,8 +123,12 @@ def _take_over(old: Path, new: Path) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """Raises UserError for a folder that a fit may not use: the finished model takes the place of all that is in it."""
-    if (folder / _MODEL).is_file() or not folder.is_dir():
+    """Raises UserError for a folder that a fit may not use or can't write: the finished model takes the place of all
+    that is in it."""
+    if (folder / _MODEL).is_file():
+        return
+    check_folder(folder)
+    if not folder.is_dir():
         return
     for entry in sorted(folder.iterdir()):
         if entry.name not in _UNFINISHED and not entry.name.endswith((".lock", ".tmp", ".old")):
@@ -123,7 +140,9 @@ def read_note(folder: Path) -> dict[str, Any]:
     version of laserrec wrote it."""
     recover(folder)
     file = folder / _MODEL
-    if not file.is_file():
+    with reading(folder):
+        there = file.is_file()
+    if not there:
         unfinished = (folder / "checkpoint.safetensors").is_file()
         hint = "start the same fit again to go on with it" if unfinished else "make one with fit"
         raise UserError(f"{folder} is {'an unfinished fit' if unfinished else 'not a model folder'}; {hint}")

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laserrec.config import Config, load_config
-from laserrec.data.clean import item_id
+from laserrec.data.clean import item_ids_of
 from laserrec.data.dataset import Dataset
 from laserrec.data.door import Asked, read_histories
 from laserrec.data.histories import Histories
@@ -71,12 +71,13 @@ class LaserRecommender:
         """Prepare polars or pandas frames and fit a method on them.
 
         interactions: user_id, item_id, and timestamp or position (else row order); items: item_id, title, and brand,
-        category if known. `columns` maps these names to yours. With `folder` all steps are kept there (data, model) and
-        an interrupted fit is resumed by the same call. device: auto, cpu, cuda, cuda:N or mps. Raises UserError for bad
-        input.
+        category if known. `columns` maps these names to yours. With `folder` all steps are kept there (data, model),
+        and the same call resumes an interrupted fit. device: auto, cpu, cuda, cuda:N or mps. UserError for bad input.
         """
         alone("LaserRecommender.fit")
-        config = config or load_config()
+        config = load_config() if config is None else config
+        if not isinstance(config, Config):
+            raise UserError(f"config is a {type(config).__name__}; make a Config with laserrec.config.load_config")
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="laserrec-") as scratch:
                 return cls.fit(interactions, items, config, scratch, columns, progress, method, device)
@@ -156,25 +157,27 @@ class LaserRecommender:
         first; or a frame with user_id and item_id. Users need not be known. exclude_seen: leave out items of the
         history. candidates: recommend only these item ids. exclude: never recommend these, or {user_id: these}.
         unknown: "error", or "drop" to leave out history items that are not in the catalogue; a user without any other
-        gets no recommendation.
+        gets no recommendation. Users for whom nothing is left are counted in a LossWarning.
         Returns a frame user_id, item_id, score, rank (from 1): polars, or pandas if pandas went in.
         Raises UserError for an unknown item, an empty history, or k < 1.
         """
-        if k < 1:
-            raise UserError(f"k is {k}; it must be at least 1")
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise UserError(f"k is {k!r}; it must be a whole number of at least 1")
         asked = self._read(histories, unknown, exclude)
-        allowed = None if candidates is None else self.dense_items(_clean_ids(candidates), "candidates")
-        users, ids, scores, ranks = [], [], [], []
+        allowed = None if candidates is None else self.dense_items(item_ids_of(candidates), "candidates")
+        users, ids, scores, ranks, nothing = [], [], [], [], 0
         size = self._users_at_once()
         for at in range(0, len(asked.rows), size):
             part = zip(asked.rows[at : at + size], asked.excluded[at : at + size], strict=True)
             asks = [Ask(np.array(row, dtype=np.int64), k, exclude_seen, allowed, np.array(hidden, dtype=np.int64))
                     for row, hidden in part]
             for user, answer in zip(asked.users[at : at + size], self.rank(asks), strict=True):
+                nothing += not len(answer.items)
                 users += [user] * len(answer.items)
                 ids += self.item_ids(answer.items)
                 scores += answer.scores.tolist()
                 ranks += range(1, len(answer.items) + 1)
+        asked.lost.tell_unanswered(nothing)
         frame = pl.DataFrame({"user_id": users, "item_id": ids, "score": scores, "rank": ranks},
                              schema={"user_id": asked.user_type, "item_id": pl.String, "score": pl.Float32,
                                      "rank": pl.Int32})
@@ -192,7 +195,7 @@ class LaserRecommender:
         """Items' vectors, of these or of the whole catalogue in the order of `items`."""
         if item_ids is None:
             return self.embeddings.cpu().numpy().copy()
-        names = _clean_ids(item_ids)
+        names = item_ids_of(item_ids)
         self.dense_items(names, "item_ids")  # names what is unknown
         return self.embeddings[torch.tensor([self._index[i] for i in names], dtype=torch.long)].cpu().numpy()
 
@@ -212,6 +215,8 @@ class LaserRecommender:
             first, ids = len(self._names), new["item_id"].to_list()
             if not ids:
                 return 0
+            if embeddings is not None and embeddings.shape != (len(ids), self.embeddings.shape[1]):
+                raise UserError(f"embeddings of shape {tuple(embeddings.shape)} are not those of {len(ids)} items")
             self.model.add_items(new, embeddings)
             new = new.with_columns(pl.Series("item", range(first, first + new.height), dtype=pl.Int32))
             self.items = pl.concat([self.items, new.select(self.items.columns)])
@@ -224,7 +229,7 @@ class LaserRecommender:
         Their rows stay in `items` and `embeddings`. The same id may be added anew, as an item of its own. Returns how
         many. Raises UserError for an unknown id; then nothing is removed."""
         with self._held():
-            names = list(dict.fromkeys(_clean_ids(item_ids)))
+            names = list(dict.fromkeys(item_ids_of(item_ids)))
             self._removed = [*self._removed, *self.dense_items(names, "remove_items").tolist()]
             for name in names:
                 del self._index[name]
@@ -393,8 +398,3 @@ class LaserRecommender:
             raise UserError(f"new items: {len(known)} ids are in the catalogue already, first {known[:3]}; leave them "
                             'out, or give exists="skip"')
         return items.filter(~pl.col("item_id").is_in(known))
-
-
-def _clean_ids(item_ids: Sequence[Any]) -> list[str]:
-    """As the catalogue has them."""
-    return [item_id(value) for value in item_ids]

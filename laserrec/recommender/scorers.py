@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def load_scorer(name: str, dataset: Dataset, device: torch.device, backbone: Bac
 
     name: a model folder, ORG/NAME[@REVISION] on the Hugging Face Hub, or popularity or ease, which are fitted here.
     backbone, trust_remote_code: see `LaserRecommender.from_pretrained`. Raises UserError for anything else, and for a
-    model of another catalogue.
+    model of another catalogue; warns of one that was fitted on other data.
     """
     if name in IN_MEMORY and not (Path(name) / "model.json").is_file():
         return _fitted(name, dataset, device)
@@ -52,6 +53,9 @@ def load_scorer(name: str, dataset: Dataset, device: torch.device, backbone: Bac
     model = LaserRecommender.from_pretrained(name, backbone, device=str(device), trust_remote_code=trust_remote_code)
     if not model.items["item_id"].head(dataset.n_items).equals(dataset.items["item_id"]):
         raise UserError(f"{name} has another catalogue than the data folder; evaluate it on its own data")
+    if model.facts.get("data", {}).get("sha256", dataset.fingerprint) != dataset.fingerprint:
+        warnings.warn(f"{name} was fitted on other data, which have the same items: what is asked here may have been "
+                      "in its training, and its numbers then tell too much", UserWarning, stacklevel=2)
     return FirstItems(model, dataset.n_items), model.batch_size
 
 

@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laserrec.retrieval.folder import catalogue_sha256, index_folder, make_index
-from laserrec.retrieval.index import Index, IndexKind, recall_against_exact
+from laserrec.retrieval.index import Index, IndexKind, library, recall_against_exact
 from laserrec.retrieval.qdrant import QdrantIndex
 from laserrec.util.errors import UserError
+from laserrec.util.io import check_folder
 
 
 def fill_index(vectors: Float[Tensor, "items d"], rows: Int[Tensor, "live"], kind: IndexKind, **place: Any) -> Index:
@@ -31,13 +32,23 @@ def fill_index(vectors: Float[Tensor, "items d"], rows: Int[Tensor, "live"], kin
     return index
 
 
+def check_place(kind: IndexKind, folder: Path | str, url: str | None) -> None:
+    """Raises UserError where an index could not be built: call it before a model is loaded for one."""
+    check_folder(folder)
+    if kind == IndexKind.QDRANT:
+        library("qdrant_client", "qdrant")
+        if not url:
+            raise UserError("an index of kind qdrant is kept on a server; give its url, or use kind exact or usearch")
+    elif kind == IndexKind.USEARCH:
+        library("usearch", "usearch")
+
+
 def build_index(vectors: Float[Tensor, "items d"], rows: Int[Tensor, "live"], kind: IndexKind, folder: Path | str,
                 queries: Float[np.ndarray, "queries d"], k: int = 10, **place: Any) -> dict[str, Any]:
     """Build into `folder` and measure. vectors: of the whole catalogue; rows: of the items that
     can be recommended. Returns {kind, items, width, seconds, bytes, recall@k, queries}; bytes: on this disk. Raises
     UserError for a folder that holds something else, and as `fill_index`."""
-    if kind == IndexKind.QDRANT and not place.get("url"):
-        raise UserError("an index of kind qdrant is kept on a server; give its url, or use kind exact or usearch")
+    check_place(kind, folder, place.get("url"))
     start = time.monotonic()
     with index_folder(folder) as write:
         index = fill_index(vectors, rows, kind, **place)

@@ -14,16 +14,17 @@ def _described(*kinds: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": list(kinds)})
 
 
-_NUMBER, _LIST = {"type": "number"}, {"type": "array"}
+_NUMBER = {"type": "number"}
 ItemId = Annotated[str, BeforeValidator(clean_id), _described({"type": "string", "minLength": 1}, _NUMBER)]
 """Any id that a catalogue may hold: text or a number."""
 _NewId = Annotated[str, StringConstraints(max_length=MAX_ID), BeforeValidator(clean_id),
                    _described({"type": "string", "minLength": 1, "maxLength": MAX_ID}, _NUMBER)]
 _TEXT = {"type": "string", "maxLength": MAX_TEXT}
+_OTHER_TEXTS = ({"type": "array"}, {"type": "object"}, _NUMBER, {"type": "boolean"})
 _Title = Annotated[str, StringConstraints(max_length=MAX_TEXT), BeforeValidator(clean_title),
-                   _described({**_TEXT, "minLength": 1}, _LIST)]
+                   _described({**_TEXT, "minLength": 1}, *_OTHER_TEXTS)]
 _Text = Annotated[str | None, Field(max_length=MAX_TEXT), BeforeValidator(clean_text),
-                  _described(_TEXT, _LIST, {"type": "null"})]
+                  _described(_TEXT, *_OTHER_TEXTS, {"type": "null"})]
 
 
 class _Body(BaseModel):

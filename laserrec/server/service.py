@@ -33,7 +33,7 @@ from laserrec.server.settings import Limits
 from laserrec.server.state import Kept, State
 from laserrec.server.worker import Worker
 from laserrec.util.errors import UserError
-from laserrec.util.io import locked
+from laserrec.util.io import check_folder, locked
 
 _SLICE_SECONDS = 0.05
 """How long new items are encoded before requests have their turn again."""
@@ -91,9 +91,11 @@ class Service:
         backbone, trust_remote_code: as in `LaserRecommender.from_pretrained`. Raises UserError for a folder that is no
         model, an index of another model, a damaged state or one in use."""
         state = State(state_folder, model_identity(folder))
-        model = LaserRecommender.from_pretrained(folder, backbone, device=device, trust_remote_code=trust_remote_code)
-        model.use_index(index)  # before the changes: it is of the catalogue as it was fitted
-        with locked(state_folder, "a server"):
+        check_folder(state_folder)
+        with locked(state_folder, "a server"):  # before the model, which takes long to load
+            model = LaserRecommender.from_pretrained(folder, backbone, device=device,
+                                                     trust_remote_code=trust_remote_code)
+            model.use_index(index)  # before the changes: it is of the catalogue as it was fitted
             service = cls(model, state, limits, name or folder.name)
             service.worker.start()
             try:

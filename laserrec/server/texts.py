@@ -16,16 +16,16 @@ def clean_id(value: Any) -> str:
         raise ValueError(str(error)) from None
 
 
-def clean_text(value: Any) -> Any:
-    """Text, and lists joined, without markup; None if nothing is left. Values of other kinds are left to the schema.
-    Raises ValueError for lists in lists without end."""
+def clean_text(value: Any) -> str | None:
+    """One line without markup, of any JSON value; None if nothing is left. Raises ValueError for lists in lists without
+    end."""
     try:
-        return clean.text(value) if isinstance(value, (str, list)) else value
+        return clean.text(value)
     except RecursionError:
         raise ValueError("lists in lists, too deep to read") from None
 
 
-def clean_title(value: Any) -> Any:
+def clean_title(value: Any) -> str:
     """As `clean_text`. Raises ValueError if nothing is left."""
     text = clean_text(value)
     if text is None:

@@ -4,6 +4,7 @@ advance one step between two batches, so that neither waits for the whole of the
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -30,10 +31,10 @@ class OverloadedError(Exception):
 
 
 class ClosedError(Exception):
-    """The server is shutting down."""
+    """No request is taken."""
 
-    def __init__(self) -> None:
-        super().__init__("the server is shutting down")
+    def __init__(self, why: str = "the server is shutting down"):
+        super().__init__(why)
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Worker:
         self._closed_at = math.inf
         self._pace = {1: 0.02}  # seconds per request by the batch size's number of bits; a guess at first
         self._running, self._began = 0, 0.0  # the batch under way
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="laserrec-model", daemon=True)
 
     def start(self) -> None:
@@ -124,6 +126,9 @@ class Worker:
     def _check_open(self) -> None:
         if self._closed_at < math.inf:
             raise ClosedError
+        if os.getpid() != self._process:  # the model's thread is not there, and nobody would ever answer
+            raise ClosedError("this process was forked after the model was loaded; load it in each process, with a "
+                              "state folder of its own")
 
     def _run(self) -> None:
         while self._await_work():

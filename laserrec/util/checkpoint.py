@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, reading
 from laserrec.util.io import new_file
 
 _FACTS = "laserrec"
@@ -31,13 +31,11 @@ def save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors and facts. Raises UserError if the file is missing or damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with reading(path), safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError, RecursionError) as error:  # the last two: its facts are no JSON
         raise UserError(f"{path} is damaged or not a safetensors file: {error}; make it again") from None
 

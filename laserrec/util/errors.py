@@ -1,5 +1,23 @@
 """Errors that the user can fix."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class UserError(Exception):
     """Wrong input or settings. The message says what is wrong, where, and what to do; the CLI prints only that."""
+
+
+@contextlib.contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """What the operating system refuses to read, as a UserError; FileNotFoundError passes."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        hint = "; give this user the right to read it" if isinstance(error, PermissionError) else ""
+        raise UserError(f"{error.filename or path} can't be read: {error.strerror or error}{hint}") from None

@@ -26,7 +26,7 @@ import polars as pl
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, reading
 
 _ADVICE = {errno.ENOSPC: "make room on the disk", errno.EDQUOT: "make room within the disk quota",
            errno.EACCES: "name another folder or change its permissions", errno.EROFS: "name another folder"}
@@ -52,6 +52,38 @@ def new_file(path: Path | str) -> Iterator[Path]:
             _flush(path.parent)
 
 
+def check_file(path: Path | str) -> None:
+    """Raises UserError where a file could not be written: call it before the work of which the file is the result."""
+    path = Path(os.path.abspath(path))
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
+    if path.exists() and not path.is_file():  # /dev/null would be replaced
+        raise UserError(f"{path} is no plain file; name one")
+    _check_parent(path)
+
+
+def check_folder(path: Path | str) -> None:
+    """As `check_file`, for a folder."""
+    path = Path(os.path.abspath(path))
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a folder")
+    _check_parent(path)
+    if path.is_dir():
+        _check_parent(path / "file")
+
+
+def _check_parent(path: Path) -> None:
+    """Try it in the nearest folder that is there: permissions alone tell too little of network and system folders."""
+    nearest = next(parent for parent in path.parents if parent.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{path} can't be written: {nearest} is a file; name another place")
+    try:
+        with _temporary(nearest / path.name):
+            pass
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
 def write_bytes(path: Path | str, data: bytes) -> None:
     """Write `data` atomically, as `new_file` does."""
     with new_file(path) as file:
@@ -66,11 +98,10 @@ def write_text(path: Path | str, text: str) -> None:
 def read_json(path: Path, advice: str) -> Any:
     """Read JSON. Raises UserError for a missing, unreadable or damaged file; `advice` says what to do about damage."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number or a nesting without end
         raise UserError(f"{path} is damaged: {error}; {advice}") from None
 
@@ -278,5 +309,9 @@ def _clear(path: Path) -> Iterator[None]:
         other = error.filename is not None and not str(error.filename).startswith(str(path.parent))
         if other or error.errno is None or isinstance(error, ConnectionError | TimeoutError):
             raise  # about something else that happened while this was written
-        raise UserError(f"{path} can't be written: {os.strerror(error.errno)}; "
-                        f"{_ADVICE.get(error.errno, 'name another place')}") from error
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    number = error.errno or errno.EIO
+    return UserError(f"{path} can't be written: {os.strerror(number)}; {_ADVICE.get(number, 'name another place')}")

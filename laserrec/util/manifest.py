@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, reading
 
 
 def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -24,6 +24,11 @@ def check(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str, lin
     Raises UserError for the first file that is missing or different, for malformed `files`, for names that lead out of
     the folder and, with links=False, for symbolic links. `advice` says what to do.
     """
+    with reading(folder):
+        _compare(folder, files, advice, links)
+
+
+def _compare(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str, links: bool) -> None:
     if not (isinstance(files, Mapping) and all(map(_is_entry, files, files.values()))):
         raise UserError(f"the list of files of {folder} is damaged; {advice}")
     for name, known in files.items():

@@ -175,3 +175,27 @@ def test_quickstart_hands_its_settings_on(run, monkeypatch, tmp_path):
     assert (out, progress, device) == (tmp_path, False, "cpu") and config.train.lr == 1
     assert config.neighbours.count == 100 and config.backbone.mean_layers == (6,)
     assert json.loads((tmp_path / "rows.json").read_text()) == [{"model": "Laser"}]
+
+
+@pytest.mark.parametrize("command", [
+    ["recommend", "none", "--history", "i1", "--json", "{bad}"],
+    ["evaluate", "{data}", "popularity", "--json", "{bad}"],
+    ["evaluate", "{data}", "popularity", "--ranks", "{bad}"], ["index", "build", "none", "{bad}"],
+    ["fit", "{data}", "{bad}"], ["fit", "{data}", "{file}"], ["prepare", "none.csv", "{bad}", "--items", "none.csv"],
+    ["recommend", "none", "--histories", "{histories}", "--out", "{bad}"]])
+def test_a_place_that_can_not_be_written_is_told_before_the_work(run, data, tmp_path, command):
+    (tmp_path / "histories.csv").write_text("user_id,item_id\nu,i1\n")
+    places = {"bad": tmp_path / "histories.csv" / "out.csv", "data": data, "file": tmp_path / "histories.csv",
+              "histories": tmp_path / "histories.csv"}
+    code, out, err = run(*(word.format(**places) for word in command))
+    assert code == 2 and out == "" and re.match(r"error: .*(is a file|can't be written)", err), err
+
+
+@pytest.mark.parametrize(("missing", "command", "extra"), [
+    ("usearch", ["index", "build", "none", "index"], "usearch"),
+    ("fastapi_offline", ["serve", "none"], "serve"), ("prometheus_client", ["serve", "none"], "serve")])
+def test_a_missing_extra_is_told_before_the_work(run, tmp_path, monkeypatch, missing, command, extra):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, out, err = run(*command)
+    assert code == 2 and out == "" and f"pip install 'laserrec[{extra}]'" in err

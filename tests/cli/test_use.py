@@ -105,6 +105,16 @@ def test_one_history_and_a_file_of_histories(run, models, tmp_path):
     assert code == 2 and err.startswith("error: ") and "nope" in err and "Traceback" not in err
 
 
+def test_small_losses_are_told_unless_a_level_is_asked_for(run, models, tmp_path, monkeypatch):
+    users = "user_id,item_id\n" + "a,i1\n" * 29 + "a,zz\n"
+    (tmp_path / "users.csv").write_text(users, encoding="utf-8")
+    ask = ("recommend", models[0], "--histories", tmp_path / "users.csv", "--unknown", "drop")
+    told = "1 of 30 items of the histories are not in the catalogue and were left out."
+    assert run(*ask)[2].strip() == told
+    monkeypatch.setenv("LASERREC_LOG", "error")
+    assert run(*ask)[2].strip() == ""
+
+
 def test_an_llm_folder_that_has_moved(run, llm_folder, data, models, tmp_path):
     """model.json names a folder that is not there any more."""
     own = shutil.copytree(models[0], tmp_path / "own")
@@ -112,7 +122,7 @@ def test_an_llm_folder_that_has_moved(run, llm_folder, data, models, tmp_path):
     note["config"]["backbone"]["name"] = note["backbone"]["name"] = str(tmp_path / "gone")
     (own / "model.json").write_text(json.dumps(note))
     code, _, err = run("recommend", own, "--history", "i1")
-    assert code == 2 and "gone" in err
+    assert code == 2 and "gone' could not be loaded: there is no such folder" in err and "its new one: backbone" in err
     moved = shutil.copytree(llm_folder(), tmp_path / "moved")
     numbers = tmp_path / "numbers.json"
     for command in (["recommend", own, "--history", "i1", "--json", numbers], ["evaluate", data, own, "--quiet"],

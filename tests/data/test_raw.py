@@ -36,7 +36,7 @@ def test_pandas_and_polars_frames_give_the_same():
     assert raw.items.rows() == [("1", "Drill", None, None), ("2", "Säge", "X", None)]
     same = from_frames(pl.from_pandas(frame).lazy(), pl.from_pandas(items))
     assert same.interactions.equals(raw.interactions)
-    with pytest.raises(UserError, match="polars or pandas frame, not list"):
+    with pytest.raises(UserError, match="list of dicts, not list"):
         from_frames([("u", "a")], ITEMS)
 
 
@@ -76,7 +76,7 @@ def test_column_map_for_both_tables_and_for_one():
 
 
 @pytest.mark.parametrize(("columns", "message"), [
-    ({}, r"interactions: no column for user_id.*there are: customer, item_id.*columns user_id="),
+    ({}, r"interactions: no column for user_id.*there are: customer, item_id; name yours so: columns .{1,2}user_id"),
     ({"user_id": "client"}, r"looked for 'client'"),
     ({"user_id": "customer", "brand": "maker"}, r"items: no column for brand \(looked for 'maker'\)"),
     ({"user": "customer"}, r"'user' is not a column of ours"),

@@ -184,7 +184,7 @@ def test_tables_that_cannot_be_read(tmp_path):
         read_tables(write(tmp_path / "x.xlsx", "x"), items)
     with pytest.raises(UserError, match=r"x\.parquet is not readable as Parquet"):
         read_tables(write(tmp_path / "x.parquet", "no parquet"), items)
-    with pytest.raises(UserError, match=r"h\.csv: no column for item_id, user_id; there are: customer, sku\."):
+    with pytest.raises(UserError, match=r"h\.csv: no column for item_id, user_id; there are: customer, sku;"):
         read_tables(write(tmp_path / "h.csv", "customer,sku\n1,2\n"), items)
 
 

@@ -1,14 +1,16 @@
 """The quickstart's whole way on a tiny catalogue and LLM, and what it says about the outcome."""
 
 import json
+from dataclasses import replace
 
 import polars as pl
 import pytest
 import tiny
+from rich.console import Console
 
 from laserrec.config import load_config
 from laserrec.experiments import quickstart, table
-from laserrec.experiments.quickstart import verdict
+from laserrec.experiments.quickstart import _example, verdict
 from laserrec.llm import text_features
 from laserrec.presets import PRESETS
 
@@ -53,6 +55,24 @@ def test_the_whole_way(source, config, tmp_path, capsys, monkeypatch):
     assert headings == sorted(headings) and "Laser is " in said and "What to try next" in said
     card = (out / "model" / "README.md").read_text(encoding="utf-8")
     assert f"| test | {rows[0]['recall@10']:.4f} | {rows[0]['ndcg@10']:.4f} | {rows[0]['mrr']:.4f} | 30 |" in card
+
+
+def test_at_80_columns_titles_are_cut_and_nothing_else(monkeypatch, capsys):
+    """Amazon's titles are longer than a line, and some hold brackets."""
+    monkeypatch.setenv("COLUMNS", "80")
+    data = tiny.planted(N)
+    long = data.items.with_columns(title=pl.lit("[red] ") + pl.col("title") + pl.lit(" and more of it" * 9))
+
+    class Model:
+        def recommend(self, histories, k, exclude_seen):
+            return pl.DataFrame({"rank": [1, 2], "item_id": ["i1", "i2"]})
+
+    _example(Console(), Model(), replace(data, items=long))
+    lines = capsys.readouterr().out.splitlines()
+    told = [line.split("[red]")[0].split() for line in lines[1:] if line.strip()]
+    assert [" ".join(words[:-1]) for words in told if words[0] != "bought"] == ["recommended 1", "recommended 2"]
+    assert all(len(line) <= 80 and "…" in line for line in lines[1:] if line.strip())
+    assert all(words[-1] in data.items["item_id"].to_list() for words in told)
 
 
 def test_one_sasrec_is_rival_and_id_model(source, config, tmp_path):

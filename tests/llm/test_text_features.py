@@ -208,3 +208,10 @@ def free_port() -> int:
     with socket.socket() as at:
         at.bind(("127.0.0.1", 0))
         return at.getsockname()[1]
+
+
+def test_memory_is_looked_at_before_the_texts_are_read(llm, monkeypatch):
+    monkeypatch.setattr(text_features, "available_bytes", lambda: 3 * 4 * 12 * 32 - 1)
+    monkeypatch.setattr(text_features, "_means", lambda *args: pytest.fail("it reads"))
+    with pytest.raises(UserError, match=r"the text vectors of 12 items take 0\.0 GB of memory"):
+        tiny.features(llm()).means(tiny.items(12))

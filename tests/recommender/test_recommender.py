@@ -13,6 +13,7 @@ import tiny
 import torch
 
 from laserrec import LaserRecommender
+from laserrec.data.losses import LossWarning
 from laserrec.methods.closed_form import ItemRegression
 from laserrec.recommender.fitting import Fitted
 from laserrec.recommender.ranking import Ask
@@ -163,8 +164,11 @@ def test_encode_items_by_id(model):
     (lambda m: m.recommend({"anna": "i1"}), "history of user 'anna' is 'i1', not a list"),
     (lambda m: m.recommend("i1"), "expected a dict, a list of lists.* or a frame, not str"),
     (lambda m: m.recommend([]), "no histories"),
-    (lambda m: m.recommend([["i1"]], k=0), "k is 0; it must be at least 1"),
+    (lambda m: m.recommend([["i1"]], k=0), "k is 0; it must be a whole number of at least 1"),
     (lambda m: m.recommend([["i1"]], k=-3), "at least 1"),
+    (lambda m: m.recommend([["i1"]], candidates="i1"), "expected a list of item ids, not 'i1'"),
+    (lambda m: m.remove_items("i1"), "expected a list of item ids, not 'i1'"),
+    (lambda m: m.add_items(NEW, torch.zeros(1, 3)), "embeddings of shape .1, 3. are not those of 2 items"),
     (lambda m: m.recommend([["i1"]], candidates=["i1", "nope"]), "candidates: 1 unknown item ids, first .'nope'"),
     (lambda m: m.recommend([["i1"]], unknown="ignore"), 'unknown is "error" or "drop"'),
     (lambda m: m.recommend(pl.DataFrame({"user": ["a"], "item_id": ["i1"]})),
@@ -192,6 +196,17 @@ def test_unknown_items_can_be_dropped(model):
     assert got.equals(model.recommend([["i1", "i2"]], k=3))
 
 
+def test_users_without_an_answer_are_told(model):
+    everything = [f"i{n}" for n in range(1, N + 1)]
+    with pytest.warns(LossWarning, match="^1 of 2 users get no recommendation: nothing is left for them"):
+        got = model.recommend({"a": ["i1"], "b": everything}, exclude_seen=True)
+    assert set(got["user_id"]) == {"a"}
+    histories = {**{f"u{n}": ["i1"] for n in range(20)}, "b": ["zz"]}  # less than a tenth is lost
+    with pytest.warns(LossWarning, match="1 of 21 users have no known item.*'zz'") as told:
+        assert model.recommend(histories, unknown="drop")["user_id"].n_unique() == 20
+    assert len(told) == 1
+
+
 # -- items that come later --------------------------------------------------------------------------------------
 
 
@@ -208,6 +223,13 @@ def test_added_items_are_recommended_and_read(copy):
     assert alone.height == mixed.height == 3
     # In its text an item is nearest to itself when the user's side reads it the same way.
     assert not np.allclose(copy.encode_users([["new1"]]), copy.encode_users([["new2"]]), atol=1e-3)
+
+
+@pytest.mark.parametrize("new", [
+    {"item_id": "x", "title": "saw", "category": ["a", "b"]}, [{"item_id": "x", "title": "saw", "category": "a b"}],
+    {"item_id": ["x"], "title": ["saw"], "category": [["a", "b"]]}])
+def test_items_may_be_dicts(copy, new):
+    assert copy.add_items(new) == 1 and copy.items.row(-1)[1:] == ("x", "saw", None, "a b")
 
 
 def test_added_items_are_saved(copy, llm, tmp_path):

@@ -1,5 +1,7 @@
 """From a model's name to what the evaluator calls."""
 
+import warnings
+
 import pytest
 import tiny
 
@@ -61,3 +63,11 @@ def test_other_names_and_other_items_are_refused(folder):
         load_scorer(str(folder), tiny.planted(N + 1), CPU)
     with pytest.raises(UserError, match="is not a model folder"):
         load_scorer(str(folder.parent), tiny.planted(N), CPU)
+
+
+def test_other_data_with_the_same_items_are_told(folder):
+    with pytest.warns(UserWarning, match="sasrec was fitted on other data, which have the same items"):
+        load_scorer(str(folder), tiny.planted(N, users=30), CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_scorer(str(folder), tiny.planted(N), CPU)

@@ -1,15 +1,21 @@
 """The real command in its own process: driven over loopback, ended in order, mistakes in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
 from running import running
 
+from laserrec import LaserRecommender
 from laserrec.cli import serve as cli_serve
+from laserrec.server.service import Service
+from laserrec.server.settings import Limits
 from laserrec.util.errors import UserError
+from laserrec.util.io import locked
 
 
 def test_it_answers_over_loopback(model_folder):
@@ -68,3 +74,28 @@ def test_settings_that_can_not_work_are_refused_before_the_model_is_loaded(flags
     monkeypatch.setattr("laserrec.server.service.Service.opened", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=message):
         cli_serve.serve_app(["no-such-model", *flags], exit_on_error=False, result_action="return_value")
+
+
+def test_a_state_that_can_not_be_kept_is_told_before_the_model_is_loaded(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(LaserRecommender, "from_pretrained", lambda *args, **options: pytest.fail("it loads"))
+    (tmp_path / "file").touch()
+    with (pytest.raises(UserError, match="file is a file; name a folder"),
+          Service.opened(model_folder, tmp_path / "file", Limits())):
+        pass
+    with (locked(tmp_path / "state", "a server"), pytest.raises(UserError, match="state is in use by a server"),
+          Service.opened(model_folder, tmp_path / "state", Limits())):
+        pass
+
+
+def test_a_model_is_not_replaced_while_a_server_keeps_its_changes_there(model_folder, tmp_path):
+    own = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    item = {"item_id": "new", "title": "saw", "brand": None, "category": None}
+    with Service.opened(own, own / "served", Limits()) as service:
+        service.add([item]).future.result(60)
+        with pytest.raises(UserError, match=r"served is in use by a server, process \d+"):
+            LaserRecommender.from_pretrained(own).save_pretrained(own)
+        service.model.save_pretrained(tmp_path / "other")  # elsewhere it may go
+        service.remove("i1").future.result(60)
+    LaserRecommender.from_pretrained(own).save_pretrained(own)
+    with Service.opened(own, own / "served", Limits()) as service:
+        assert service.listing.row("new") is not None and service.listing.row("i1") is None

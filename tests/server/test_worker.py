@@ -1,6 +1,7 @@
 """Batches across callers, a queue that is bounded in time, changes in steps, errors that stay with their request, an
 orderly end."""
 
+import os
 import threading
 import time
 
@@ -171,3 +172,22 @@ def test_the_cache_forgets_the_least_recently_used():
     nothing = AnswerCache(0)
     nothing.put("a", 1)
     assert nothing.get("a") is None
+
+
+def test_a_forked_process_answers_nothing_instead_of_waiting_for_ever():
+    worker = worker_of(lambda asked: asked)
+    worker.start()
+    reads, writes = os.pipe()
+    if not os.fork():
+        try:
+            worker.submit(1)
+        except ClosedError as error:
+            os.write(writes, str(error).encode())
+        finally:
+            os._exit(0)
+    os.wait()
+    os.close(writes)
+    with os.fdopen(reads, "rb") as pipe:
+        assert b"forked after the model was loaded; load it in each process" in pipe.read()
+    assert worker.submit(1).result(10) == 1
+    worker.close()

@@ -16,8 +16,10 @@ from kills import kill_at_every_step
 from pydantic import BaseModel
 
 from laserrec.util import io
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, reading
 from laserrec.util.io import (
+    check_file,
+    check_folder,
     locked,
     new_file,
     new_folder,
@@ -271,3 +273,34 @@ def test_json_that_cannot_be_read(tmp_path):
         read_json(tmp_path / "none", "")
     with pytest.raises(UserError, match="can't be read: Is a directory"):
         read_json(tmp_path, "")
+
+
+@pytest.mark.parametrize(("place", "message"), [
+    ("file/x", r"x can't be written: .*file is a file"), ("/proc/x/y", r"/proc/x/y can't be written"), ("file", "")])
+def test_a_place_that_can_not_be_written_is_told_at_once(tmp_path, place, message):
+    (tmp_path / "file").touch()
+    for check in (check_file, check_folder):
+        if message or check is check_folder:
+            with pytest.raises(UserError, match=message or "file is a file; name a folder"):
+                check(tmp_path / place)
+    assert names(tmp_path) == ["file"]
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        check_file(tmp_path)
+    with pytest.raises(UserError, match="/dev/null is no plain file"):
+        check_file("/dev/null")
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
+    check_file(tmp_path / "deep" / "file")
+    check_folder(tmp_path / "deep" / "folder")
+    check_folder(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_what_may_not_be_read_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"^/x/y can't be read: Permission denied; give this user"), reading(tmp_path):
+        raise PermissionError(errno.EACCES, "Permission denied", "/x/y")
+    with pytest.raises(UserError, match=f"^{tmp_path} can't be read: it broke$"), reading(tmp_path):
+        raise OSError("it broke")
+    with pytest.raises(FileNotFoundError), reading(tmp_path):
+        raise FileNotFoundError

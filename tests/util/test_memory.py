@@ -2,6 +2,7 @@
 
 import pytest
 
+from laserrec.util import memory
 from laserrec.util.memory import columns_at_once, rows_at_once
 
 
@@ -17,3 +18,14 @@ def test_no_more_is_split_than_must_be():
     assert columns_at_once(128, 4385, 576) == 4385
     assert rows_at_once(4385, 256) == 256
     assert rows_at_once(1_000_000, 256) < 256
+
+
+def test_a_containers_limit_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    machine = memory.available_bytes()
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 700\ninactive_file 200\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory.available_bytes() == 300
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_bytes() > machine / 2
