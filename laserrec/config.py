@@ -421,10 +421,6 @@ class TrainConfig(_Section):
     item_gradient: bool = False
     """Stage 1 only: recompute the item embeddings from their LLM outputs at every step, so that the head gets gradients
     from the items too (not in the paper, where item embeddings are fixed within an epoch)."""
-    target_gradient: bool = False
-    """Stage 1 only, with prompt.item_side trained: encode the targets of each step anew, through the same prefix and
-    suffix, and let them get gradients as items too (not in the paper). Without it, users learn to match item embeddings
-    that change at the end of the epoch."""
     history_negatives: bool = True
     """true: all items are negatives in the softmax (paper). false: the history's own items are left out, because they
     are the closest by text but almost never the target, and pushing them away would damage the text match (not in the
@@ -522,8 +518,6 @@ class Config(_Section):
         if not reads and not self.head.projection and self.train.stage_one_epochs + self.train.stage_two_epochs:
             raise ValueError("prompt.layout none without head.projection has nothing to train; set "
                              "train.stage_one_epochs and train.stage_two_epochs to 0")
-        if self.train.target_gradient and self.prompt.item_side != ItemSide.TRAINED:
-            raise ValueError("train.target_gradient needs prompt.item_side trained: other items do not change")
         if self.prompt.layout == Layout.TEXT_FIRST and self.backbone.shard:
             raise ValueError("backbone.shard needs prompt.layout prefix_first: text_first needs the native engine")
         return self

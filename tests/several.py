@@ -27,7 +27,7 @@ COMMON = {"head": {"projection": True, "whiten_dims": 8, "seen_offset": True, "i
           "mformer": {"dropout": 0.0, "state_dropout": 0.3, "routing": "gate_scaled"}}
 QUICK = {"batch_size": 5, "stage_one_epochs": 2, "stage_two_epochs": 1, "weight_decay": 0.1, "lr": 1e-3}
 SETTINGS = {  # what is shared out differs between the layouts
-    "prefix_first": {**COMMON, "train": {**QUICK, "tokens_per_pass": 12, "target_gradient": True}},
+    "prefix_first": {**COMMON, "train": {**QUICK, "tokens_per_pass": 12}},
     "text_first": {**COMMON, "train": {**QUICK, "item_gradient": True, "history_negatives": False},
                    "prompt": {"layout": "text_first", "item_side": "plain"}},
     "mean": {**COMMON, "train": {**QUICK, "item_gradient": True}, "neighbours": {"count": 4, "l2": 1.0},

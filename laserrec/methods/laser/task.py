@@ -207,8 +207,7 @@ class LaserTask:
         offset = None if laser.seen is None else laser.seen.offset
         seen = histories.distinct().to(laser.device) if offset is not None or not train.history_negatives else None
         targets = move(batch.targets[torch.as_tensor(rows)], laser.device)
-        items = self._items_to_learn_from(batch.targets)
-        contrast = item_contrast(users, items, targets, laser.temperature, seen, offset)
+        contrast = item_contrast(users, self._items_to_learn_from(), targets, laser.temperature, seen, offset)
         share = len(rows) / len(batch.targets)
         contrast = contrast * share
         told = {"contrast": contrast} | ({} if offset is None else {"seen_offset": offset.detach() * share})
@@ -221,23 +220,15 @@ class LaserTask:
         loss = contrast + train.balance_weight * balance
         return {"loss": loss, **told, "balance": balance, "experts": route.users_per_expert()}
 
-    def _items_to_learn_from(self, targets: Int[Tensor, "batch"]) -> Float[Tensor, "n_items d_text"]:
-        """The text part of the epoch's item embeddings (paper), with train.item_gradient the same with gradient to the
-        head, and with train.target_gradient the whole batch's targets encoded anew, with gradient to all that is
-        trained."""
-        laser, train = self.module, self.module.config.train
-        if self.fixed:
+    def _items_to_learn_from(self) -> Float[Tensor, "n_items d_text"]:
+        """The text part of the epoch's item embeddings (paper), or with train.item_gradient the same with gradient to
+        the head."""
+        laser = self.module
+        if not laser.config.train.item_gradient or self.fixed:
             return laser.vectors[:, : laser.d_text]
-        if not train.item_gradient:
-            items = laser.vectors[:, : laser.d_text]
-        else:
-            if self._white is None or self._white[0] is not self.outputs:
-                self._white = self.outputs, laser.head.whiten(self.outputs)
-            items = laser.head.project(self._white[1])
-        if not train.target_gradient:
-            return items
-        rows = move(targets.unique(), laser.device)
-        return items.index_copy(0, rows, laser.head(laser.item_side.outputs(rows)))
+        if self._white is None or self._white[0] is not self.outputs:
+            self._white = self.outputs, laser.head.whiten(self.outputs)
+        return laser.head.project(self._white[1])
 
     # -- what the trainer keeps ---------------------------------------------------------------------------------
 
