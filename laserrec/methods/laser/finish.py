@@ -151,7 +151,7 @@ class _Parts:
             wanted = value if name == "length_power" or value == 0 else own * value
             if wanted != own:
                 yield self._fitted(self.settled.model_copy(update={name: wanted}), n, text)
-        for decay in (0.6, 0.9, 1.0):
+        for decay in (0.4, 0.6, 0.9, 1.0):
             yield self._fitted(self.settled.model_copy(update={"decay": decay}), n, text)
 
     def _fitted(self, config: NeighboursConfig, n: int, text: Tensor) -> Neighbours:
