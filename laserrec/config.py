@@ -523,6 +523,9 @@ class Config(_Section):
         return self
 
 
+_ERRORS_TOLD = 10
+
+
 def load_config(preset: str = "small", file: Path | None = None, overrides: dict[str, Any] | None = None,
                 method: str = "laser") -> Config:
     """Preset, then TOML file, then overrides (nested dicts); later ones win.
@@ -550,8 +553,15 @@ def valid(kind: type[_S], tree: dict[str, Any], source: str) -> _S:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})" for e in error.errors()]
+        found = error.errors()
+        lines = [f"{_short('.'.join(map(str, e['loc'])))}: {_short(e['msg'])} (given: {_short(repr(e['input']))})"
+                 for e in found[:_ERRORS_TOLD]]
+        lines += [f"and {len(found) - _ERRORS_TOLD} more"] if len(found) > _ERRORS_TOLD else []
         raise UserError(f"settings are not valid ({source}): " + "; ".join(lines)) from None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -569,5 +579,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
             return tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such config file: {file}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"config file {file} can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, a number or a nesting without end
+        raise UserError(f"{file} is not valid TOML: {_short(str(error))}") from None

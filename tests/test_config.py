@@ -112,3 +112,17 @@ def test_a_method_fitted_alone_has_its_own_best_settings(tmp_path):
         own = load_config({"small": "paper", "paper": "small"}[preset]).id_model
         names = {*ID_MODELS["sasrec"], *ID_MODELS["bert4rec"]} - {"mask_probability"}  # bert4rec's alone
         assert tuned.model_dump(include=names) == own.model_dump(include=names)
+
+
+@pytest.mark.parametrize("text", ["x = " + "1" * 5_000, "x = " + "[" * 20_000, "[train]\nlr = '" + "x" * 70_000 + "'",
+                                  "\n".join(f"x{j} = 1" for j in range(3_000))])
+def test_endless_toml_is_refused_briefly(tmp_path, text):
+    (tmp_path / "x.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as told:
+        load_config("small", tmp_path / "x.toml")
+    assert len(str(told.value)) < 3_000
+
+
+def test_a_config_that_is_a_folder(tmp_path):
+    with pytest.raises(UserError, match="can't be read"):
+        load_config("small", tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import traceback
 import warnings
 from pathlib import Path
@@ -39,6 +40,7 @@ def main() -> None:
     (torchrun) one alone speaks."""
     with warnings.catch_warnings():
         warnings.showwarning = _print_warning  # ty: ignore[invalid-assignment]
+        threading.excepthook = _thread_error
         try:
             _read_environment()
             app(sys.argv[1:], exit_on_error=False)
@@ -98,6 +100,12 @@ def _unexpected(error: Exception) -> str:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     return (f"unexpected {type(error).__name__}{place}: {first}. Please report this, with the command that you gave; "
             "LASERREC_LOG=debug shows the whole traceback")
+
+
+def _thread_error(told: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread meets a full disk before its caller does, who then tells it in one line."""
+    if not isinstance(told.exc_value, OSError) or logging.getLogger().isEnabledFor(logging.DEBUG):
+        threading.__excepthook__(told)
 
 
 def _print_warning(message: Warning | str, *place: object) -> None:

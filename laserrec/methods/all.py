@@ -175,5 +175,5 @@ METHODS: dict[str, Method] = {
 def find_method(name: str) -> Method:
     """Raises UserError for an unknown name."""
     if name not in METHODS:
-        raise UserError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
+        raise UserError(f"unknown method {name[:80]!r}; there are: {', '.join(METHODS)}")
     return METHODS[name]

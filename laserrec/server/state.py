@@ -1,12 +1,17 @@
 """What the server's callers changed in the catalogue, in one file beside the model, which stays as it was fitted.
 
-  items.parquet  a row per added or removed item: item_id, title, brand, category, removed, embedding, model
+  items.parquet  a row per added or removed item: item_id, title, brand, category, removed, embedding, model; the
+                 file's metadata hold a sha256 of the rows, so that damage on the disk is noticed
 
 The file is written to a temporary name and renamed, so that a killed server leaves the state before or after a change.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +21,13 @@ import polars as pl
 
 from laserrec.server.listing import Item, item_of
 from laserrec.util.errors import UserError
-from laserrec.util.io import write_parquet
+from laserrec.util.io import parquet_bytes, write_bytes
 
 _SCHEMA = pl.Schema({
     "item_id": pl.String(), "title": pl.String(), "brand": pl.String(), "category": pl.String(),
     "removed": pl.Boolean(), "embedding": pl.List(pl.Float32), "model": pl.String(),
 })
+_SHA256 = "laserrec.sha256"
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,18 @@ class State:
 
     def read(self) -> Kept:
         """Nothing if there is no file. Raises UserError for a damaged one."""
-        if not self.file.is_file():
+        if not os.path.lexists(self.file):
             return Kept()
+        if self.file.is_symlink() or not self.file.is_file():
+            raise self._damaged("it is a link or no file")
         try:
-            frame = pl.read_parquet(self.file).select(list(_SCHEMA)).cast(_SCHEMA)
+            data = self.file.read_bytes()
+            frame = pl.read_parquet(io.BytesIO(data)).select(list(_SCHEMA)).cast(_SCHEMA)
+            wanted = pl.read_parquet_metadata(io.BytesIO(data)).get(_SHA256)
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise self._damaged(str(error).splitlines()[0]) from None
+        if wanted not in (None, _sha256(frame)):  # none: written by an earlier version
+            raise self._damaged("its rows are not those that were written")
         if frame.filter(pl.any_horizontal(pl.col("item_id", "removed").is_null())
                         | (~pl.col("removed") & pl.col("title").is_null())).height:
             raise self._damaged("an id or a title is missing")
@@ -64,8 +76,16 @@ class State:
         rows: list[dict[str, Any]] = [{"item_id": name, "removed": True} for name in kept.removed]
         rows += [{**item, "removed": False, "embedding": kept.embeddings.get(name), "model": self._model}
                  for name, item in kept.added.items()]
-        write_parquet(self.file, pl.DataFrame(rows, schema=_SCHEMA))
+        frame = pl.DataFrame(rows, schema=_SCHEMA)
+        write_bytes(self.file, parquet_bytes(frame, {_SHA256: _sha256(frame)}))
 
     def _damaged(self, why: str) -> UserError:
         return UserError(f"{self.file} is damaged: {why}; restore it, or move it away to serve the catalogue as it was "
                          "fitted")
+
+
+def _sha256(frame: pl.DataFrame) -> str:
+    """Of the values, so that it does not depend on how a version of polars lays out files."""
+    lengths = frame["embedding"].list.len().to_list()
+    texts = json.dumps([frame.drop("embedding").rows(), lengths])
+    return hashlib.sha256(texts.encode() + frame["embedding"].explode().to_numpy().tobytes()).hexdigest()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laserrec.util.io import write_text
+from laserrec.util.io import disk_errors, write_text
 
 LOG_FILE = "training.jsonl"
 EVENTS_FOLDER = "tensorboard"
@@ -49,11 +49,12 @@ class Watch:
         """done: steps of the checkpoint that the training goes on from; None: it starts anew."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._file = self.folder / LOG_FILE
-        kept = [] if done is None else [e for e in read_training(self.folder) if e["step"] <= done]
-        write_text(self._file, "".join(json.dumps(e) + "\n" for e in kept))
-        self._events = _event_writer(self.folder / EVENTS_FOLDER, 0 if done is None else done + 1)
+        with disk_errors(self._file):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = [] if done is None else [e for e in read_training(self.folder) if e["step"] <= done]
+            write_text(self._file, "".join(json.dumps(e) + "\n" for e in kept))
+            self._events = _event_writer(self.folder / EVENTS_FOLDER, 0 if done is None else done + 1)
         self._empty()
 
     def add(self, **numbers: Tensor) -> None:
@@ -74,23 +75,28 @@ class Watch:
         """Validation after the `step`-th step; of `numbers` those named validation_* are written."""
         self._write()
         if self._events is not None:
-            for name, number in numbers.items():
-                if name.startswith("validation_") and name != "validation_users":
-                    self._events.add_scalar(f"validation/{name.removeprefix('validation_')}", number, step)
+            with disk_errors(self._file):
+                for name, number in numbers.items():
+                    if name.startswith("validation_") and name != "validation_users":
+                        self._events.add_scalar(f"validation/{name.removeprefix('validation_')}", number, step)
         self._empty()  # the time of validating is no training time
 
     def flush(self) -> None:
         """Before a checkpoint is saved: everything up to its step is then on disk."""
         self._write()
         if self._events is not None:
-            self._events.flush()
+            with disk_errors(self._file):
+                self._events.flush()
 
     def close(self) -> None:
         """Also after an error; a step that is not done is left out."""
-        self.flush()
-        if self._events is not None:
-            self._events.close()
-        self._events = None
+        try:
+            self.flush()
+            if self._events is not None:
+                with disk_errors(self._file):
+                    self._events.close()
+        finally:
+            self._events = None
 
     def _write(self) -> None:
         if self._steps and self._events is not None:
@@ -98,9 +104,10 @@ class Watch:
             sums = torch.stack([x.double() for x in self._sums.values()]).tolist() if self._sums else []
             means = {name: total / self._steps for name, total in zip(self._sums, sums, strict=True)}
             self._users = [] if users is None else [round(n) for n in users.tolist()]
-            self._write_line({"steps": self._steps, **means, "examples": self._examples, "seconds": round(seconds, 4),
-                              **({"experts": self._users} if self._users else {})})
-            self._write_events(means, self._examples / max(seconds, 1e-9))
+            line = {"steps": self._steps, **means, "examples": self._examples, "seconds": round(seconds, 4)}
+            with disk_errors(self._file):
+                self._write_line(line | ({"experts": self._users} if self._users else {}))
+                self._write_events(means, self._examples / max(seconds, 1e-9))
         if self._steps:
             self._empty()
 

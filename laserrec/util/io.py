@@ -41,7 +41,7 @@ def new_file(path: Path | str) -> Iterator[Path]:
     """Context with the name of a temporary file that becomes `path` when the block ends, with the permissions of the
     umask. Missing parent folders are created. Raises UserError if the disk is full or cannot be written."""
     path = Path(os.path.abspath(path))
-    with _clear(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _clean_once(path.parent)
         with _temporary(path) as folder:
@@ -154,7 +154,7 @@ def new_folder(path: Path | str, replace: Collection[str] = ()) -> Iterator[Path
     path = Path(os.path.realpath(path))
     recover(path)
     _check_place(path, replace)
-    with _clear(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clean(path.parent)
         with _temporary(path) as outer:
@@ -186,7 +186,7 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
     process. Raises UserError, which names the process, if any holds it already, this one included."""
     folder = Path(os.path.realpath(folder))
     file = folder.with_name(f".{folder.name}.lock")
-    with _clear(file):
+    with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(file, thread_local=False)
         try:
@@ -211,7 +211,7 @@ def _check_place(path: Path, replace: Collection[str]) -> None:
         raise UserError(f"{path} is a mount point, which can't be replaced; name a folder in it")
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; name a folder")
-    with _clear(path):
+    with disk_errors(path):
         if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in replace):
             raise UserError(f"{path} is not empty and is not replaced; name another folder or delete it")
 
@@ -301,10 +301,14 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _clear(path: Path) -> Iterator[None]:
-    """What the operating system refuses, as a UserError."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the operating system refuses while `path` is written, as a UserError."""
     try:
         yield
+    except shutil.Error as error:  # of a folder that is copied: a list of (from, to, reason)
+        reason = error.args[0][0][2] if isinstance(error.args[0], list) else error
+        raise UserError(f"{path} can't be written: {str(reason)[:300]}; make room on the disk or name another place"
+                        ) from error
     except OSError as error:
         other = error.filename is not None and not str(error.filename).startswith(str(path.parent))
         if other or error.errno is None or isinstance(error, ConnectionError | TimeoutError):

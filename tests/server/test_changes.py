@@ -12,6 +12,8 @@ from serving import NEW, ids, served
 
 from laserrec import LaserRecommender
 from laserrec.server.changes import Changes
+from laserrec.server.listing import Item
+from laserrec.server.state import Kept, State
 from laserrec.server.worker import OverloadedError
 from laserrec.util.errors import UserError
 
@@ -251,3 +253,24 @@ def test_finished_changes_are_forgotten_in_turn(monkeypatch):
     with pytest.raises(OverloadedError):
         changes.begin("u", 1, done)
     assert changes.get(waiting.id).state == "running"
+
+
+def test_a_state_whose_rows_are_not_those_written_is_damaged(tmp_path):
+    state = State(tmp_path, "model")
+    state.write(Kept(("i1",), {"n": Item(item_id="n", title="saw", brand=None, category=None)},
+                     {"n": np.ones(4, np.float32)}))
+    assert state.read().embeddings["n"].tolist() == [1.0] * 4
+    metadata = pl.read_parquet_metadata(state.file)
+    frame = pl.read_parquet(state.file)
+    frame.write_parquet(state.file, metadata={"laserrec.sha256": metadata["laserrec.sha256"]})
+    assert state.read().removed == ("i1",)  # laid out differently, the same rows
+    frame.with_columns(title=pl.lit("paw")).write_parquet(
+        state.file, metadata={"laserrec.sha256": metadata["laserrec.sha256"]})
+    with pytest.raises(UserError, match="not those that were written"):
+        state.read()
+
+
+def test_a_state_that_is_no_file_is_not_taken_for_none(tmp_path):
+    (tmp_path / "items.parquet").mkdir()
+    with pytest.raises(UserError, match="is damaged"):
+        State(tmp_path, "model").read()

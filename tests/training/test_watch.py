@@ -172,3 +172,18 @@ def test_a_model_has_the_curves_of_its_own_training(llm, tmp_path):
     first = read_training(tmp_path)[0]
     assert not any(tag.startswith("experts") for tag in events(tmp_path))
     assert "contrast" in first and not first.keys() & {"balance", "experts", "seen_offset"}
+
+
+def test_a_full_disk_is_told_clearly(tmp_path, monkeypatch):
+    from laserrec.util.errors import UserError
+
+    watch = Watch(tmp_path, every=1)
+    watch.start()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(watch, "_write_line", full)
+    with pytest.raises(UserError, match="make room on the disk"):
+        watch.step(1, 4)
+    watch.close()

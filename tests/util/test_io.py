@@ -304,3 +304,8 @@ def test_what_may_not_be_read_is_said(tmp_path):
         raise OSError("it broke")
     with pytest.raises(FileNotFoundError), reading(tmp_path):
         raise FileNotFoundError
+
+
+def test_a_folder_that_can_not_be_copied_is_told_clearly(tmp_path):
+    with pytest.raises(UserError, match="No space left"), io.disk_errors(tmp_path / "model"):
+        raise io.shutil.Error([("a", "b", "[Errno 28] No space left on device")])
