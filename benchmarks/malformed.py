@@ -1,7 +1,8 @@
 """Malformed input with fixed seeds: over HTTP, in files, settings and flags, and in every folder that is opened.
 
-Each case must be refused in one clear line (a UserError, or a 4xx with a short detail) or be answered rightly. Cases run
-in worker processes forked from this one; one that dies (crash) or does not end (hang) is counted and the next goes on.
+Each case must be refused in one clear line (a UserError, or a 4xx with a short detail) or be answered rightly. Cases
+run in worker processes forked from this one; one that dies (crash) or does not end (hang) is counted, and the next
+goes on.
 
   python benchmarks/malformed.py --cases 10000       # benchmarks/results/malformed.json
 """

@@ -186,4 +186,5 @@ def test_a_full_disk_is_told_clearly(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "_write_line", full)
     with pytest.raises(UserError, match="make room on the disk"):
         watch.step(1, 4)
-    watch.close()
+    with pytest.raises(UserError):  # the line is still not on disk
+        watch.close()
