@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -48,14 +49,16 @@ def main() -> None:
             sys.exit(2)
         except UserError as error:
             _end(str(error), 2)
+        except (OSError, UnicodeEncodeError) as error:
+            if (mistake := _bad_name(error)) is None:
+                _end_unexpected(error)
+            _end(mistake, 2)
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
                 print("interrupted; run the same command again to go on", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
-            if logging.getLogger().isEnabledFor(logging.DEBUG):
-                traceback.print_exc()
-            _end(_unexpected(error), 1)
+            _end_unexpected(error)
 
 
 def _read_environment() -> None:
@@ -88,8 +91,24 @@ def _end(message: str, code: int) -> None:
 
         if not speaks():
             sys.exit(code)
-    print(f"error: {message}", file=sys.stderr)
+    print("error: " + message.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     sys.exit(code)
+
+
+def _bad_name(error: OSError | UnicodeEncodeError) -> str | None:
+    """What is wrong with a name on the command line that no file can have; None if that is not it."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        longest = max(Path(str(error.filename)).parts, key=len)
+        return f"no file or folder can have so long a name: {longest[:60]}..."
+    if isinstance(error, UnicodeEncodeError) and any(0xD800 <= ord(c) <= 0xDFFF for word in sys.argv for c in word):
+        return "an argument holds bytes that are no text in this locale; give names in UTF-8"
+    return None
+
+
+def _end_unexpected(error: Exception) -> None:
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        traceback.print_exc()
+    _end(_unexpected(error), 1)
 
 
 def _unexpected(error: Exception) -> str:
@@ -104,7 +123,8 @@ def _unexpected(error: Exception) -> str:
 
 def _thread_error(told: threading.ExceptHookArgs) -> None:
     """TensorBoard's thread meets a full disk before its caller does, who then tells it in one line."""
-    if not isinstance(told.exc_value, OSError) or logging.getLogger().isEnabledFor(logging.DEBUG):
+    events = type(told.thread).__module__.startswith("tensorboard.")
+    if not (events and isinstance(told.exc_value, OSError)) or logging.getLogger().isEnabledFor(logging.DEBUG):
         threading.__excepthook__(told)
 
 

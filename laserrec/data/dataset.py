@@ -13,6 +13,7 @@ Data folder (written by `laserrec prepare`, read by everything else):
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,9 @@ from laserrec.util.io import read_json
 FORMAT = 2
 """Of data folders; in format 1 items and users were numbered from 1."""
 NEW_ITEMS = "new_items.parquet"
+_COLUMNS = {"items": ("item", *ITEM_SCHEMA), "users": ("user", "user_id"),
+            "interactions": ("user", "item", "position", "timestamp", "split")}
+"""Each table's, at least."""
 SPLITS = ("train", "validation", "test")
 
 
@@ -97,7 +101,7 @@ class Dataset:
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise UserError(f"{folder} was written by another version of laserrec (its format is not {FORMAT}); "
                             "prepare the data again")
-        tables = [_read(folder / f"{name}.parquet") for name in ("items", "users", "interactions")]
+        tables = [_read(folder / f"{name}.parquet", columns) for name, columns in _COLUMNS.items()]
         return Dataset(*tables, meta=meta, folder=folder)
 
     @cached_property
@@ -148,9 +152,12 @@ def _by_user(interactions: pl.DataFrame) -> tuple[np.ndarray, Histories]:
     return users, Histories(items, torch.as_tensor(counts.cumsum(), dtype=torch.long))
 
 
-def _read(file: Path) -> pl.DataFrame:
+def _read(file: Path, columns: Collection[str] = ()) -> pl.DataFrame:
     try:
         with reading(file):
-            return pl.read_parquet(file)
+            frame = pl.read_parquet(file)
     except (*POLARS_ERRORS, OSError) as error:
         raise UserError(f"{file} is damaged: {reason(error)}; prepare the data again") from None
+    if missing := [name for name in columns if name not in frame.columns]:
+        raise UserError(f"{file} is another table: it has no column {missing[0]}; prepare the data again")
+    return frame

@@ -231,6 +231,7 @@ def checked_config(tree: Any, file: Path) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         names = ", ".join(".".join(map(str, e["loc"])) for e in error.errors(include_input=False, include_url=False))
+        names = names if len(names) <= 300 else f"{names[:300]}..."
         raise UserError(f"{file}: this version of laserrec does not know these settings or values: {names}; "
                         "load the folder with the version that made it, or fit again") from None
 

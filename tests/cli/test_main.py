@@ -199,3 +199,15 @@ def test_a_missing_extra_is_told_before_the_work(run, tmp_path, monkeypatch, mis
     monkeypatch.setitem(sys.modules, missing, None)
     code, out, err = run(*command)
     assert code == 2 and out == "" and f"pip install 'laserrec[{extra}]'" in err
+
+
+@pytest.mark.parametrize(("name", "message"), [("x" * 300, "so long a name: x"), ("out\udcff", "give names in UTF-8")])
+def test_names_that_no_file_can_have(run, tmp_path, name, message):
+    from laserrec.data.prepare import prepare_source
+
+    prepare_source("amazon-scientific", tmp_path / "data")
+    for command in (("fit", tmp_path / "data", tmp_path / name, "--method", "popularity", "--quiet"),
+                    ("evaluate", tmp_path / "data", tmp_path / name)):
+        code, _, err = run(*command)
+        assert code == 2 and err.startswith("error: ") and "unexpected" not in err, err
+    assert message in run("fit", tmp_path / "data", tmp_path / name, "--method", "popularity", "--quiet")[2]

@@ -77,3 +77,11 @@ def test_a_folder_that_is_none_is_refused(data, tmp_path):
     (tmp_path / "out" / "users.parquet").unlink()
     with pytest.raises(UserError, match=r"\(users\.parquet missing\)"):
         Dataset.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "column"), [("items", "item"), ("users", "user_id"), ("interactions", "item")])
+def test_another_table_in_a_files_place_is_told(data, tmp_path, name, column):
+    other = "interactions" if name != "interactions" else "users"
+    (tmp_path / "out" / f"{name}.parquet").write_bytes((tmp_path / "out" / f"{other}.parquet").read_bytes())
+    with pytest.raises(UserError, match=rf"{name}\.parquet is another table: it has no column {column}"):
+        Dataset.load(tmp_path / "out")
