@@ -10,6 +10,7 @@ import threading
 import traceback
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -84,7 +85,7 @@ def _several() -> bool:
     return size.isdecimal() and int(size) > 1
 
 
-def _end(message: str, code: int) -> None:
+def _end(message: str, code: int) -> NoReturn:
     """Exit with one line on standard error."""
     if _several():
         from laserrec.util.distributed import speaks
@@ -105,7 +106,7 @@ def _bad_name(error: OSError | UnicodeEncodeError) -> str | None:
     return None
 
 
-def _end_unexpected(error: Exception) -> None:
+def _end_unexpected(error: Exception) -> NoReturn:
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         traceback.print_exc()
     _end(_unexpected(error), 1)
