@@ -97,9 +97,17 @@ class Candidates:
         return torch.where(rank <= k, 1 / torch.log2(rank + 1), 0.0)
 
     def _log_scale(self, blend: Blend) -> Tensor:
-        text, ids = self.background
-        cosines = (1 - blend.id_share) * text + blend.id_share * ids
-        return (cosines / blend.temperature).logsumexp(dim=1).mean() - math.log(blend.share or 1.0)
+        key = blend.id_share, blend.temperature
+        if key not in self._log_sums:
+            text, ids = self.background
+            cosines = (1 - blend.id_share) * text + blend.id_share * ids
+            self._log_sums[key] = (cosines / blend.temperature).logsumexp(dim=1).mean()
+        return self._log_sums[key] - math.log(blend.share or 1.0)
+
+    @cached_property
+    def _log_sums(self) -> dict[tuple[float, float], Tensor]:
+        """Of the background's softmax, by ID share and temperature."""
+        return {}
 
 
 def gather_candidates(
