@@ -67,6 +67,8 @@ def check_folder(path: Path | str) -> None:
     path = Path(os.path.abspath(path))
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; name a folder")
+    if path == path.parent:
+        raise UserError(f"{path} is a whole file system, which can't be replaced; name a folder in it")
     _check_parent(path)
     if path.is_dir():
         _check_parent(path / "file")

@@ -290,6 +290,11 @@ def test_a_place_that_can_not_be_written_is_told_at_once(tmp_path, place, messag
         check_file("/dev/null")
 
 
+def test_a_whole_file_system_is_no_place_for_a_folder():
+    with pytest.raises(UserError, match="/ is a whole file system"):
+        check_folder("/")
+
+
 def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
     check_file(tmp_path / "deep" / "file")
     check_folder(tmp_path / "deep" / "folder")
