@@ -149,7 +149,7 @@ def read_note(folder: Path) -> dict[str, Any]:
     note = read_json(file, _ADVICE)
     found = note.get("format") if isinstance(note, dict) else None
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise UserError(f"{file} is not a model's: its format is {str(found)[:80]!r}; {_ADVICE}")
+        raise UserError(f"{file} is not a model's: its format is {repr(found)[:80]}; {_ADVICE}")
     if found != FORMAT:
         older = found < FORMAT
         advice = "fit again, or load it with the version that made it" if older else "pip install --upgrade laserrec"
