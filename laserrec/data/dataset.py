@@ -57,6 +57,13 @@ class Cases:
         """The cases at `index`, in that order."""
         return Cases(self.users[index], self.histories.take(index), self.targets[torch.as_tensor(index)])
 
+    def sample(self, count: int) -> Cases:
+        """At most `count` of them, drawn at random, in their order; the same in each call, so that seeds and trials can
+        be compared."""
+        if count >= len(self):
+            return self
+        return self.take(np.sort(np.random.default_rng(0).choice(len(self), count, replace=False)))
+
 
 @dataclass(frozen=True)
 class Dataset:

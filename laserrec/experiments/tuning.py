@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from laserrec.config import Config, merge
 from laserrec.data.dataset import Dataset
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import METHODS
-from laserrec.recommender.fitting import fit
+from laserrec.recommender.fitting import fit, fit_fingerprint
 
 Choices = dict[str, list[Any]]
 """Setting ("neighbours.l2") -> values, in the order in which they are tried."""
@@ -43,15 +42,14 @@ def tune(method: str, base: dict[str, Any], choices: Choices, trials: int, datas
     """
     log = _Log(file)
     best, found = base, log.measured(method, base, dataset, config, features, device)
-    left, improved = trials - 1, True
-    while improved and left > 0:
+    improved = True
+    while improved and log.trials < trials:
         improved = False
         for name, values in choices.items():
             for value in values:
                 other = merge(best, _nested(name, value))
-                if other == best or left <= 0:
+                if other == best or log.trials >= trials:
                     continue
-                left -= not log.knows(method, other, dataset, config)
                 ndcg = log.measured(method, other, dataset, config, features, device)
                 if ndcg > found:
                     best, found, improved = other, ndcg, True
@@ -72,16 +70,12 @@ class _Log:
         self.done: dict[str, dict[str, Any]] = {line["key"]: line for line in map(_whole, lines) if line}
         self.asked: set[str] = set()
 
-    def knows(self, method: str, settings: dict[str, Any], dataset: Dataset, config: Config) -> bool:
-        """Whether this search has asked for this trial."""
-        return self._key(method, settings, dataset, config) in self.asked
-
     def measured(self, method: str, settings: dict[str, Any], dataset: Dataset, config: Config, features: TextFeatures,
                  device: torch.device) -> float:
         """Validation NDCG of a fit with these settings."""
-        key = self._key(method, settings, dataset, config)
+        own = Config.model_validate(merge(config.model_dump(), settings))
+        key = fit_fingerprint(method, METHODS[method], own, dataset, features, None)
         if key not in self.done:
-            own = Config.model_validate(merge(config.model_dump(), settings))
             with tempfile.TemporaryDirectory() as folder:
                 facts = fit(method, dataset, own, Path(folder) / "m", device, features=features,
                             progress=False).facts["training"]
@@ -95,12 +89,6 @@ class _Log:
             self.asked.add(key)
             self.trials, self.seconds = self.trials + 1, self.seconds + self.done[key]["seconds"]
         return self.done[key]["ndcg"]
-
-    def _key(self, method: str, settings: dict[str, Any], dataset: Dataset, config: Config) -> str:
-        tree, own = Config.model_validate(merge(config.model_dump(), settings)).model_dump(mode="json"), METHODS[method]
-        wanted = {*own.sections, "eval", *(("backbone", "prompt") if own.reads_text(config) else ())}
-        facts = json.dumps([method, dataset.fingerprint, {name: tree[name] for name in sorted(wanted)}])
-        return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def _whole(line: str) -> dict[str, Any] | None:

@@ -87,7 +87,7 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
         folders.check_free(folder)
         finished = world.told(lambda: (folder / "model.json").is_file())
         config, below = _id_model(name, dataset, config, folder, device, id_model, features, progress, finished)
-        fingerprint = _fingerprint(name, method, config, dataset, features, None if below is None else below.model)
+        fingerprint = fit_fingerprint(name, method, config, dataset, features, None if below is None else below.model)
         if world.told(lambda: fingerprint) != fingerprint:
             raise UserError(f"process {world.rank} of {world.size} has other data, settings or another ID model than "
                             "process 0; give every machine the same command and copies of the same folders")
@@ -180,7 +180,7 @@ def _nested(dataset: Dataset, config: Config, folder: Path, features: TextFeatur
     if found is None or found[0] != kind:
         raise _other(folder)
     _, settings, weights = found
-    if len({_fingerprint(kind, METHODS[kind], tree, dataset, features, None) for tree in (settings, config)}) > 1:
+    if len({fit_fingerprint(kind, METHODS[kind], tree, dataset, features, None) for tree in (settings, config)}) > 1:
         raise _other(folder)
     with folders.fitting(folder):
         model = METHODS[kind].restore(Given(settings, dataset.items, dataset.n_items, features), weights, {})
@@ -192,8 +192,8 @@ def _other(folder: Path) -> UserError:
                      "delete it")
 
 
-def _fingerprint(name: str, method: Method, config: Config, dataset: Dataset, features: TextFeatures,
-                 below: SequenceModel | None) -> str:
+def fit_fingerprint(name: str, method: Method, config: Config, dataset: Dataset, features: TextFeatures,
+                    below: SequenceModel | None) -> str:
     """Of all that a fit's result depends on: data, settings, the LLM's weights and the ID model's."""
     tree = config.model_dump(mode="json")
     for section, names in _PACE.items():

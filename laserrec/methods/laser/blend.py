@@ -115,7 +115,7 @@ def gather_candidates(
     boosts: Float[Tensor, "users items"], seen: Bool[Tensor, "users items"],
 ) -> tuple[Tensor, ...]:
     """(text, ids, boosts, seen, real) of the candidates of some users: the target, and the best items by text, by ID,
-    by both and by neighbours, and the newest seen ones."""
+    by both and by neighbours, and seen ones."""
     count = min(_TOP, text.shape[1])
     tops = [part.topk(count, dim=1).indices for part in (text, ids, text + ids, boosts, seen.float())]
     rows = torch.cat([targets[:, None], *tops], dim=1)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laserrec.config import BlendConfig, Config, NeighboursConfig
+from laserrec.config import BlendConfig, Config
 from laserrec.data.dataset import Cases
+from laserrec.data.histories import Histories
 from laserrec.methods.laser.blend import Blend, Candidates, Grid, full_grid, gather_candidates, search, search_guarded
 from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.task import LaserTask
@@ -32,7 +32,7 @@ def choose_blend(task: LaserTask, progress: bool = False) -> tuple[Config, dict[
     {users, chosen, ndcg@10: {given, chosen, without ...}}. Parts that do not help are dropped. Every process of several
     chooses alike."""
     config, dataset = task.module.config, task.dataset
-    cases = _sample(dataset.cases("validation"), config.blend.users)
+    cases = dataset.cases("validation").sample(config.blend.users)
     if not config.blend.trials or len(cases) < _FEWEST_USERS:
         return config, {}
     task.module.eval()
@@ -41,12 +41,6 @@ def choose_blend(task: LaserTask, progress: bool = False) -> tuple[Config, dict[
     report = {"users": len(cases), "chosen": {**vars(chosen.blend), **chosen.regression()},
               "ndcg@10": parts.report(chosen, config.blend.trials)}
     return _apply(task, chosen), report
-
-
-def _sample(cases: Cases, count: int) -> Cases:
-    if len(cases) <= count:
-        return cases
-    return cases.take(np.sort(np.random.default_rng(0).choice(len(cases), count, replace=False)))
 
 
 @dataclass(frozen=True)
@@ -73,20 +67,17 @@ class _Parts:
         if self.has_ids:
             self.laser.set_id_share(0.5)
         self.batch = rows_at_once(len(self.laser.vectors), self.config.eval.batch_size)
+        self.grid = full_grid(self.has_ids, self.laser.neighbours is not None, self.laser.seen is not None)
         with Progress("weighing the parts", len(cases), progress) as bar:
-            self.users = self._users(cases, bar.advance)
-        self.background = self._cosines(self._users_of(task.scale_histories()))
+            self.users = self._users(cases.histories, bar.advance)
+        self.background = self._cosines(self._users(task.scale_histories()))
 
-    def _users(self, cases: Cases, advance: Any) -> Tensor:
+    def _users(self, histories: Histories, advance: Callable[[int], None] = lambda count: None) -> Tensor:
         found = []
-        for rows in torch.arange(len(cases)).split(self.batch):
-            found.append(self.laser.users(cases.histories.take(rows)))
+        for rows in torch.arange(len(histories)).split(self.batch):
+            found.append(self.laser.users(histories.take(rows)))
             advance(len(rows))
         return torch.cat(found)
-
-    def _users_of(self, histories: Any) -> Tensor:
-        return torch.cat([self.laser.users(histories.take(rows))
-                          for rows in torch.arange(len(histories)).split(self.batch)])
 
     def _cosines(self, users: Float[Tensor, "some d_out"]) -> tuple[Tensor, Tensor]:
         """With all items, of the text parts and of the ID parts."""
@@ -117,8 +108,7 @@ class _Parts:
 
     def choose(self, settings: BlendConfig) -> _Choice:
         """Blend first, then the regression's settings, each with a short search of its own, then the blend again."""
-        laser, trials = self.laser, settings.trials
-        grid = full_grid(self.has_ids, laser.neighbours is not None, laser.seen is not None)
+        laser, trials, grid = self.laser, settings.trials, self.grid
         candidates = self.candidates(laser.neighbours)
         self.given = candidates.ndcg(self._start())
         best = _Choice(laser.neighbours, candidates, *search_guarded(candidates, self._start(), grid, trials))
@@ -130,7 +120,7 @@ class _Parts:
             other = _Choice(neighbours, candidates, *search(candidates, best.blend, short, len(short["share",])))
             gain = other.ndcg - best.ndcg
             if gain.mean() > gain.std() / len(gain) ** 0.5:  # one standard error, or chance would choose
-                best, self.settled = other, neighbours.config
+                best, self.settled = other, neighbours
         return _Choice(best.neighbours, best.candidates, *search(best.candidates, best.blend, grid, trials))
 
     def _start(self) -> Blend:
@@ -141,23 +131,26 @@ class _Parts:
 
     def _regressions(self, given: Neighbours, count: int) -> Iterator[Neighbours]:
         """Others, one setting changed at a time from what has proved best so far."""
-        n = len(given.items)
-        left = min(count, int(_WORK / max(1, n) ** 3))
-        self.settled, text = given.config, self.task.text_vectors()
+        left = min(count, int(_WORK / max(1, len(given.items)) ** 3))
+        self.settled, text = given, self.task.text_vectors()
         changes: list[tuple[str, float]] = [("text_weight", 4.0), ("text_weight", 0.25), ("text_weight", 0.0),
                                             ("l2", 4.0), ("l2", 0.25), ("length_power", 1.0), ("length_power", 0.0)]
         for name, value in changes[:left]:
-            own = getattr(self.settled, name)
+            own = getattr(self.settled.config, name)
             wanted = value if name == "length_power" or value == 0 else own * value
             if wanted != own:
-                yield self._fitted(self.settled.model_copy(update={name: wanted}), n, text)
-        for decay in (0.4, 0.6, 0.9, 1.0):
-            yield self._fitted(self.settled.model_copy(update={"decay": decay}), n, text)
+                other = self._changed(name, wanted)
+                other.fit(self.task.dataset.train_sequences, text)
+                yield other
+        for decay in (0.4, 0.6, 0.9, 1.0):  # no part of the regression, whose weights stay
+            other = self._changed("decay", decay)
+            other.load_state_dict(self.settled.state_dict())
+            yield other
 
-    def _fitted(self, config: NeighboursConfig, n: int, text: Tensor) -> Neighbours:
-        other = Neighbours(config, n).to(self.laser.device)
-        other.fit(self.task.dataset.train_sequences, text)
-        return other
+    def _changed(self, name: str, value: float) -> Neighbours:
+        """Neighbours of other settings, not fitted yet."""
+        config = self.settled.config.model_copy(update={name: value})
+        return Neighbours(config, len(self.settled.items)).to(self.laser.device)
 
     # -- what each part gives -----------------------------------------------------------------------------------
 
@@ -172,9 +165,8 @@ class _Parts:
             without["without the ID part"] = {"id_share": 0.0}
         if self.has_ids or best.share is not None:
             without["without the text part"] = {"id_share": 1.0}
-        grid = full_grid(self.has_ids, self.laser.neighbours is not None, self.laser.seen is not None)
         for name, change in without.items():
-            rest = {names: values for names, values in grid.items() if not set(names) & set(change)}
+            rest = {names: values for names, values in self.grid.items() if not set(names) & set(change)}
             out[name] = search(found, replace(best, **change), rest, trials)[1]
         if isinstance(side := self.laser.user_side, SummedUsers) and side.reader is not None:
             out["without the LLM's reading of the history"] = self._without_pass(chosen, side)
@@ -184,7 +176,7 @@ class _Parts:
         laser = self.laser
         laser.user_side = SummedUsers(side.items, side.head, side.decay)
         try:
-            users = self._users_of(self.cases.histories)
+            users = self._users(self.cases.histories)
         finally:
             laser.user_side = side
         return self.candidates(chosen.neighbours, users).ndcg(chosen.blend)
@@ -194,7 +186,6 @@ def _apply(task: LaserTask, chosen: _Choice) -> Config:
     laser, blend, config = task.module, chosen.blend, task.module.config
     head = config.head.model_copy(update={"id_share": blend.id_share})
     neighbours = config.neighbours.model_copy(update={"count": 0})
-    laser.set_id_share(blend.id_share)
     if blend.share is None:
         laser.neighbours = None
     elif chosen.neighbours is not None:
@@ -205,6 +196,6 @@ def _apply(task: LaserTask, chosen: _Choice) -> Config:
     if laser.seen is not None:
         laser.seen.offset.fill_(blend.seen_offset)
     laser.config = config.model_copy(update={"head": head, "neighbours": neighbours})
-    laser.set_items(laser.vectors)
+    laser.set_id_share(blend.id_share)
     task.scale_neighbours()
     return laser.config
