@@ -1,8 +1,8 @@
 """A server at twice its capacity for a while: what is answered, refused, lost or wrong, how long answers take, memory.
 
 Server and callers share this machine and talk over loopback alone. First each history is asked for alone, so that the
-right answers are known, and the capacity is measured by callers who ask again as soon as they are answered. Then
-requests are sent at fixed times, twice as many as that, whether or not earlier ones were answered.
+right answers are known, and the capacity is measured by 16, 32 and 64 callers who ask again as soon as they are
+answered; the most answers a second count. Then requests are sent at fixed times, twice as many as that, whether or not earlier ones were answered.
 
   python benchmarks/soak.py runs/quickstart/model --minutes 30 --out benchmarks/results/soak.json
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -118,8 +120,8 @@ def capacity(port: int, histories: list[list[str]], callers: int, seconds: float
 def flood(port: int, histories: list[list[str]], wanted: list[dict], rate: float, seconds: float) -> dict:
     """`rate` requests a second at fixed times, and looks at /healthz beside them."""
     count = min(MOST_REQUESTS, round(rate * seconds))
-    turn, begin, over = itertools.count(), time.monotonic(), threading.Event()
-    seen, waits, probes, lock = Counter(), [], [], threading.Lock()
+    turn, begin = itertools.count(), time.monotonic()
+    seen, waits, lock = Counter(), [], threading.Lock()
 
     def work(_: int) -> None:
         caller = Caller(port)
@@ -135,24 +137,39 @@ def flood(port: int, histories: list[list[str]], wanted: list[dict], rate: float
                     waits.append(took)
                     seen["wrong"] += not same(answer, wanted[which])
 
-    def probe() -> None:
-        caller = Caller(port)
-        while not over.wait(_PROBE_SECONDS):
-            start = time.monotonic()
-            alive = caller.call("GET", "/healthz")[0] == 200
-            probes.append(time.monotonic() - start if alive else 30.0)
-
-    looking = threading.Thread(target=probe, daemon=True)
-    looking.start()
-    in_threads(CALLERS, work)
-    took = time.monotonic() - begin
-    over.set()
-    looking.join()
+    with probed(port) as probes:
+        in_threads(CALLERS, work)
+        took = time.monotonic() - begin
     counts = {kind: seen[kind] for kind in ("answered", "refused", "lost", "wrong")}
     return {"minutes": round(took / 60, 2), "sent": count, **counts,
             "answered_per_second": round(seen["answered"] / took, 1),
             "accepted_wait_p50_ms": _quantile(waits, 0.5), "accepted_wait_p99_ms": _quantile(waits, 0.99),
             "healthz_p99_ms": _quantile(probes, 0.99)}
+
+
+@contextmanager
+def probed(port: int) -> Iterator[list[float]]:
+    """Seconds that each look at /healthz took; filled at the end. A process of its own: in this one a look would wait for
+    the callers' threads too."""
+    spawning, seconds = multiprocessing.get_context("spawn"), []
+    here, there = spawning.Pipe()
+    looking = spawning.Process(target=_probe, args=(port, there), daemon=True)
+    looking.start()
+    try:
+        yield seconds
+        here.send("over")
+        seconds += here.recv()
+    finally:
+        looking.join(60)
+
+
+def _probe(port: int, over: Connection) -> None:
+    caller, seconds = Caller(port), []
+    while not over.poll(_PROBE_SECONDS):
+        start = time.monotonic()
+        alive = caller.call("GET", "/healthz")[0] == 200
+        seconds.append(time.monotonic() - start if alive else 30.0)
+    over.send(seconds)
 
 
 def _quantile(seconds: list[float], q: float) -> float | None:
@@ -174,7 +191,7 @@ def soak(model: Path, minutes: float, length: int, warm_seconds: float) -> dict:
         answers = [caller.ask(history) for history in histories]
         if any(status != 200 for status, _ in answers):
             raise SystemExit(f"the server did not answer alone: {Counter(status for status, _ in answers)}")
-        can = capacity(port, histories, 16, warm_seconds)
+        can = max(capacity(port, histories, callers, warm_seconds / 3) for callers in (16, 32, 64))
         start = rss_mib(process)
         row = flood(port, histories, [answer for _, answer in answers], 2 * can, 60 * minutes)
         return {**row, "capacity_per_second": round(can, 1), "goodput": round(row["answered_per_second"] / can, 3),
@@ -186,7 +203,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--minutes", type=float, default=30.0, help="at most 120")
     parser.add_argument("--history", type=int, default=10, help="items of each history")
-    parser.add_argument("--warm-seconds", type=float, default=20.0, help="for measuring the capacity")
+    parser.add_argument("--warm-seconds", type=float, default=30.0, help="for measuring the capacity")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if not 0 < given.minutes <= 120:

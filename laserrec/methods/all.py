@@ -65,6 +65,8 @@ class Method:
     """(task after the training, progress) -> settings that it chose by itself, and facts about the choice."""
     needs: Callable[[Config, int], None] = lambda config, n_items: None
     """Raises UserError where it can't be fitted to so many items on this machine."""
+    seed: Callable[[Config], int] = lambda config: config.train.seed
+    """Of all that is drawn at random."""
 
 
 # -- sequence models --------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
                 f"blocks.{own.blocks - 1}.out.weight": (own.d_id, own.d_id)}
 
     return Method("id", ("id_model",), lambda config: config.id_model.items != ItemTable.IDS, make, phases, restore,
-                  shapes)
+                  shapes, seed=lambda config: config.id_model.seed)
 
 
 # -- closed forms -----------------------------------------------------------------------------------------------------

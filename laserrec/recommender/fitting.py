@@ -107,7 +107,7 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
 def _train(name: str, method: Method, given: Given, dataset: Dataset, folder: Path, fingerprint: str,
            device: torch.device) -> Fitted:
     config, world = given.config, given.world
-    seed = config.train.seed if method.kind == "laser" else config.id_model.seed
+    seed = method.seed(config)
     torch.manual_seed(seed)
     started = time.monotonic()
     model = method.make(given)

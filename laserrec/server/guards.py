@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Mapping
@@ -55,7 +56,10 @@ class TokenGuard:
 
 class Shedding:
     """429 for work that the model can't do in time, before its body is read: under load, reading what is turned away
-    takes the time of what is answered."""
+    takes the time of what is answered. The refusal is held back for a moment, since callers who try again at once would
+    take that time too."""
+
+    hold_seconds = 0.1
 
     def __init__(self, app: ASGIApp, service: Service, metrics: ServerMetrics):
         self.app, self._service, self._metrics = app, service, metrics
@@ -67,6 +71,7 @@ class Shedding:
             except OverloadedError as error:
                 self._metrics.shed.inc()
                 answer = problem(429, str(error), {"Retry-After": str(error.retry_after)})
+                await asyncio.sleep(self.hold_seconds)
                 return await answer(scope, receive, send)
         return await self.app(scope, receive, send)
 
