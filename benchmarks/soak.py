@@ -2,7 +2,8 @@
 
 Server and callers share this machine and talk over loopback alone. First each history is asked for alone, so that the
 right answers are known, and the capacity is measured by 16, 32 and 64 callers who ask again as soon as they are
-answered; the most answers a second count. Then requests are sent at fixed times, twice as many as that, whether or not earlier ones were answered.
+answered; the most answers a second count. Then requests are sent at fixed times, twice as many as that, whether or not
+earlier ones were answered.
 
   python benchmarks/soak.py runs/quickstart/model --minutes 30 --out benchmarks/results/soak.json
 """
@@ -149,8 +150,8 @@ def flood(port: int, histories: list[list[str]], wanted: list[dict], rate: float
 
 @contextmanager
 def probed(port: int) -> Iterator[list[float]]:
-    """Seconds that each look at /healthz took; filled at the end. A process of its own: in this one a look would wait for
-    the callers' threads too."""
+    """Seconds that each look at /healthz took; filled at the end. It is done in a process of its own: in this one a look
+    would wait for the callers' threads too."""
     spawning, seconds = multiprocessing.get_context("spawn"), []
     here, there = spawning.Pipe()
     looking = spawning.Process(target=_probe, args=(port, there), daemon=True)

@@ -19,6 +19,9 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Laid on the preset, whose settings suit Laser, where a method is fitted alone."""
 
+RIVAL_SIZES: dict[str, dict[str, Any]] = {}
+"""By method: what is smaller than published for two CPU cores. Not laid on the preset `paper`."""
+
 # The paper's settings (appendix B). Any other decoder of that size goes in with --backbone.name.
 _PAPER: dict[str, Any] = {
     "id_model": {"kind": "bert4rec", "d_id": 64, **ID_MODELS["bert4rec"]},
@@ -52,7 +55,7 @@ _SMALL: dict[str, Any] = {
     "blend": {"trials": 300},
     "train": {"lr": 1e-3, "weight_decay": 0.5, "batch_size": 128, "stage_one_epochs": 2, "stage_two_epochs": 1,
               "warmup_fraction": 0.05, "cosine_decay": True, "epoch_examples": 50_000, "item_gradient": True,
-              "history_negatives": False,              "temperature": 0.07},
+              "history_negatives": False, "temperature": 0.07},
     "eval": {"batch_size": 64},
 }
 

@@ -94,11 +94,13 @@ def load_config(preset: str = "small", file: Path | None = None, overrides: dict
     method: what is to be fitted; the settings that did best for it alone are laid on the preset.
     Raises UserError with the file and the setting's dotted name for anything unknown or out of range.
     """
-    from laserrec.presets import METHOD_SETTINGS, PRESETS
+    from laserrec.presets import METHOD_SETTINGS, PRESETS, RIVAL_SIZES
 
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; there are: {', '.join(PRESETS)}")
     tree = merge(PRESETS[preset], METHOD_SETTINGS.get(method, {}))
+    if preset != "paper":
+        tree = merge(tree, RIVAL_SIZES.get(method, {}))
     source = f"preset {preset}"
     if file is not None:
         tree = merge(tree, _read_toml(file))
