@@ -19,7 +19,17 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Laid on the preset, whose settings suit Laser, where a method is fitted alone."""
 
-RIVAL_SIZES: dict[str, dict[str, Any]] = {}
+_LRUREC: dict[str, Any] = {"patience": 5, "eval_every": 2}
+
+RIVAL_SIZES: dict[str, dict[str, Any]] = {
+    "lrurec": {"lrurec": _LRUREC},
+    "llamarec": {"lrurec": _LRUREC, "backbone": {"layers": 6},
+                 "llamarec": {"max_history": 10, "title_tokens": 12, "epoch_examples": 8000, "lr": 1e-3},
+                 "train": {"validation_users": 2000}},
+    "recformer": {"recformer": {"d_model": 128, "blocks": 2, "heads": 2, "window": 32, "max_items": 8,
+                                "max_tokens": 256, "attribute_tokens": 16, "lr": 1e-3, "pretrain_epochs": 10}},
+    "llm4rec": {"backbone": {"layers": 3}, "llm4rec": {"max_history": 20, "max_epochs": 20, "patience": 3}},
+}
 """By method: what is smaller than published for two CPU cores. Not laid on the preset `paper`."""
 
 # The paper's settings (appendix B). Any other decoder of that size goes in with --backbone.name.

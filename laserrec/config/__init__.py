@@ -37,13 +37,16 @@ from laserrec.config.llm import (
     Quantization,
     Template,
 )
+from laserrec.config.rivals import LlamaRecConfig, LLM4RecConfig, LruRecConfig, RecFormerConfig
 from laserrec.config.section import Section
 from laserrec.util.errors import UserError, reading
 
 __all__ = [
     "BackboneConfig", "BlendConfig", "Config", "Cuts", "DataConfig", "Engine", "EvalConfig", "HeadConfig", "IdLoss",
-    "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "Layout", "MFormerConfig", "NeighboursConfig",
-    "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization", "Routing", "Split", "StudentConfig",
+    "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "LLM4RecConfig", "Layout", "LlamaRecConfig",
+    "LruRecConfig", "MFormerConfig", "NeighboursConfig",
+    "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization", "RecFormerConfig", "Routing", "Split",
+    "StudentConfig",
     "Template", "TrainConfig", "load_config", "merge", "valid",
 ]
 
@@ -63,6 +66,10 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     blend: BlendConfig = BlendConfig()
     eval: EvalConfig = EvalConfig()
+    lrurec: LruRecConfig = LruRecConfig()
+    llamarec: LlamaRecConfig = LlamaRecConfig()
+    recformer: RecFormerConfig = RecFormerConfig()
+    llm4rec: LLM4RecConfig = LLM4RecConfig()
     student: StudentConfig | None = None
     """Settings of the student; only in distilled models, set by `laserrec distil`."""
 

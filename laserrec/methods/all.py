@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from laserrec.config import Config, IdModelKind, ItemTable
 from laserrec.data.dataset import Dataset
 from laserrec.llm.text_features import TextFeatures
+from laserrec.methods import llamarec, llm4rec, lrurec, recformer
 from laserrec.methods.bert4rec import BERT4Rec
 from laserrec.methods.closed_form import ClosedForm, FitOnce, ItemRegression, NearestText, Popularity
 from laserrec.methods.laser import build as laser
@@ -144,7 +145,7 @@ def _laser() -> Method:
         return laser.compose(given.config, given.items, given.n_known, given.features, given.id_model,
                              world=given.world, progress=given.progress)
 
-    def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> Any:
+    def filled(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> Any:
         return laser.restore(given.config, given.items, given.n_known, given.features, given.id_model, weights, kept)
 
     def needs(config: Config, n_items: int) -> None:
@@ -156,6 +157,57 @@ def _laser() -> Method:
                   lambda config: True, make, lambda model, given, data: laser.phases(model, data, given.world,
                                                                                      given.progress),
                   restore, laser.shapes, choose_blend, needs)
+
+
+# -- rivals -----------------------------------------------------------------------------------------------------------
+
+def _from_phases(kind: str, sections: tuple[str, ...], make: Callable[[Given], nn.Module],
+                 phases: Callable[[Any, Config, Dataset], list[Phase]], shapes: Callable[[Config, int], Shapes],
+                 restore: Callable[[Given, dict[str, Tensor], dict[str, Tensor]], Any] | None = None) -> Method:
+    """restore: None where all of the model is in its state_dict. The last of its sections has the seed."""
+
+    def filled(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> Any:
+        return _filled(make(given), weights, given)
+
+    return Method(kind, sections, lambda config: kind != "id", make,
+                  lambda model, given, dataset: phases(model, given.config, dataset), restore or filled, shapes,
+                  seed=lambda config: getattr(config, sections[-1]).seed)
+
+
+def _lrurec() -> Method:
+    def make(given: Given) -> lrurec.LRURec:
+        return lrurec.LRURec(given.config.lrurec, given.n_known).to(given.features.device)
+
+    return _from_phases("id", ("lrurec",), make, lambda model, config, data: lrurec.phases(model, config.lrurec, data),
+                  lambda config, n: lrurec.shapes(config.lrurec, n))
+
+
+def _llamarec() -> Method:
+    def make(given: Given) -> llamarec.LlamaRec:
+        return llamarec.LlamaRec(given.config, given.n_known, given.items, given.features.backbone)
+
+    return _from_phases("laser", ("lrurec", "llamarec"), make, llamarec.phases, llamarec.shapes)
+
+
+def _recformer() -> Method:
+    def make(given: Given) -> recformer.RecFormer:
+        return recformer.RecFormer(given.config.recformer, given.items, given.features.backbone)
+
+    def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> recformer.RecFormer:
+        return recformer.restore(make(given), weights, kept)
+
+    return _from_phases("text", ("recformer",), make, recformer.phases,
+                  lambda config, n: recformer.shapes(config.recformer), restore)
+
+
+def _llm4rec() -> Method:
+    def make(given: Given) -> llm4rec.LLM4Rec:
+        return llm4rec.LLM4Rec(given.config.llm4rec, given.n_known, given.items, given.features.backbone)
+
+    def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> llm4rec.LLM4Rec:
+        return llm4rec.restore(make(given), weights)
+
+    return _from_phases("laser", ("llm4rec",), make, llm4rec.phases, lambda config, n: {}, restore)
 
 
 def _filled(model: nn.Module, weights: dict[str, Tensor], given: Given) -> Any:
@@ -171,6 +223,10 @@ METHODS: dict[str, Method] = {
     "ease-text": _regression("text"),
     "nearest-text": _nearest(),
     "popularity": _popularity(),
+    "lrurec": _lrurec(),
+    "llamarec": _llamarec(),
+    "recformer": _recformer(),
+    "llm4rec": _llm4rec(),
 }
 
 

@@ -35,6 +35,26 @@ layers = 2
 mean_layers = [1, 3]
 precision = "fp32"
 name = "{folder}"
+[lrurec]
+d_id = 16
+max_epochs = 2
+[llamarec]
+candidates = 4
+max_history = 2
+title_tokens = 4
+epoch_examples = 20
+[recformer]
+d_model = 16
+blocks = 1
+heads = 2
+window = 8
+max_items = 2
+max_tokens = 32
+attribute_tokens = 4
+max_epochs = 2
+stage_two_epochs = 1
+[llm4rec]
+max_epochs = 2
 """
 
 

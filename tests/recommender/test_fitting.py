@@ -27,8 +27,12 @@ N, USERS = 16, 24
 DATA = tiny.planted(N, USERS)
 ROWS = tiny.histories([0, 1, 2], [6], [3, 8, 1, 4, 7], [10, 11])
 ASK = {"anna": ["i1", "i2"], "bob": ["i9"]}
-TRAINED = ("laser", "sasrec", "bert4rec")
+TRAINED = tuple(name for name, method in METHODS.items() if method.sections != ("neighbours",))
 """Methods that are trained in steps; the others are closed forms."""
+GROWING = ("laser", "recformer")
+"""Methods that take new items."""
+PHASED = ("laser", "llamarec", "recformer")
+"""Methods of several phases."""
 OFTEN = {"train": {"checkpoint_minutes": 1e-9, "lr": 1e-2, "stage_one_epochs": 1, "stage_two_epochs": 1,
                    "batch_size": 32}}
 INSTANT = {"id_model": {"kind": "none"}, "prompt": {"layout": "none", "item_side": "mean"},
@@ -70,7 +74,7 @@ def test_a_fitted_model_is_measured_saved_and_loaded(whole, name, llm, tmp_path)
         assert evaluate(name, model, DATA, "validation", k=3).plain.recall > 3 / N
     note = json.loads((folder / "model.json").read_text())
     assert note["format"] == 3 and note["method"] == name and note["n_known"] == note["n_items"] == N
-    assert (note["backbone"] is None) == (name not in ("laser", "ease-text", "nearest-text"))
+    assert (note["backbone"] is None) == (not METHODS[name].reads_text(model.config))
     assert note["training"]["seconds"] >= 0 and not (folder / "checkpoint.safetensors").exists()
     model.save_pretrained(tmp_path / "copy")
     want = model.recommend(ASK, k=4)
@@ -91,12 +95,18 @@ OTHERS = {"laser": {"train": {"seed": 5}}, "sasrec": {"id_model": {"dropout": 0.
           "bert4rec": {"id_model": {"mask_probability": 0.5}}}
 
 
+def own_other(name: str) -> dict:
+    """Other settings of a method's own section."""
+    section = METHODS[name].sections[-1]
+    return {section: {"decay": 0.5} if section == "neighbours" else {"seed": 5}}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_other_settings_data_or_method_are_refused_before_anything_is_trained(whole, fit, name, no_training):
     folder, _ = whole(name)
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     other = "sasrec" if name == "laser" else "laser"
-    for data, method, sections in ((DATA, name, OTHERS.get(name, {"neighbours": {"decay": 0.5}})),
+    for data, method, sections in ((DATA, name, OTHERS.get(name, own_other(name))),
                                    (tiny.planted(N, USERS + 1), name, {}), (DATA, other, {})):
         with pytest.raises(UserError, match="holds a model of another method, other settings or other data"):
             fit(data, folder, method, **sections)
@@ -145,7 +155,7 @@ def places(name: str) -> list[tuple]:
     """Where a fit is stopped: in the ID model, at the first step, in the midst, and while the folder is written."""
     if name not in TRAINED:
         return [(FitOnce, "start", 1)]
-    return [(Trainer, "_step", at) for at in ((2, 5, 9) if name == "laser" else (1, 3))]
+    return [(Trainer, "_step", at) for at in ((2, 5, 9) if name in PHASED else (1, 3))]
 
 
 CUTS = [pytest.param(name, *place, id=f"{name}-{place[1]}-{place[2]}") for name in METHODS for place in places(name)]
@@ -280,12 +290,26 @@ def test_an_id_model_that_does_not_fit_is_refused(whole, fit, tmp_path):
 NEW = pl.DataFrame({"item_id": ["new1", "new2"], "title": ["steel drill 99", "blue wood"]})
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "laser"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in GROWING])
 def test_methods_that_take_no_new_items_say_so(whole, name):
     model = whole(name)[1]
     with pytest.raises(UserError, match=f"method {name} can't take items that it was not fitted on; fit it again"):
         model.add_items(NEW)
     assert len(model.items) == N and model.recommend(ASK, k=99).height == 2 * N
+
+
+@pytest.mark.parametrize("name", [name for name in GROWING if name != "laser"])
+def test_methods_that_know_items_by_their_text_take_new_ones(whole, name, llm, tmp_path):
+    whole(name)[1].save_pretrained(tmp_path / "m")
+    model = LaserRecommender.from_pretrained(tmp_path / "m", llm())
+    old, asked = model.score(ROWS), {"anna": ["i1", "new1"], "bob": ["new2"]}
+    assert model.add_items(NEW) == 2 and model.add_items(NEW, exists="skip") == 0
+    torch.testing.assert_close(model.score(ROWS)[:, :N], old, rtol=0, atol=0)
+    want = model.recommend(asked, k=99)
+    assert want.height == 2 * (N + 2)
+    model.save_pretrained(tmp_path / "grown")
+    again = LaserRecommender.from_pretrained(tmp_path / "grown", llm())
+    assert again.recommend(asked, k=99).equals(want) and again.n_known == N
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in TRAINED])
@@ -296,8 +320,8 @@ def test_methods_without_vectors_say_so(whole, name, ask):
         ask(whole(name)[1])
 
 
-@pytest.mark.parametrize("name", ["sasrec", "bert4rec"])
-def test_a_sequence_models_vectors_give_its_scores(whole, name):
+@pytest.mark.parametrize("name", [name for name in TRAINED if name not in ("laser", "llamarec")])
+def test_a_trained_models_vectors_give_its_scores(whole, name):
     model = whole(name)[1]
     users, items = model.encode_users(ASK), model.encode_items(["i3", "i5"])
     scores = model.score(tiny.histories([0, 1], [8]))

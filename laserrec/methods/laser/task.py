@@ -57,9 +57,16 @@ class LaserExamples:
 
     def batch(self, index: Int[np.ndarray, "batch"]) -> Batch:
         """Histories on the CPU; what is drawn here is the same in all processes."""
-        whole, cut = self.sequences.take(self.of[index]), self.cut[index]
-        histories = whole.where(torch.arange(len(whole.items)) - whole.starts[whole.users] < cut[whole.users])
-        return Batch(histories, whole.items[whole.starts + cut], torch.rand(len(index)) < self.state_dropout)
+        histories, targets = cut_histories(self.sequences, self.of[index], self.cut[index])
+        return Batch(histories, targets, torch.rand(len(index)) < self.state_dropout)
+
+
+def cut_histories(sequences: Histories, of: Int[Tensor, "some"], cut: Int[Tensor, "some"]
+                  ) -> tuple[Histories, Int[Tensor, "some"]]:
+    """What stands in sequence of[i] before place cut[i], and the item there."""
+    whole = sequences.take(of)
+    histories = whole.where(torch.arange(len(whole.items)) - whole.starts[whole.users] < cut[whole.users])
+    return histories, whole.items[whole.starts + cut]
 
 
 def epoch_examples(sequences: Histories, cuts: Cuts, seed: tuple[int, ...], limit: int | None = None
