@@ -9,6 +9,7 @@ trained linear map, since the authors' pre-trained weights are not to be had.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -166,6 +167,13 @@ class RecFormer(nn.Module):
         """As `Growing.drop_items`."""
         self.attributes.truncate(count)
         self.vectors = self.vectors[:count]
+
+    def transferred(self, items: pl.DataFrame) -> RecFormer:
+        """The same weights over another catalogue (columns title and the other attributes)."""
+        other = copy.copy(self)
+        other.attributes = Attributes(self.backbone, self.config, items)
+        other.vectors = other.encode_items()
+        return other
 
     def item_tensors(self) -> dict[str, Tensor]:
         """What a model folder keeps of the items beside their text."""

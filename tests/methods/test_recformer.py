@@ -127,6 +127,9 @@ def test_what_only_titles_tell_is_learnt_and_carried_to_new_items(llm, tmp_path)
     vectors = model.add_items(new)
     assert vectors.shape == (24, 32) and torch.equal(model.vectors[:40], old)
     assert ranks_own_colour_first(model, titles + new["title"].to_list(), first=40) > 0.9
+    elsewhere = model.transferred(new)
+    torch.testing.assert_close(elsewhere.items(), vectors)
+    torch.testing.assert_close(elsewhere.users(tiny.histories([3, 5])), model.users(tiny.histories([43, 45])))
     model.drop_items(40)
     assert torch.equal(model.vectors, old) and len(model.attributes) == 40
     torch.testing.assert_close(model.add_items(new, vectors), vectors)
