@@ -1,4 +1,4 @@
-"""Items as key-value text (Li et al. 2023, "Text Is All You Need", 2.2): what RECFORMER reads of items and histories."""
+"""Items as key-value text (Li et al. 2023, "Text Is All You Need", 2.2): what RECFORMER reads of a history."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ from laserrec.methods.terms import AtPairs
 from laserrec.util.device import move
 from laserrec.util.errors import UserError
 
-_INSTRUCTION = ("### Instruction: Given the user's history in chronological order, recommend an item from the candidates "
-                "by its letter.\n\n### Input:\nUser history:")
+_INSTRUCTION = ("### Instruction: Given the user's history in chronological order, recommend an item from the "
+                "candidates by its letter.\n\n### Input:\nUser history:")
 _CANDIDATES, _RESPONSE = "\nCandidates:", "\n\n### Response:\n"
 _PROMPTS_AT_ONCE = 16
 """Prompts per pass of the LLM where nothing is trained."""

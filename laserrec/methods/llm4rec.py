@@ -1,5 +1,5 @@
-"""LLM4REC (Wang, Wu, Hong, Liu & Fu 2024, "LLM-Enhanced User-Item Interactions: Leveraging Edge Information for Optimized
-Recommendations", arXiv 2402.09617).
+"""LLM4REC (Wang, Wu, Hong, Liu & Fu 2024, "LLM-Enhanced User-Item Interactions: Leveraging Edge Information for
+Optimized Recommendations", arXiv 2402.09617).
 
 Users and items are tokens in the LLM's vocabulary. A prompt names the user and the history's items, and attention
 between two of these tokens is raised where an edge of the training graph joins them: an item that the user took, or two
@@ -78,7 +78,8 @@ class Edges(nn.Module):
         return self.weights[at] * there if len(self.weights) else there.float()
 
 
-def _found(keys: Int[Tensor, "keys"], asked: Int[Tensor, "*some"]) -> tuple[Int[Tensor, "*some"], Bool[Tensor, "*some"]]:
+def _found(keys: Int[Tensor, "keys"], asked: Int[Tensor, "*some"]
+           ) -> tuple[Int[Tensor, "*some"], Bool[Tensor, "*some"]]:
     """Where each number stands among ascending keys, and whether it does."""
     if not len(keys):
         return asked, torch.zeros_like(asked, dtype=torch.bool)
@@ -106,7 +107,8 @@ class Layer(nn.Module):
         q, k, v = qkv.split([s.heads, s.kv_heads, s.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _normed(q, s) * self.q_norm, _normed(k, s) * self.k_norm
-        q, k, v = _turned(q, rotary), _turned(k, rotary).repeat_interleave(s.groups, 1), v.repeat_interleave(s.groups, 1)
+        q, k = _turned(q, rotary), _turned(k, rotary)
+        k, v = k.repeat_interleave(s.groups, dim=1), v.repeat_interleave(s.groups, dim=1)
         scores = q @ k.transpose(-1, -2) * s.head_dim**-0.5
         if self.edge is not None:
             scores = scores + torch.einsum("kbts,kh->bhts", edges, self.edge)
@@ -147,8 +149,8 @@ class LLM4Rec(nn.Module):
         super().__init__()
         decoder = backbone.decoder
         if not isinstance(decoder, NativeDecoder):
-            raise UserError("llm4rec trains the weights of a native decoder (Llama, Mistral, Qwen2, Qwen3) and backbone "
-                            f"{backbone.name!r} runs on transformers'; take another backbone")
+            raise UserError("llm4rec trains the weights of a native decoder (Llama, Mistral, Qwen2, Qwen3) and "
+                            f"backbone {backbone.name!r} runs on transformers'; take another backbone")
         self.config, self.n_items, self.shape, table = config, n_items, decoder.shape, backbone.embedding
         self.token_std = float(table.float().std())
         front, back = (backbone.embed(backbone.tokens(backbone.tokenizer(text, add_special_tokens=False)["input_ids"]))

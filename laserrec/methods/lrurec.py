@@ -45,7 +45,7 @@ class LinearRecurrence(nn.Module):
         """An output depends on nothing behind its own position."""
         real, imaginary = (self.into(x) * self.gamma.exp().repeat(2)).chunk(2, dim=-1)
         step = 1
-        while step < x.shape[1]:  # the states now sum the last `step` inputs; with those of `step` before, twice as many
+        while step < x.shape[1]:  # each state sums the last `step` inputs; with the state `step` back, twice as many
             size, angle = (-step * self.nu.exp()).exp(), step * self.theta.exp()
             a, b = size * angle.cos(), size * angle.sin()
             old_real, old_imaginary = (F.pad(part[:, :-step], (0, 0, step, 0)) for part in (real, imaginary))
@@ -73,9 +73,8 @@ class LRURec(SASRec):
     """SASRec with recurrences for its attention: same inputs, targets, softmax and item table."""
 
     def __init__(self, config: LruRecConfig, n_items: int):
-        shared = {name: getattr(config, name) for name in ("d_id", "dropout", "max_history", "lr", "weight_decay",
-                                                           "batch_size", "max_epochs", "patience", "eval_every", "seed")}
-        super().__init__(IdModelConfig(blocks=1, heads=1, **shared), n_items)
+        super().__init__(IdModelConfig(d_id=config.d_id, blocks=1, heads=1, dropout=config.dropout, seed=config.seed,
+                                       max_history=config.max_history), n_items)
         del self.position
         self.blocks = nn.ModuleList(LruBlock(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.d_id)

@@ -1,5 +1,5 @@
-"""RECFORMER (Li, Wang, Li, Chen, Fu, Shen, Shang & McAuley 2023, "Text Is All You Need: Learning Language Representations
-for Sequential Recommendation", KDD).
+"""RECFORMER (Li, Wang, Li, Chen, Fu, Shen, Shang & McAuley 2023, "Text Is All You Need: Learning Language
+Representations for Sequential Recommendation", KDD).
 
 An item is the text of its attributes, a user the texts of the history's items, newest first, behind a [CLS] token. One
 transformer with sliding-window attention (Longformer, Beltagy et al. 2020) reads both, and its output at [CLS] is the
@@ -230,7 +230,7 @@ class RecFormerTask:
 
 
 class PretrainTask(RecFormerTask):
-    """Pre-training on other catalogues: asks for hidden tokens of a history's text, and for the history's next item among
+    """Pre-training on other catalogues: asks for hidden tokens of a history's text, and for its next item among
     the batch's. One pass over the text with hidden tokens serves both; the authors make two."""
 
     def __init__(self, model: RecFormer, dataset: Dataset, others: Sequence[Dataset]):

@@ -180,7 +180,8 @@ def _metrics(note: dict[str, Any]) -> str:
 def _settings(note: dict[str, Any]) -> list[tuple[str, Any]]:
     tree = note["config"]
     if note["method"] != "laser":
-        own = [(section, *setting) for section in find_method(note["method"]).sections for setting in tree[section].items()]
+        sections = find_method(note["method"]).sections
+        own = [(section, key, value) for section in sections for key, value in tree[section].items()]
         return [("method", note["method"]), *((f"`{section}.{key}`", _told(key, value)) for section, key, value in own)]
     names = ["prompt.layout", "prompt.template", "prompt.item_side", "prompt.max_items", "prompt.max_item_tokens",
              "mformer.prefix", "mformer.experts", "mformer.queries", "mformer.blocks", "mformer.d_model",

@@ -83,11 +83,15 @@ def test_an_edges_weight_is_added_to_the_attention(llm):
 
 def naive(layer, x, rotary, edges):
     """One layer, token by token and head by head."""
+    def norm(t):
+        return t / (t.square().mean(dim=-1, keepdim=True) + s.norm_eps).sqrt()
+
+    def turn(t, p):
+        first, second = t.chunk(2)
+        return torch.cat([first * rotary[0][p] - second * rotary[1][p], second * rotary[0][p] + first * rotary[1][p]])
+
     s = layer.shape
-    norm = lambda t: t / (t.square().mean(dim=-1, keepdim=True) + s.norm_eps).sqrt()  # noqa: E731
     qkv, out = (norm(x) @ layer.qkv.T).view(len(x), -1, s.head_dim), torch.zeros(len(x), s.heads, s.head_dim)
-    turn = lambda t, p: torch.cat([t[: s.head_dim // 2] * rotary[0][p] - t[s.head_dim // 2 :] * rotary[1][p],  # noqa: E731
-                                   t[s.head_dim // 2 :] * rotary[0][p] + t[: s.head_dim // 2] * rotary[1][p]])
     for t, h in itertools.product(range(len(x)), range(s.heads)):
         key = s.heads + h // s.groups
         logits = [float(turn(qkv[t, h], t) @ turn(qkv[p, key], p)) / s.head_dim**0.5
