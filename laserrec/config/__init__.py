@@ -23,6 +23,7 @@ from laserrec.config.laser import (
     NeighboursConfig,
     Pooling,
     Prefix,
+    RegressionForm,
     Routing,
     StudentConfig,
     TrainConfig,
@@ -43,8 +44,8 @@ from laserrec.util.errors import UserError, reading
 __all__ = [
     "BackboneConfig", "BlendConfig", "Config", "Cuts", "DataConfig", "Engine", "EvalConfig", "HeadConfig", "IdLoss",
     "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "Layout", "MFormerConfig", "NeighboursConfig",
-    "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization", "Routing", "Split", "StudentConfig",
-    "Template", "TrainConfig", "load_config", "merge", "valid",
+    "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization", "RegressionForm", "Routing", "Split",
+    "StudentConfig", "Template", "TrainConfig", "load_config", "merge", "valid",
 ]
 
 _S = TypeVar("_S", bound=BaseModel)

@@ -14,7 +14,14 @@ from laserrec.config import Config, IdModelKind, ItemTable
 from laserrec.data.dataset import Dataset
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.bert4rec import BERT4Rec
-from laserrec.methods.closed_form import ClosedForm, FitOnce, ItemRegression, NearestText, Popularity
+from laserrec.methods.closed_form import (
+    ClosedForm,
+    FitOnce,
+    ItemRegression,
+    NearestText,
+    Popularity,
+    regression_width,
+)
 from laserrec.methods.laser import build as laser
 from laserrec.methods.laser.finish import choose_blend
 from laserrec.methods.neighbours import check_size
@@ -121,7 +128,10 @@ def _regression(kind: str) -> Method:
     def make(given: Given) -> ItemRegression:
         return ItemRegression(given.config.neighbours, given.n_known).to(given.features.device)
 
-    return _closed_form(kind, make, fit, lambda config, n: {"weights": (n, n)}, lambda config, n: check_size(n))
+    def shapes(config: Config, n_items: int) -> Shapes:
+        return {"weights": (n_items, regression_width(config.neighbours, n_items))}
+
+    return _closed_form(kind, make, fit, shapes, lambda config, n: check_size(n, config.neighbours))
 
 
 def _nearest() -> Method:
@@ -149,7 +159,7 @@ def _laser() -> Method:
 
     def needs(config: Config, n_items: int) -> None:
         if config.neighbours.count:
-            check_size(n_items)
+            check_size(n_items, config.neighbours)
 
     return Method("laser", ("id_model", "backbone", "prompt", "mformer", "head", "neighbours", "train", "blend",
                             "student"),
