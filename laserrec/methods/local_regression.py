@@ -52,8 +52,16 @@ def local_weights(
         weights.append(found[kept])
         counts.append(kept.sum(axis=1))
     ends = np.concatenate([[0], np.concatenate(counts).cumsum()])
-    by_target = sparse.csr_array((np.concatenate(weights), np.concatenate(sources), ends), shape=(n_items, n_items))
+    del problem
+    by_target = sparse.csr_array((_joined(weights), _joined(sources), ends), shape=(n_items, n_items))
     return by_target.T.tocsr()
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts, which are dropped, as one array."""
+    whole = np.concatenate(parts)
+    parts.clear()
+    return whole
 
 
 def largest(matrix: sparse.csr_array, count: int, magnitude: bool = False

@@ -38,7 +38,7 @@ def is_local(config: NeighboursConfig, n_items: int) -> bool:
 def check_size(n_items: int, config: NeighboursConfig) -> None:
     """Raises UserError where the regression would not fit into the memory that is free."""
     local = is_local(config, n_items)
-    needed, free = n_items * (20 * config.candidates + 8_000) if local else 3 * 4 * n_items**2, available_bytes()
+    needed, free = n_items * (20 * config.candidates + 2_000) if local else 3 * 4 * n_items**2, available_bytes()
     if needed > free:
         way = "turn it off (setting neighbours.count = 0)" if local else "take setting neighbours.form = local"
         raise UserError(f"the item-to-item regression of {n_items:,} items takes {needed / 1e9:,.1f} GB and "
