@@ -154,7 +154,6 @@ def prepare(items: int, interactions: int, folder: Path) -> Work:
     import polars as pl
 
     from laserrec.data.prepare import prepare_source
-    from laserrec.data.sources import Source
 
     (folder / "interactions").mkdir()
     for part, at in enumerate(range(0, interactions, 1_000_000)):
@@ -169,8 +168,7 @@ def prepare(items: int, interactions: int, folder: Path) -> Work:
     names.write_parquet(folder / "items.parquet")
 
     def work() -> Facts:
-        source = Source(interactions=folder / "interactions", items=folder / "items.parquet")
-        report = prepare_source(source, folder / "data")
+        report = prepare_source([folder / "interactions", folder / "items.parquet"], folder / "data")
         return lambda: {"kept": report["table1"]["interactions"]}
 
     return work

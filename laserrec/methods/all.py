@@ -28,6 +28,7 @@ from laserrec.methods.neighbours import check_size
 from laserrec.methods.protocol import Phase
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.sequence import SequenceModel, SequenceTask
+from laserrec.methods.warm_start import carry_laser, carry_sequence_model
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
 
@@ -72,6 +73,9 @@ class Method:
     """(task after the training, progress) -> settings that it chose by itself, and facts about the choice."""
     needs: Callable[[Config, int], None] = lambda config, n_items: None
     """Raises UserError where it can't be fitted to so many items on this machine."""
+    carry: Callable[[Any, Any, Tensor, Given], None] | None = None
+    """(fresh model, fitted one of the same method, its row of each item or -1, what the fresh one is made of): start
+    from the fitted one's weights. None: there is nothing to start from."""
     seed: Callable[[Config], int] = lambda config: config.train.seed
     """Of all that is drawn at random."""
 
@@ -103,8 +107,12 @@ def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
         return {"item.weight": (n_known + 2, own.d_id), "position.weight": (own.max_history + 1, own.d_id),
                 f"blocks.{own.blocks - 1}.out.weight": (own.d_id, own.d_id)}
 
+    def carry(model: SequenceModel, old: SequenceModel, rows: Tensor, given: Given) -> None:
+        llm_start = model.config.items == ItemTable.LLM_START
+        carry_sequence_model(model, old, rows, given.features.vectors(given.items) if llm_start else None)
+
     return Method("id", ("id_model",), lambda config: config.id_model.items != ItemTable.IDS, make, phases, restore,
-                  shapes, seed=lambda config: config.id_model.seed)
+                  shapes, carry=carry, seed=lambda config: config.id_model.seed)
 
 
 # -- closed forms -----------------------------------------------------------------------------------------------------
@@ -165,7 +173,8 @@ def _laser() -> Method:
                             "student"),
                   lambda config: True, make, lambda model, given, data: laser.phases(model, data, given.world,
                                                                                      given.progress),
-                  restore, laser.shapes, choose_blend, needs)
+                  restore, laser.shapes, choose_blend, needs,
+                  lambda model, old, rows, given: carry_laser(model, old))
 
 
 def _filled(model: nn.Module, weights: dict[str, Tensor], given: Given) -> Any:

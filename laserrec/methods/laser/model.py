@@ -68,6 +68,8 @@ class Laser(nn.Module):
         """The items', of unit length."""
         self.n_known = 0
         """Items that were there when the model was fitted; later ones have text alone."""
+        self.carried = False
+        """Whether its weights are an earlier fit's, whose whitening is then kept."""
 
     @property
     def device(self) -> torch.device:

@@ -103,9 +103,9 @@ class LaserTask:
         laser.eval()
         laser.n_known = self.dataset.n_items
         self.outputs = self._read_items()
-        if laser.head.white is not None:
+        if laser.head.white is not None and not laser.carried:
             laser.head.white.fit(self.outputs)
-        if laser.added is not None and laser.reader is not None:
+        if laser.added is not None and laser.reader is not None and not laser.carried:
             laser.added.white.fit(self._suffix_outputs(laser.reader))
         if laser.neighbours is not None:
             laser.neighbours.fit(self.dataset.train_sequences, self.text_vectors())
