@@ -116,10 +116,10 @@ def test_a_refit_without_training_is_the_old_model_with_new_items(whole, tmp_pat
 
 
 def test_texts_that_the_model_has_read_are_not_read_again(whole, tmp_path, monkeypatch):
-    read, means = [], text_features._means
+    old, read, means = whole("laser", **MEAN), [], text_features._means
     monkeypatch.setattr(text_features, "_means", lambda llm, lines, *more: read.append(len(lines))
                         or means(llm, lines, *more))
-    whole("laser", **MEAN).refit(MIXED, tmp_path / "m", STILL, progress=False)
+    old.refit(MIXED, tmp_path / "m", STILL, progress=False)
     assert read == [4]
 
 
@@ -202,11 +202,11 @@ def test_the_neighbours_are_those_of_the_new_data_and_the_blend_is_chosen_again(
 
 
 def test_a_finished_refit_is_loaded_and_another_one_refused(whole, fit, tmp_path, monkeypatch):
-    model = whole("sasrec").refit(MIXED, tmp_path / "m", progress=False)
+    model, another = whole("sasrec").refit(MIXED, tmp_path / "m", progress=False), whole("bert4rec")
     monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("it trains"))
     again = whole("sasrec").refit(MIXED, tmp_path / "m", progress=False)
     assert torch.equal(again.embeddings, model.embeddings)
-    for other, data in ((whole("bert4rec"), MIXED), (model, MIXED), (whole("sasrec"), OLD)):
+    for other, data in ((another, MIXED), (model, MIXED), (whole("sasrec"), OLD)):
         with pytest.raises(UserError, match="another method, other settings or other data"):
             other.refit(data, tmp_path / "m", progress=False)
     with pytest.raises(UserError, match="another method, other settings or other data"):

@@ -33,7 +33,7 @@ def newer(model_folder, tmp_path_factory):
 
 @pytest.fixture
 def client(model_folder, tmp_path):
-    with served(model_folder, tmp_path / "state", token="secret") as found:
+    with served(model_folder, tmp_path / "state", token="secret", queue_seconds=60) as found:
         plain = found.inside
         found.inside = lambda calls, headers=None: plain(calls, headers or HEADERS)
         yield found
