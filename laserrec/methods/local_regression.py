@@ -130,7 +130,7 @@ class _Problem:
                                                               Float[np.ndarray, "items most"]]:
         """Candidates of these items and their weights; zero weights behind the shorter lists."""
         own = [self.candidates(item) for item in items]
-        width = 1 + max(map(len, own))
+        width = 1 + max(1, *map(len, own))
         rows, gram = np.zeros((len(items), width), np.int32), np.zeros((len(items), width, width), np.float32)
         real, place = np.zeros((len(items), width), np.float32), np.full(len(self.diagonal), -1, np.int32)
         for at, (item, candidates) in enumerate(zip(items, own, strict=True)):
