@@ -124,7 +124,7 @@ def refit(model: Model, data: Data, out: ModelOut, *, opening: Opening = OPENING
           ) -> None:
     """Go on from a fitted model with newer data: new interactions, users and items. Run again to resume.
 
-    A fraction of the time of a fit from nothing: training starts from MODEL's weights and is short. DATA holds all
+    Training starts from MODEL's weights and is short. DATA holds all
     interactions that there are now, old and new; items are known by their item_id. MODEL stays as it is. A server takes
     OUT without a restart: POST /v1/model.
 

@@ -1,4 +1,4 @@
-"""Go on from a fitted model with new interactions, users and items, in a fraction of the time of a fit from nothing."""
+"""Go on from a fitted model with new interactions, users and items, by a short training from its weights."""
 
 from __future__ import annotations
 
