@@ -88,7 +88,7 @@ def test_a_finished_folder_is_loaded(whole, fit, name, no_training):
 
 
 OTHERS = {"laser": {"train": {"seed": 5}}, "sasrec": {"id_model": {"dropout": 0.3}},
-          "bert4rec": {"id_model": {"mask_probability": 0.5}}}
+          "bert4rec": {"id_model": {"mask_probability": 0.5}}, "gru4rec": {"id_model": {"dropout": 0.4}}}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -267,7 +267,7 @@ def test_an_id_model_that_does_not_fit_is_refused(whole, fit, tmp_path):
     given = whole("sasrec")[0]
     with pytest.raises(UserError, match=r"was fitted on other data \(sha256 planted"):
         fit(tiny.planted(N, USERS + 1), tmp_path / "m", below=given)
-    with pytest.raises(UserError, match=r"popularity; Laser's ID model is a sequence model: sasrec or bert4rec"):
+    with pytest.raises(UserError, match=r"popularity; Laser's ID model is a sequence model: sasrec, bert4rec"):
         fit(DATA, tmp_path / "m", below=whole("popularity")[0])
     with pytest.raises(UserError, match="method ease takes no ID model"):
         fit(DATA, tmp_path / "m", "ease", below=given)
