@@ -38,7 +38,7 @@ def prepare(
     Examples:
       laserrec prepare amazon-scientific runs/data
       laserrec prepare orders.csv runs/data --items goods.csv --columns user_id=customer item_id=sku title=name
-      laserrec prepare shop/ runs/data --data.item-columns price colour --vectors images.parquet
+      laserrec prepare orders.csv runs/data --items goods.csv --vectors images.parquet
 
     Parameters
     ----------
