@@ -49,9 +49,9 @@ def fit(data: Data, out: ModelOut, *, method: str = "laser", id_model: Path | No
     Parameters
     ----------
     method
-        laser, sasrec, bert4rec, ease, ease-text, nearest-text or popularity.
+        laser, sasrec, bert4rec, gru4rec, ease, ease-text, nearest-text or popularity.
     id_model
-        Of laser: the model folder of a sasrec or bert4rec fitted on DATA.
+        Of laser: the model folder of a sasrec, bert4rec or gru4rec fitted on DATA.
     """
     from laserrec.util.distributed import join
 
@@ -66,8 +66,8 @@ def pretrain(data: Data, out: ModelOut, *, how: Fitting = FITTING) -> None:
     """
     kind = how.settings("laser").id_model.kind
     if kind == IdModelKind.NONE:
-        raise UserError("these settings have no ID model (id_model.kind is none); give --id-model.kind sasrec or "
-                        "bert4rec")
+        raise UserError("these settings have no ID model (id_model.kind is none); give --id-model.kind sasrec, "
+                        "bert4rec or gru4rec")
     _fit(data, out, kind.value, how)
 
 

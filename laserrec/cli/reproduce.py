@@ -11,9 +11,12 @@ from rich.table import Table
 
 from laserrec.cli.options import ConfigFile, Device, Flags, JsonFile, Preset, Quiet, finish, say, settings
 from laserrec.cli.output import print_table
+from laserrec.cli.paper import add_paper
 from laserrec.config import Config
 
-reproduce_app = App(name="reproduce", help="Train and compare, several seeds, as the tables of benchmarks/results do.")
+reproduce_app = App(name="reproduce", help="Train and compare: the paper's tables and figures, and those of "
+                    "benchmarks/results.")
+add_paper(reproduce_app)
 
 Out = Annotated[Path, Parameter(help="Everything is kept here.")]
 Data = Annotated[Path | None, Parameter(help="A data folder; else amazon-scientific is prepared in OUT/data.")]

@@ -20,6 +20,7 @@ from laserrec.config.laser import (
     Cuts,
     HeadConfig,
     MFormerConfig,
+    Negatives,
     NeighboursConfig,
     Pooling,
     Prefix,
@@ -32,6 +33,7 @@ from laserrec.config.llm import (
     BackboneConfig,
     Engine,
     ItemSide,
+    ItemVectors,
     Layout,
     Precision,
     PromptConfig,
@@ -43,8 +45,9 @@ from laserrec.util.errors import UserError, reading
 
 __all__ = [
     "BackboneConfig", "BlendConfig", "Config", "Cuts", "DataConfig", "Engine", "EvalConfig", "HeadConfig", "IdLoss",
-    "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "Layout", "MFormerConfig", "NeighboursConfig",
-    "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization", "RegressionForm", "Routing", "Split",
+    "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "ItemVectors", "Layout", "MFormerConfig", "Negatives",
+    "NeighboursConfig", "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization", "RegressionForm",
+    "Routing", "Split",
     "StudentConfig", "Template", "TrainConfig", "load_config", "merge", "valid",
 ]
 
@@ -80,6 +83,9 @@ class Config(Section):
         if not reads and not self.head.projection and self.train.stage_one_epochs + self.train.stage_two_epochs:
             raise ValueError("prompt.layout none without head.projection has nothing to train; set "
                              "train.stage_one_epochs and train.stage_two_epochs to 0")
+        if self.train.negatives == Negatives.BATCH and self.prompt.item_side != ItemSide.TRAINED:
+            raise ValueError("train.negatives batch embeds the targets with the trained prefix and suffix; it needs "
+                             "prompt.item_side trained")
         if self.prompt.layout == Layout.TEXT_FIRST and self.backbone.shard:
             raise ValueError("backbone.shard needs prompt.layout prefix_first: text_first needs the native engine")
         return self

@@ -10,7 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from laserrec.config import Config, IdModelKind, ItemTable
+from laserrec.config import Config, IdModelKind, ItemSide, ItemTable, ItemVectors, Layout
 from laserrec.data.dataset import Dataset
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.bert4rec import BERT4Rec
@@ -22,6 +22,7 @@ from laserrec.methods.closed_form import (
     Popularity,
     regression_width,
 )
+from laserrec.methods.gru4rec import GRU4Rec
 from laserrec.methods.laser import build as laser
 from laserrec.methods.laser.finish import choose_blend
 from laserrec.methods.neighbours import check_size
@@ -80,6 +81,16 @@ class Method:
     """Of all that is drawn at random."""
 
 
+def _llm_reads_items(config: Config) -> bool:
+    """Whether what is known of items comes from their texts: else they have vectors of their own alone."""
+    return config.backbone.item_vectors != ItemVectors.INSTEAD
+
+
+def _laser_reads(config: Config) -> bool:
+    histories = config.prompt.layout != Layout.NONE and config.student is None
+    return histories or config.prompt.item_side != ItemSide.MEAN or _llm_reads_items(config)
+
+
 # -- sequence models --------------------------------------------------------------------------------------------------
 
 def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
@@ -103,16 +114,17 @@ def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
                       config.weight_decay, patience=config.patience, eval_every=config.eval_every)]
 
     def shapes(config: Config, n_known: int) -> Shapes:
-        own = config.id_model
-        return {"item.weight": (n_known + 2, own.d_id), "position.weight": (own.max_history + 1, own.d_id),
-                f"blocks.{own.blocks - 1}.out.weight": (own.d_id, own.d_id)}
+        return kind.shapes(config.id_model, n_known)
+
+    def reads_text(config: Config) -> bool:
+        return config.id_model.items != ItemTable.IDS and _llm_reads_items(config)
 
     def carry(model: SequenceModel, old: SequenceModel, rows: Tensor, given: Given) -> None:
         llm_start = model.config.items == ItemTable.LLM_START
         carry_sequence_model(model, old, rows, given.features.vectors(given.items) if llm_start else None)
 
-    return Method("id", ("id_model",), lambda config: config.id_model.items != ItemTable.IDS, make, phases, restore,
-                  shapes, carry=carry, seed=lambda config: config.id_model.seed)
+    return Method("id", ("id_model",), reads_text, make, phases, restore, shapes, carry=carry,
+                  seed=lambda config: config.id_model.seed)
 
 
 # -- closed forms -----------------------------------------------------------------------------------------------------
@@ -125,7 +137,10 @@ def _closed_form(kind: str, make: Callable[[Given], ClosedForm], fit: Callable[[
     def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> ClosedForm:
         return _filled(make(given), weights, given)
 
-    return Method(kind, ("neighbours",), lambda config: kind == "text", make, phases, restore, shapes,
+    def reads_text(config: Config) -> bool:
+        return kind == "text" and _llm_reads_items(config)
+
+    return Method(kind, ("neighbours",), reads_text, make, phases, restore, shapes,
                   needs=needs or (lambda config, n_items: None))
 
 
@@ -171,7 +186,7 @@ def _laser() -> Method:
 
     return Method("laser", ("id_model", "backbone", "prompt", "mformer", "head", "neighbours", "train", "blend",
                             "student"),
-                  lambda config: True, make, lambda model, given, data: laser.phases(model, data, given.world,
+                  _laser_reads, make, lambda model, given, data: laser.phases(model, data, given.world,
                                                                                      given.progress),
                   restore, laser.shapes, choose_blend, needs,
                   lambda model, old, rows, given: carry_laser(model, old))
@@ -186,6 +201,7 @@ METHODS: dict[str, Method] = {
     "laser": _laser(),
     "sasrec": _sequence(SASRec, IdModelKind.SASREC),
     "bert4rec": _sequence(BERT4Rec, IdModelKind.BERT4REC),
+    "gru4rec": _sequence(GRU4Rec, IdModelKind.GRU4REC),
     "ease": _regression("id"),
     "ease-text": _regression("text"),
     "nearest-text": _nearest(),

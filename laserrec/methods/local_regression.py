@@ -129,7 +129,7 @@ class _Problem:
     def solve(self, items: Int[np.ndarray, "items"]) -> tuple[Int[np.ndarray, "items most"],
                                                               Float[np.ndarray, "items most"]]:
         """Candidates of these items and their weights; zero weights behind the shorter lists."""
-        own = [self.candidates(item) for item in items]
+        own = [self.candidates(item) for item in items.tolist()]
         width = 1 + max(1, *map(len, own))
         rows, gram = np.zeros((len(items), width), np.int32), np.zeros((len(items), width, width), np.float32)
         real, place = np.zeros((len(items), width), np.float32), np.full(len(self.diagonal), -1, np.int32)
@@ -180,7 +180,7 @@ def co_occurrence(x: sparse.csr_array, most: int | None = None) -> sparse.csr_ar
     parts = []
     for number in np.unique(block):
         start, end = np.searchsorted(block, [number, number + 1])
-        parts.append(_without_rest((columns[start:end] @ x).tocsr(), start, most))
+        parts.append(_without_rest((columns[start:end] @ x).tocsr(), int(start), most))
     return sparse.vstack(parts, format="csr")
 
 

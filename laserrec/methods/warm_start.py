@@ -40,7 +40,8 @@ def carry_sequence_model(new: SequenceModel, old: SequenceModel, rows: Int[Tenso
         new.bias[at] = table[:, -1]
     ours[new.n_items :] = theirs[old.n_items :]  # padding and mask token
     if new.adaptor is not None:
-        new.text.copy_(_in_old_space(new.text, old.text.to(new.device)[rows[known]], known))
+        ours_text, theirs_text = new.get_buffer("text"), old.get_buffer("text").to(new.device)
+        ours_text.copy_(_in_old_space(ours_text, theirs_text[rows[known]], known))
 
 
 def _in_old_space(text: Float[Tensor, "n_items d_text"], old: Float[Tensor, "known d_text"], known: Tensor

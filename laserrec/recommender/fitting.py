@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from laserrec.config import BackboneConfig, Config, IdModelKind, Precision
 from laserrec.data.dataset import Dataset
+from laserrec.data.extras import extra_names
 from laserrec.llm.backbone import Backbone
 from laserrec.llm.fetch import DEFAULT_NAME, fetch_default
 from laserrec.llm.precision import resolve_precision
@@ -80,12 +82,15 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
     """
     method, folder, world = find_method(name), Path(folder), join()
     method.needs(config, dataset.n_items)
-    if name in (IdModelKind.SASREC, IdModelKind.BERT4REC):
+    _check_attributes(method, config, dataset)
+    if name in set(IdModelKind) - {IdModelKind.NONE}:
         config = config.model_copy(update={"id_model": config.id_model.model_copy(update={"kind": IdModelKind(name)})})
     features = features or _features(config, dataset, device, world, progress, trust_remote_code)
-    with locked(folder, "fit") if world.is_main else contextlib.nullcontext():
-        recover(folder)
-        folders.check_free(folder)
+    there = (folder / "model.json").is_file()  # it is only read then, which several processes may do at once
+    with locked(folder, "fit") if world.is_main and not there else contextlib.nullcontext():
+        if not there:
+            recover(folder)
+            folders.check_free(folder)
         finished = world.told(lambda: (folder / "model.json").is_file())
         config, below = _id_model(name, dataset, config, folder, device, id_model, features, progress, finished, start)
         below_model = None if below is None else below.model
@@ -103,6 +108,15 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
             folders.save(folder, fitted.saved())
     world.wait()  # where the folder is shared, it is complete for all
     return fitted
+
+
+def _check_attributes(method: Method, config: Config, dataset: Dataset) -> None:
+    """Raises UserError where the prompt names a column that the items don't have."""
+    missing = [name for name in config.prompt.attributes if name not in dataset.items.columns]
+    if missing and method.reads_text(config):
+        raise UserError(f"prompt.attributes names {missing[0]!r}, which is no column of the data folder's items; there "
+                        f"are: {', '.join(('brand', 'category', *extra_names(dataset.items)))}; prepare the data again "
+                        "with data.item_columns")
 
 
 def _train(name: str, method: Method, given: Given, dataset: Dataset, folder: Path, fingerprint: str,
@@ -181,7 +195,7 @@ def _id_model(name: str, dataset: Dataset, config: Config, folder: Path, device:
         below = open_folder(given, device)
         if not isinstance(below.model, SequenceModel):
             raise UserError(f"{given} holds a model of method {below.method}; Laser's ID model is a sequence model: "
-                            "sasrec or bert4rec")
+                            "sasrec, bert4rec or gru4rec")
         if below.facts["data"]["sha256"] != dataset.fingerprint:
             raise UserError(f"{given} was fitted on other data (sha256 {below.facts['data']['sha256'][:12]}, the data "
                             f"folder has {dataset.fingerprint[:12]}); fit it on this data folder")
@@ -191,9 +205,36 @@ def _id_model(name: str, dataset: Dataset, config: Config, folder: Path, device:
         raise UserError("several processes fit Laser on an ID model that is there already: fit it first, in one "
                         "process, and give its folder as the ID model")
     else:
-        below = fit(config.id_model.kind.value, dataset, config, folder / "id_model", device, features=features,
-                    progress=progress, start=_below(start))
+        below = _best_id_model(dataset, config, folder, device, features, progress, _below(start))
     return config.model_copy(update={"id_model": below.config.id_model}), below
+
+
+def _id_model_settings(config: Config) -> list[Config]:
+    """Those that an ID model is fitted with, the given ones first."""
+    others = [value for value in dict.fromkeys(config.blend.shuffles) if value != config.id_model.shuffle]
+    if not config.eval.validates:
+        others = []
+    return [config, *(config.model_copy(update={"id_model": config.id_model.model_copy(update={"shuffle": value})})
+                      for value in others)]
+
+
+def _best_id_model(dataset: Dataset, config: Config, folder: Path, device: torch.device, features: TextFeatures,
+                   progress: bool, start: Fitted | None) -> Fitted:
+    """Fitted into FOLDER/id_model, from the weights of `start` if it is given; of several settings the one that is best
+    on validation, the first of equals."""
+    kind, place, tries = config.id_model.kind.value, folder / "id_model", _id_model_settings(config)
+    if len(tries) == 1:
+        return fit(kind, dataset, config, place, device, features=features, progress=progress, start=start)
+    folders_of = [folder / folders.TRIALS / f"shuffle-{tree.id_model.shuffle:g}" for tree in tries]
+    found = [fit(kind, dataset, tree, own, device, features=features, progress=progress, start=start)
+             for tree, own in zip(tries, folders_of, strict=True)]
+    best = max(range(len(found)), key=lambda at: _validation_ndcg(found[at], config.eval.k))
+    shutil.copytree(folders_of[best], place, dirs_exist_ok=True)
+    return found[best]
+
+
+def _validation_ndcg(fitted: Fitted, k: int) -> float:
+    return fitted.facts["training"]["kept"].get(f"validation_ndcg@{k}", 0.0)
 
 
 def _below(start: Fitted | None) -> Fitted | None:
@@ -210,7 +251,8 @@ def _nested(dataset: Dataset, config: Config, folder: Path, features: TextFeatur
     if found is None or found[0] != kind:
         raise _other(folder)
     _, settings, weights = found
-    if len({fit_fingerprint(kind, METHODS[kind], tree, dataset, features, None) for tree in (settings, config)}) > 1:
+    if fit_fingerprint(kind, METHODS[kind], settings, dataset, features, None) not in {
+            fit_fingerprint(kind, METHODS[kind], tree, dataset, features, None) for tree in _id_model_settings(config)}:
         raise _other(folder)
     with folders.fitting(folder):
         model = METHODS[kind].restore(Given(settings, dataset.items, dataset.n_items, features), weights, {})

@@ -66,12 +66,14 @@ class LaserRecommender:
     @classmethod
     def fit(cls, interactions: Any, items: Any, config: Config | None = None, folder: Path | str | None = None,
             columns: Mapping[str, str] | None = None, progress: bool = True, method: str = "laser",
-            device: str = "auto") -> LaserRecommender:
+            device: str = "auto", vectors: Any = None) -> LaserRecommender:
         """Prepare polars or pandas frames and fit a method on them.
 
         interactions: user_id, item_id, and timestamp or position (else row order); items: item_id, title, and brand,
-        category if known. `columns` maps these names to yours. With `folder` all steps are kept there (data, model),
-        and the same call resumes an interrupted fit. device: auto, cpu, cuda, cuda:N or mps. UserError for bad input.
+        category and what else config.prompt.attributes names. `columns` maps these names to yours. vectors: a frame of
+        item_id and vector, the items' own vectors (see config.backbone.item_vectors). With `folder` all steps are kept
+        there (data, model), and the same call resumes an interrupted fit. device: auto, cpu, cuda, cuda:N or mps.
+        UserError for bad input.
         """
         alone("LaserRecommender.fit")
         config = load_config() if config is None else config
@@ -79,10 +81,12 @@ class LaserRecommender:
             raise UserError(f"config is a {type(config).__name__}; make a Config with laserrec.config.load_config")
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="laserrec-") as scratch:
-                return cls.fit(interactions, items, config, scratch, columns, progress, method, device)
+                return cls.fit(interactions, items, config, scratch, columns, progress, method, device, vectors)
         folder = Path(folder)
-        raw = from_frames(interactions, items, columns)
-        report = prepare(raw.interactions, raw.items, config.data, folder / "data", notes=raw.notes)
+        more = dict.fromkeys((*config.data.item_columns, *config.prompt.attributes))
+        data = config.data.model_copy(update={"item_columns": tuple(n for n in more if n not in ITEM_SCHEMA)})
+        raw = from_frames(interactions, items, columns, extra=data.item_columns, vectors=vectors)
+        report = prepare(raw.interactions, raw.items, data, folder / "data", notes=raw.notes)
         if progress:
             print(*summary_lines(report), sep="\n", file=sys.stderr)
         return cls.fit_dataset(Dataset.load(folder / "data"), config, folder / "model", method, device=device,
@@ -224,11 +228,11 @@ class LaserRecommender:
         return self.embeddings[torch.tensor([self._index[i] for i in names], dtype=torch.long)].cpu().numpy()
 
     def add_items(self, frame: Any, embeddings: Float[Tensor, "new d_out"] | None = None, exists: str = "error") -> int:
-        """Add items (item_id, title, and brand, category if known) to the catalogue and encode them; they can be
-        recommended and stand in histories at once. Nothing is retrained: their text does the work, and where scores
-        have an ID part, they inherit that of the items nearest by text. embeddings: these items' own, from an earlier
-        call on the same model, which saves the encoding. exists: "error", or "skip" to leave out items that are in the
-        catalogue already.
+        """Add items (item_id, title; brand, category, further columns and vector of the catalogue if known) to the
+        catalogue and encode them; they can be recommended and stand in histories at once. Nothing is retrained: their
+        text does the work, and where scores have an ID part, they inherit that of the items nearest by text.
+        embeddings: these items' own, from an earlier call on the same model, which saves the encoding. exists:
+        "error", or "skip" to leave out items that are in the catalogue already.
         Returns how many. Raises UserError for a missing title, a repeated or an existing id, and for a method
         without `laserrec.methods.protocol.Growing`; then nothing is added."""
         with self._held(tables=True):
@@ -391,7 +395,7 @@ class LaserRecommender:
         """Cleaned, without those that are in the catalogue already."""
         if exists not in ("error", "skip"):
             raise UserError(f'exists is "error" or "skip", not {exists!r}')
-        items = read_items(frame)
+        items = read_items(frame, catalogue=self.items)
         known = [i for i in items["item_id"].to_list() if i in self._index]
         if known and exists == "error":
             raise UserError(f"new items: {len(known)} ids are in the catalogue already, first {known[:3]}; leave them "

@@ -7,6 +7,7 @@ from typing import Any
 
 from laserrec.config import Config, merge, valid
 from laserrec.data.dataset import Dataset
+from laserrec.data.extras import VECTOR
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import find_method
 from laserrec.recommender.fitting import Fitted, fit, kept_texts
@@ -48,7 +49,7 @@ def settings(config: Config, changes: dict[str, Any]) -> Config:
         "id_model": {"max_epochs": min(own.max_epochs, _EPOCHS), "patience": min(own.patience, _PATIENCE)},
         "train": {"stage_one_epochs": min(train.stage_one_epochs, 1),
                   "stage_two_epochs": 0 if train.stage_one_epochs else min(train.stage_two_epochs, 1)},
-        "blend": {"trials": min(config.blend.trials, _TRIALS), "regressions": 0},
+        "blend": {"trials": min(config.blend.trials, _TRIALS), "regressions": 0, "shuffles": ()},
     }
     return merged(config, merge(short, changes))
 
@@ -61,6 +62,6 @@ def merged(config: Config, changes: dict[str, Any]) -> Config:
 def _features(old: Fitted, dataset: Dataset) -> TextFeatures:
     """The model's own LLM. Texts that the model has read are not read again."""
     means = getattr(old.model, "item_tensors", dict)().get("means")
-    if means is None:
+    if means is None or VECTOR in old.items.columns:  # with vectors beside them they are not the LLM's alone
         return old.features.kept_in(kept_texts(dataset))
     return old.features.knowing(old.items, means)

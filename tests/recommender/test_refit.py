@@ -1,4 +1,4 @@
-"""Going on from a fitted model with newer data: what is carried over, what training makes of it, and what is refused."""
+"""Going on from a fitted model with newer data: what is carried over, what training makes of it, what is refused."""
 
 import json
 import os

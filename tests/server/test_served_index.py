@@ -34,7 +34,8 @@ def alike(services, history, **how):
     for service in services:
         ask, _ = service.served.ask(history, 9, how.get("exclude_seen", False), how.get("candidates"))
         near = Similar(service.listing.row(history[0]), 4)
-        answers += [service.submit(service.served, ask).result(60).ranked, service.submit(service.served, near).result(60)]
+        found = [service.submit(service.served, each).result(60) for each in (ask, near)]
+        answers += [found[0].ranked, found[1]]
     for mine, plain in zip(answers[:2], answers[2:], strict=True):
         assert mine.items.tolist() == plain.items.tolist() and mine.expert == plain.expert
         np.testing.assert_allclose(mine.scores, plain.scores, atol=1e-6)

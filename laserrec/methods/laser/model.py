@@ -160,6 +160,15 @@ class Laser(nn.Module):
         if self.neighbours is not None and self.n_known > 0:
             self.neighbours.inherit(*nearest_known(text[self.n_known :], text[: self.n_known]))
 
+    @torch.no_grad()
+    def scale_neighbours(self, some_users: Histories) -> None:
+        """Set the neighbours' scale by these users' cosines with the items that the model was fitted on."""
+        if self.neighbours is None or not len(some_users):
+            return
+        rows = torch.arange(len(some_users)).split(self.config.eval.batch_size)
+        users = torch.cat([self.users(some_users.take(part)) for part in rows])
+        self.neighbours.scale_to(users @ self.vectors[: self.n_known].T)
+
     def _joined(self, text: Float[Tensor, "some d_text"], id_part: Float[Tensor, "some d_id"] | None
                 ) -> Float[Tensor, "some d_out"]:
         if id_part is None:
