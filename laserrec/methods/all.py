@@ -189,7 +189,7 @@ def _laser() -> Method:
                   _laser_reads, make, lambda model, given, data: laser.phases(model, data, given.world,
                                                                                      given.progress),
                   restore, laser.shapes, choose_blend, needs,
-                  lambda model, old, rows, given: carry_laser(model, old))
+                  lambda model, old, rows, given: carry_laser(model, old, rows))
 
 
 def _filled(model: nn.Module, weights: dict[str, Tensor], given: Given) -> Any:

@@ -49,7 +49,7 @@ def _by_graph(unit: np.ndarray, count: int) -> np.ndarray | None:
     out = np.repeat(np.arange(len(unit), dtype=np.int32)[:, None], count + 1, axis=1)
     for start in range(0, len(unit), 100_000):
         part = index.search(unit[start : start + 100_000], count + 1)
-        there = np.arange(count + 1) < np.asarray(part.counts)[:, None]
+        there = np.arange(count + 1) < np.asarray(part.counts)[:, None]  # ty: ignore[missing-union-attribute]
         out[start : start + 100_000][there] = np.asarray(part.keys)[there].astype(np.int32)
     own = out == np.arange(len(unit))[:, None]
     order = np.argsort(own, axis=1, kind="stable")  # the item itself last

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -55,11 +56,13 @@ def _in_old_space(text: Float[Tensor, "n_items d_text"], old: Float[Tensor, "kno
 
 
 @torch.no_grad()
-def carry_laser(new: Laser, old: Laser) -> None:
-    """All weights but the neighbours', which are made anew; the whitening of LLM outputs stays as it was, since what is
-    trained behind it counts on it. Raises UserError where the two differ in more than their items."""
+def carry_laser(new: Laser, old: Laser, rows: Int[Tensor, "n_items"]) -> None:
+    """All weights but the neighbours', which are made anew; the whitening of LLM outputs stays as it was, since what
+    is trained behind it counts on it. rows: `old`'s row of each item of `new`, -1 for items that it does not know; the
+    others keep their text parts. Raises UserError where the two differ in more than their items."""
     _copy(new, old, ("neighbours.items", "neighbours.weights", "neighbours.log_scale"))
-    new.carried = True
+    text = F.normalize(old.vectors[:, : old.d_text], dim=-1).to(new.device)
+    new.carried = torch.where((rows >= 0)[:, None], text[rows.clamp(min=0)], torch.nan)
 
 
 def _copy(new: nn.Module, old: nn.Module, without: Collection[str]) -> None:
