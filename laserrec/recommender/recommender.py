@@ -53,7 +53,7 @@ class LaserRecommender:
     def __init__(self, fitted: Fitted):
         self.fitted, self.facts = fitted, dict(fitted.facts)
         self.items = fitted.items
-        self._held = Turns(fitted.features.device).held
+        self._held = Turns(lambda: fitted.features.device).held
         self._names: list[str] = self.items["item_id"].to_list()
         # Rows of removed items stay: an item's number is its row, and the model counts on it.
         self._removed: list[int] = self.facts.pop("removed", [])

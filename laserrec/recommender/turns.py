@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -13,9 +13,9 @@ from laserrec.util.errors import UserError
 
 
 class Turns:
-    """Parameters: `device`: where the model computes."""
+    """Parameters: `device`: tells where the model computes."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: Callable[[], torch.device]):
         self._device = device
         self._lock, self._process, self._forked = threading.RLock(), os.getpid(), False
 
@@ -34,7 +34,7 @@ class Turns:
     def _go_on_after_fork(self) -> None:
         """Only the thread that forked lives on: torch would wait for its pool's other threads for ever, and a lock that
         another thread held is never given back."""
-        if self._device.type != "cpu":
+        if self._device().type != "cpu":
             raise UserError("a model on a GPU can't be used in a forked process; load it in the process, or start the "
                             "process with the method spawn")
         if not self._lock.acquire(blocking=False):
