@@ -124,10 +124,10 @@ def refit(model: Model, data: Data, out: ModelOut, *, opening: Opening = OPENING
           ) -> None:
     """Go on from a fitted model with newer data: new interactions, users and items. Run again to resume.
 
-    Training starts from MODEL's weights and is short. DATA holds all interactions that there are now, old and new; items
-    are known by their item_id. MODEL stays as it is. A server takes OUT without a restart: POST /v1/model.
+    Training starts from MODEL's weights and is short. DATA holds all interactions that there are now, old and new;
+    items are known by their item_id. MODEL stays as it is. A server takes OUT without a restart: POST /v1/model.
 
-    Example: laserrec refit runs/model runs/data-december runs/model-december --train.stage-one-epochs 2
+    Example: laserrec refit runs/model runs/data-december runs/model-december
     """
     from laserrec.data.dataset import Dataset
 
