@@ -48,5 +48,9 @@ class Settings(_partial(Config, without=("student",))):
     """
 
 
+class RefitSettings(_partial(Config, without=("student", "data", "backbone", "prompt", "mformer", "head"))):
+    """The settings that `laserrec refit` may change, as flags; some of the ID model's it refuses."""
+
+
 class StudentSettings(_partial(StudentConfig, tell_defaults=True)):
     """The settings of `laserrec distil` as flags."""

@@ -24,6 +24,7 @@ from laserrec.config.laser import (
     NeighboursConfig,
     Pooling,
     Prefix,
+    RegressionForm,
     Routing,
     StudentConfig,
     TrainConfig,
@@ -45,7 +46,8 @@ from laserrec.util.errors import UserError, reading
 __all__ = [
     "BackboneConfig", "BlendConfig", "Config", "Cuts", "DataConfig", "Engine", "EvalConfig", "HeadConfig", "IdLoss",
     "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "ItemVectors", "Layout", "MFormerConfig", "Negatives",
-    "NeighboursConfig", "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization", "Routing", "Split",
+    "NeighboursConfig", "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization", "RegressionForm",
+    "Routing", "Split",
     "StudentConfig", "Template", "TrainConfig", "load_config", "merge", "valid",
 ]
 

@@ -95,6 +95,14 @@ class HeadConfig(Section):
     """Initial value of that number. Negative, since most people buy something new."""
 
 
+class RegressionForm(StrEnum):
+    """How the item-to-item regression is solved."""
+
+    AUTO = "auto"
+    EXACT = "exact"
+    LOCAL = "local"
+
+
 class NeighboursConfig(Section):
     """Closed-form item-to-item regression (EASE) on training sequences and item texts (not in the paper). Each pair of
     items gets a neighbour weight; items with high weights to the history's items get a score boost on top of their
@@ -102,6 +110,11 @@ class NeighboursConfig(Section):
 
     count: int = Field(0, ge=0)
     """Number of neighbours kept per item. 0: no neighbours, the score is the cosine (paper)."""
+    form: RegressionForm = RegressionForm.AUTO
+    """exact: one regression over all items, whose time grows with their number cubed and memory squared. local: for
+    each item one over its own candidates, for large catalogues. auto: exact up to 20,000 items, local above."""
+    candidates: int = Field(300, ge=1)
+    """local only: items that each item's regression is made of, the most co-occurring and the nearest by text."""
     l2: float = Field(200.0, gt=0)
     """L2 (ridge) penalty of the regression."""
     text_weight: float = Field(4.0, ge=0)

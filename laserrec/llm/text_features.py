@@ -7,6 +7,7 @@ item far better than the output at a last [EOS] does (dev/LOG.md).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -70,6 +71,8 @@ class TextFeatures:
         self.world, self._loaded, self.trust_remote_code = world or World(), backbone, trust_remote_code
         self._expected: tuple[str, str] | None = None
         self._kept: dict[str, Tensor] = {}
+        self._known: dict[bytes, int] = {}
+        self._known_means = torch.zeros(0)
 
     @property
     def backbone(self) -> Backbone:
@@ -152,6 +155,21 @@ class TextFeatures:
         all), the directions of largest variance first; at most 512 dimensions for each part."""
         return whitened(self.means(items), self.parts(items), fit_rows)
 
+    def kept_in(self, folder: Path | None) -> TextFeatures:
+        """The same with another folder, and the LLM shared if it is loaded."""
+        other = copy.copy(self)
+        other.folder = folder
+        return other
+
+    def knowing(self, items: pl.DataFrame, means: Float[Tensor, "n_items d_means"]) -> TextFeatures:
+        """The same, without a folder, that does not read texts whose means are given, from the same LLM. They may
+        differ in the last bits from what a reading of another catalogue finds, so that none of this is kept on disk."""
+        other = self.kept_in(None)
+        other._kept = {}
+        other._known = {line.tobytes(): row for row, line in enumerate(self._encoder.item_tokens(items))}
+        other._known_means = means
+        return other
+
     @cached_property
     def _encoder(self) -> PromptEncoder:
         tokenizer = (load_tokenizer(self.config, self.trust_remote_code) if self._loaded is None
@@ -177,6 +195,8 @@ class TextFeatures:
 
     def _from_world(self, key: str, lines: list[np.ndarray]) -> Tensor:
         """In the first process from the file, if it is there; else read by all processes, and written by the first."""
+        if self._known:
+            return self._with_known(lines)
         if self.folder is None or not self._sha256:
             return self._read(lines)
         path = self.folder / f"{key}.safetensors"
@@ -221,6 +241,14 @@ class TextFeatures:
                             f"{free / 1e9:,.1f} GB are free; set fewer backbone.mean_layers or use a larger machine")
         with Progress("reading item texts", len(lines), self.progress) as bar:
             return _means(self.backbone, lines, bar.advance, self.world)
+
+    def _with_known(self, lines: list[np.ndarray]) -> Tensor:
+        """The means of all lines, of which only those without known means are read."""
+        rows = torch.tensor([self._known.get(line.tobytes(), -1) for line in lines])
+        out = self._known_means[rows.clamp(min=0).to(self._known_means.device)].to(self.device)
+        if len(missing := (rows < 0).nonzero()[:, 0]):
+            out[missing.to(self.device)] = self._read([lines[i] for i in missing.tolist()])
+        return out
 
 
 def _load(path: Path, key: str, rows: int) -> tuple[dict[str, Tensor], bool]:

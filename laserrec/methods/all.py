@@ -14,7 +14,14 @@ from laserrec.config import Config, IdModelKind, ItemSide, ItemTable, ItemVector
 from laserrec.data.dataset import Dataset
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.bert4rec import BERT4Rec
-from laserrec.methods.closed_form import ClosedForm, FitOnce, ItemRegression, NearestText, Popularity
+from laserrec.methods.closed_form import (
+    ClosedForm,
+    FitOnce,
+    ItemRegression,
+    NearestText,
+    Popularity,
+    regression_width,
+)
 from laserrec.methods.gru4rec import GRU4Rec
 from laserrec.methods.laser import build as laser
 from laserrec.methods.laser.finish import choose_blend
@@ -22,6 +29,7 @@ from laserrec.methods.neighbours import check_size
 from laserrec.methods.protocol import Phase
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.sequence import SequenceModel, SequenceTask
+from laserrec.methods.warm_start import carry_laser, carry_sequence_model
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
 
@@ -66,6 +74,9 @@ class Method:
     """(task after the training, progress) -> settings that it chose by itself, and facts about the choice."""
     needs: Callable[[Config, int], None] = lambda config, n_items: None
     """Raises UserError where it can't be fitted to so many items on this machine."""
+    carry: Callable[[Any, Any, Tensor, Given], None] | None = None
+    """(fresh model, fitted one of the same method, its row of each item or -1, what the fresh one is made of): start
+    from the fitted one's weights. None: there is nothing to start from."""
     seed: Callable[[Config], int] = lambda config: config.train.seed
     """Of all that is drawn at random."""
 
@@ -108,7 +119,11 @@ def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
     def reads_text(config: Config) -> bool:
         return config.id_model.items != ItemTable.IDS and _llm_reads_items(config)
 
-    return Method("id", ("id_model",), reads_text, make, phases, restore, shapes,
+    def carry(model: SequenceModel, old: SequenceModel, rows: Tensor, given: Given) -> None:
+        llm_start = model.config.items == ItemTable.LLM_START
+        carry_sequence_model(model, old, rows, given.features.vectors(given.items) if llm_start else None)
+
+    return Method("id", ("id_model",), reads_text, make, phases, restore, shapes, carry=carry,
                   seed=lambda config: config.id_model.seed)
 
 
@@ -136,7 +151,10 @@ def _regression(kind: str) -> Method:
     def make(given: Given) -> ItemRegression:
         return ItemRegression(given.config.neighbours, given.n_known).to(given.features.device)
 
-    return _closed_form(kind, make, fit, lambda config, n: {"weights": (n, n)}, lambda config, n: check_size(n))
+    def shapes(config: Config, n_items: int) -> Shapes:
+        return {"weights": (n_items, regression_width(config.neighbours, n_items))}
+
+    return _closed_form(kind, make, fit, shapes, lambda config, n: check_size(n, config.neighbours))
 
 
 def _nearest() -> Method:
@@ -164,13 +182,14 @@ def _laser() -> Method:
 
     def needs(config: Config, n_items: int) -> None:
         if config.neighbours.count:
-            check_size(n_items)
+            check_size(n_items, config.neighbours)
 
     return Method("laser", ("id_model", "backbone", "prompt", "mformer", "head", "neighbours", "train", "blend",
                             "student"),
                   _laser_reads, make, lambda model, given, data: laser.phases(model, data, given.world,
                                                                                      given.progress),
-                  restore, laser.shapes, choose_blend, needs)
+                  restore, laser.shapes, choose_blend, needs,
+                  lambda model, old, rows, given: carry_laser(model, old, rows))
 
 
 def _filled(model: nn.Module, weights: dict[str, Tensor], given: Given) -> Any:

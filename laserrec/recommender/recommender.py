@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,9 @@ from laserrec.recommender import folder as folders
 from laserrec.recommender.fitting import Fitted, fit, open_folder
 from laserrec.recommender.hub import local_folder, push_folder
 from laserrec.recommender.ranking import NOTHING, Ask, Ranked, best, ranked
+from laserrec.recommender.refit import refit
 from laserrec.recommender.results import with_result
+from laserrec.recommender.turns import Turns
 from laserrec.retrieval.index import Index
 from laserrec.retrieval.indexed import Indexed, attach
 from laserrec.util.device import choose
@@ -54,7 +53,7 @@ class LaserRecommender:
     def __init__(self, fitted: Fitted):
         self.fitted, self.facts = fitted, dict(fitted.facts)
         self.items = fitted.items
-        self._lock, self._process, self._forked = threading.RLock(), os.getpid(), False
+        self._held = Turns(lambda: fitted.features.device).held
         self._names: list[str] = self.items["item_id"].to_list()
         # Rows of removed items stay: an item's number is its row, and the model counts on it.
         self._removed: list[int] = self.facts.pop("removed", [])
@@ -103,6 +102,31 @@ class LaserRecommender:
                         trust_remote_code=trust_remote_code))
         new = dataset.new_items
         if new.height and isinstance(model.model, Growing) and model.add_items(new, exists="skip") and join().is_main:
+            model.save_pretrained(folder)
+        return model
+
+    def refit(self, dataset: Dataset, folder: Path | str, changes: Mapping[str, Any] | None = None,
+              progress: bool = True) -> LaserRecommender:
+        """A new model of the same method for newer data, in a model folder of its own; this one stays as it is.
+
+        dataset: a data folder of all interactions that there are now, old and new, with the items known by their
+        item_id. Training starts from this model's weights and is short (laserrec.recommender.refit); new items start
+        near those of similar text. What this model was before training is kept where training does not help on
+        validation. Closed forms are fitted anew. Items that were added to this model stay, and removed ones are gone.
+        changes: settings to change, as {"train": {"stage_one_epochs": 2}}.
+        An interrupted call is resumed by the same call, a finished folder loaded. Raises UserError for data without any
+        known item, for settings that would change the weights' shapes, and as `fit_dataset`.
+        """
+        alone("refitting")
+        model = LaserRecommender(refit(self.fitted, dataset, folder, dict(changes or {}), progress))
+        gone = [name for name in map(self._names.__getitem__, self._removed) if name not in self._index]
+        added = self.items[self.n_known :].select(list(ITEM_SCHEMA))
+        new = pl.concat([dataset.new_items, added]).filter(~pl.col("item_id").is_in(gone))
+        new = new.unique("item_id", keep="first", maintain_order=True)
+        grown = new.height and isinstance(model.model, Growing) and model.add_items(new, exists="skip")
+        if gone := [name for name in gone if not model.unknown_items([name])]:
+            model.remove_items(gone)
+        if grown or gone:
             model.save_pretrained(folder)
         return model
 
@@ -329,31 +353,6 @@ class LaserRecommender:
         return [self._names[row] for row in rows.tolist()]
 
     # -- inside -------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _held(self, tables: bool = False) -> Iterator[None]:
-        """One call at a time. tables: it computes with polars. Raises UserError in a forked process where it can't be
-        done."""
-        if os.getpid() != self._process:
-            self._go_on_after_fork()
-        if tables and self._forked:
-            raise UserError("in a forked process frames can't be read, items not added and nothing saved, since "
-                            "polars' threads are missing there; give lists or dicts, or load the model in the process")
-        with self._lock:
-            yield
-
-    def _go_on_after_fork(self) -> None:
-        """Only the thread that forked lives on: torch would wait for its pool's other threads for ever, and a lock that
-        another thread held is never given back."""
-        if self.fitted.features.device.type != "cpu":
-            raise UserError("a model on a GPU can't be used in a forked process; load it in the process, or start the "
-                            "process with the method spawn")
-        if not self._lock.acquire(blocking=False):
-            raise UserError("the process was forked while another thread used the model, whose state may be half "
-                            "changed; load the model in the new process, or fork while it is not in use")
-        self._lock.release()
-        torch.set_num_threads(1)
-        self._process, self._forked = os.getpid(), True
 
     def _towers(self) -> TwoTower:
         if not isinstance(self.model, TwoTower):

@@ -68,6 +68,9 @@ class Laser(nn.Module):
         """The items', of unit length."""
         self.n_known = 0
         """Items that were there when the model was fitted; later ones have text alone."""
+        self.carried: Float[Tensor, "n_items d_text"] | None = None
+        """Where its weights are an earlier fit's, whose whitening is then kept: that fit's text parts of the items, of
+        unit length, NaN for items that it did not know. After its second stage they are not what its head makes."""
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +151,11 @@ class Laser(nn.Module):
         text, rows = self.vectors[:, : self.d_text], torch.arange(len(self.vectors), device=self.device)
         self.id_share = share
         self.set_items(self._with_ids(text, rows))
+
+    @torch.no_grad()
+    def set_text(self, text: Float[Tensor, "n_items d_text"]) -> None:
+        """Take these as the text part of the items' embeddings."""
+        self.set_items(self._with_ids(text, torch.arange(len(text), device=self.device)))
 
     def set_items(self, vectors: Float[Tensor, "n_items d_out"]) -> None:
         """Take these as the items' embeddings."""

@@ -110,14 +110,18 @@ class LaserTask:
         laser.eval()
         laser.n_known = self.dataset.n_items
         self.outputs = self._read_items()
-        if laser.head.white is not None:
+        if laser.head.white is not None and laser.carried is None:
             laser.head.white.fit(self.outputs)
-        if laser.added is not None and laser.reader is not None:
+        if laser.added is not None and laser.reader is not None and laser.carried is None:
             laser.added.white.fit(self._suffix_outputs(laser.reader))
         if laser.neighbours is not None:
             laser.neighbours.fit(self.dataset.train_sequences, self.text_vectors())
         self.world.follow(laser.state_dict().values())
         self._embed()
+        if laser.carried is not None:
+            text, old = laser.vectors[:, : laser.d_text], laser.carried
+            laser.set_text(torch.where(old.isnan(), text, old))
+            self.scale_neighbours()
 
     def end_epoch(self) -> None:
         """Encode the items anew, unless they are fixed."""
