@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import signal
@@ -29,7 +30,7 @@ _TOKEN = "LASERREC_API_TOKEN"
 @serve_app.default
 def serve(model: Model, *, host: str = "127.0.0.1", port: int = 8000, token_file: Path | None = None,
           allowed_hosts: list[str] | None = None, state: Path | None = None, index: Index = None,
-          max_batch: int = 32, max_wait_ms: float = 2.0, queue_seconds: float = 0.5, max_queue: int = 1024,
+          max_batch: int = 32, max_wait_ms: float = 2.0, queue_seconds: float = 0.4, max_queue: int = 1024,
           timeout: float = 10.0, read_timeout: float = 10.0, max_body: int = 1_048_576, cache: int = 4096,
           threads: int | None = None, opening: Opening = OPENING) -> None:
     """Serve a model over HTTP: recommendations, similar items, adding and removing items, a page to try it.
@@ -115,6 +116,7 @@ def _run(model: Path, host: str, port: int, token: str | None, allowed_hosts: li
     with (listening.bind(host, port) as listener,  # before the model, which takes long to load
           Service.opened(local_folder(model), state, limits, index, name, **vars(opening)) as service):
         _reload_on_hangup(service, console)
+        gc.freeze()  # a full collection looks at every object, for a tenth of a second; the model's are there to stay
         address = f"http://{own}:{listener.getsockname()[1]}"
         listening.run(make_app(service, token, hosts), listener, limits, lambda: console.print(
             f"{len(service.listing):,} items; ready at {address}, page at /, API at /docs", highlight=False))

@@ -38,7 +38,7 @@ class Limits:
     """How long a request waits for others to share its batch."""
     max_queue: int = 1_024
     """Requests that may wait at all, whatever time that takes."""
-    queue_seconds: float = 0.5
+    queue_seconds: float = 0.4
     """A request is turned away if it would take longer than this, by the time that recent ones took."""
     timeout_seconds: float = 10.0
     """An unanswered request is given up after this time."""
