@@ -150,8 +150,8 @@ def flood(port: int, histories: list[list[str]], wanted: list[dict], rate: float
 
 @contextmanager
 def probed(port: int) -> Iterator[list[float]]:
-    """Seconds that each look at /healthz took; filled at the end. It is done in a process of its own: in this one a look
-    would wait for the callers' threads too."""
+    """Seconds that each look at /healthz took; filled at the end. A process of its own looks: in this one it would wait
+    for the callers' threads too."""
     spawning, seconds = multiprocessing.get_context("spawn"), []
     here, there = spawning.Pipe()
     looking = spawning.Process(target=_probe, args=(port, there), daemon=True)

@@ -21,11 +21,11 @@ NATIVE = ("llama", "mistral", "qwen2", "qwen3")
 WORDS = ("red", "blue", "saw", "hammer", "drill", "paint", "glue", "nail", "wood", "steel")
 ID_MODEL = IdModelConfig(d_id=16, blocks=1, heads=2, dropout=0.2, max_history=6)
 RIVALS = {
-    "lrurec": {"d_id": 16, "blocks": 1, "max_history": 6, "max_epochs": 2, "lr": 1e-2, "batch_size": 16,
+    "lrurec": {"d_id": 16, "blocks": 1, "dropout": 0.2, "max_history": 6, "max_epochs": 2, "lr": 1e-2, "batch_size": 16,
                "eval_every": 1},
-    "llamarec": {"candidates": 4, "max_history": 3, "title_tokens": 4, "lora_rank": 2, "lr": 1e-2,
+    "llamarec": {"candidates": 4, "max_history": 3, "title_tokens": 4, "lora_rank": 2, "lora_dropout": 0.1, "lr": 1e-2,
                  "epoch_examples": 40, "batch_size": 8},
-    "recformer": {"d_model": 16, "blocks": 1, "heads": 2, "window": 8, "max_items": 3, "max_tokens": 32,
+    "recformer": {"d_model": 16, "blocks": 1, "heads": 2, "dropout": 0.1, "window": 8, "max_items": 3, "max_tokens": 32,
                   "attribute_tokens": 4, "lr": 1e-2, "batch_size": 8, "max_epochs": 2, "stage_two_epochs": 1,
                   "eval_every": 1},
     "llm4rec": {"max_history": 6, "max_epochs": 2, "lr": 1e-3, "batch_size": 16},

@@ -241,8 +241,6 @@ class RankExamples:
         return RankBatch(histories, drawn, (drawn == targets[:, None]).long().argmax(dim=1))
 
 
-
-
 class RankerTask:
     """Trains the low-rank updates; a `Trainable`."""
 

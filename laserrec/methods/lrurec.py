@@ -20,6 +20,8 @@ from laserrec.methods.protocol import Phase
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.sequence import SequenceTask
 
+_STD = 0.02
+"""Standard deviation of fresh weights."""
 _RADII = 0.8, 0.99
 """Between these the decays' absolute values start."""
 
@@ -78,6 +80,10 @@ class LRURec(SASRec):
         del self.position
         self.blocks = nn.ModuleList(LruBlock(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.d_id)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=_STD)
+                nn.init.zeros_(module.bias)
 
     def states(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_id"]:
         """One state per item, of the items up to it."""

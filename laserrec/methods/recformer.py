@@ -30,6 +30,7 @@ from laserrec.methods.attribute_text import CLS, Attributes, Texts
 from laserrec.methods.laser.task import Batch, LaserExamples, epoch_examples
 from laserrec.methods.protocol import Phase, ScoreTerm
 from laserrec.util.device import move
+from laserrec.util.errors import UserError
 
 _AT_ONCE = 256
 """Texts per pass where nothing is trained."""
@@ -235,8 +236,10 @@ class PretrainTask(RecFormerTask):
 
     def __init__(self, model: RecFormer, dataset: Dataset, others: Sequence[Dataset]):
         super().__init__(model, dataset, fixed=False)
-        frames = [other.items.select("title", "brand", "category") for other in others]
-        self.attributes = Attributes(model.backbone, model.config, pl.concat(frames))
+        wanted = "item_id", *model.config.attributes
+        frames = [other.items.select(name for name in dict.fromkeys(wanted) if name in other.items.columns)
+                  for other in others]
+        self.attributes = Attributes(model.backbone, model.config, pl.concat(frames, how="diagonal"))
         first = np.cumsum([0, *(other.n_items for other in others)])
         items = [other.train_sequences.items + int(at) for other, at in zip(others, first, strict=False)]
         ends = torch.cat([other.train_sequences.lengths for other in others]).cumsum(0)
@@ -287,8 +290,12 @@ def _examples(attributes: Attributes, sequences: Histories, seed: tuple[int, ...
 
 
 def phases(model: RecFormer, config: Config, dataset: Dataset) -> list[Phase]:
-    """Pre-training, if it is asked for, then the two stages. Raises UserError where a folder is no data folder."""
+    """Pre-training, if it is asked for, then the two stages. Raises UserError where a folder is no data folder, and
+    where the items lack an attribute."""
     own = model.config
+    if missing := [name for name in own.attributes if name not in dataset.items.columns]:
+        raise UserError(f"recformer.attributes names {missing[0]!r}, which is no column of the data folder's items; there "
+                        f"are: {', '.join(name for name in dataset.items.columns if name not in ('item', 'item_id'))}")
     shared: dict[str, Any] = {"batch_size": own.batch_size, "lr": own.lr, "weight_decay": own.weight_decay,
                               "warmup_fraction": own.warmup_fraction}
     out = []

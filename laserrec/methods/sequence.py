@@ -152,6 +152,12 @@ class SequenceModel(nn.Module):
         dims = min(self.d_id, text.shape[1])
         self.item.weight[: self.n_items, :dims] = text[:, :dims] / text[:, :dims].std().clamp(min=1e-8) * _ITEM_STD
 
+    @classmethod
+    def shapes(cls, config: IdModelConfig, n_known: int) -> dict[str, tuple[int, ...]]:
+        """Of the largest weights, as the settings claim them."""
+        return {"item.weight": (n_known + 2, config.d_id), "position.weight": (config.max_history + 1, config.d_id),
+                f"blocks.{config.blocks - 1}.out.weight": (config.d_id, config.d_id)}
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

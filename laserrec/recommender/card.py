@@ -59,7 +59,7 @@ def card_text(note: dict[str, Any], name: str, item_ids: list[str]) -> str:
 def _metadata(note: dict[str, Any], name: str) -> Any:
     from huggingface_hub import ModelCardData
 
-    base = _base_model(note) if note["method"] == "laser" else None  # others only took vectors from it
+    base = _base_model(note) if _needs_llm(note) else None
     results = _eval_results(note)
     tags = ["recommender-system", "sequential-recommendation"]
     # No pipeline_tag: the hub has none for recommending, and another would offer a widget that can't work.
@@ -68,7 +68,7 @@ def _metadata(note: dict[str, Any], name: str) -> Any:
         tags=[*tags, "prompt-tuning", "arxiv:2409.01605"] if note["method"] == "laser" else tags,
         metrics=sorted({r.metric_type for r in results}) or None, eval_results=results or None,
         model_name=name.rpartition("/")[2], **_licence_fields(_card(note).get("licence")),
-        **({"base_model_relation": "adapter"} if base else {}))
+        **({"base_model_relation": "adapter"} if base and note["method"] == "laser" else {}))
 
 
 def _licence_fields(licence: str | None) -> dict[str, Any]:
@@ -110,6 +110,11 @@ def _title(metric: str) -> str:
 
 def _card(note: dict[str, Any]) -> dict[str, Any]:
     return note.get("card", {})
+
+
+def _needs_llm(note: dict[str, Any]) -> bool:
+    """Whether the model cannot be opened without the LLM."""
+    return note["method"] == "laser" or find_method(note["method"]).loads_llm
 
 
 def _base_model(note: dict[str, Any]) -> str | None:
@@ -225,7 +230,7 @@ def _backbone(note: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _usage(note: dict[str, Any], name: str, item_ids: list[str]) -> str:
-    place = ', backbone="FOLDER-OF-THE-LLM"' if note["method"] == "laser" and _base_model(note) is None else ""
+    place = ', backbone="FOLDER-OF-THE-LLM"' if _needs_llm(note) and _base_model(note) is None else ""
     return "\n".join(["## Use", "", "```python", "from laserrec import LaserRecommender", "",
                       f'model = LaserRecommender.from_pretrained("{name}"{place})',
                       f"history = {item_ids!r}  # item ids, oldest first",
