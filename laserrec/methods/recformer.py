@@ -294,8 +294,9 @@ def phases(model: RecFormer, config: Config, dataset: Dataset) -> list[Phase]:
     where the items lack an attribute."""
     own = model.config
     if missing := [name for name in own.attributes if name not in dataset.items.columns]:
-        raise UserError(f"recformer.attributes names {missing[0]!r}, which is no column of the data folder's items; there "
-                        f"are: {', '.join(name for name in dataset.items.columns if name not in ('item', 'item_id'))}")
+        there = ", ".join(name for name in dataset.items.columns if name not in ("item", "item_id"))
+        raise UserError(f"recformer.attributes names {missing[0]!r}, which is no column of the data folder's items; "
+                        f"there are: {there}")
     shared: dict[str, Any] = {"batch_size": own.batch_size, "lr": own.lr, "weight_decay": own.weight_decay,
                               "warmup_fraction": own.warmup_fraction}
     out = []
