@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import tiny
@@ -138,8 +139,13 @@ def test_statistics_of_the_data(data):
     assert published[0]["density"] == pytest.approx(1.3e-3, rel=0.01)
 
 
+def test_counting_without_peft_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"needs peft: pip install 'laserrec\[rivals\]'"):
+        counts.table3()
+
+
 def test_trained_parameters_by_formula():
-    pytest.importorskip("peft")
     trained = {(row["llm"], row["tuning"]): row["trained"] for row in counts.table3()}
     llama = {tuning: count for (llm, tuning), count in trained.items() if llm == "Llama2-7B"}
     assert llama["full"] == 6_738_415_616

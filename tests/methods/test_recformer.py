@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from laserrec.config import RecFormerConfig
 from laserrec.data.dataset import Dataset
 from laserrec.methods import recformer
+from laserrec.methods.all import METHODS
 from laserrec.methods.attribute_text import CLS
 from laserrec.methods.protocol import Growing, TwoTower
 from laserrec.methods.recformer import PretrainTask, RecFormer, RecFormerTask, sliding_attention
 from laserrec.training.trainer import Pace, Trainer
+from laserrec.util.errors import UserError
 
 N = 12
 SMALL = {"d_model": 32, "blocks": 2, "heads": 2, "dropout": 0.0, "window": 8, "max_items": 3, "max_tokens": 64,
@@ -181,3 +183,15 @@ def test_forged_sizes_are_found_before_anything_is_allocated(llm):
     shapes = recformer.shapes(config())
     assert all(weights[name] == shape for name, shape in shapes.items())
     assert recformer.shapes(config(max_tokens=10**9))["position.weight"] != weights["position.weight"]
+
+
+def test_an_attribute_that_no_item_has_is_told(llm):
+    model = make(llm, attributes=("title", "colour"))
+    with pytest.raises(UserError, match=r"recformer\.attributes names 'colour'.*there are: title, brand, category"):
+        recformer.phases(model, tiny.config("x"), tiny.planted(N, 9))
+
+
+def test_other_pretraining_data_make_another_fit(elsewhere):
+    reads = METHODS["recformer"].reads
+    assert reads(tiny.config("x")) == ""
+    assert reads(tiny.config("x", recformer={"pretrain_on": ("other",)})) == elsewhere.fingerprint
