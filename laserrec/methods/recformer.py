@@ -88,12 +88,12 @@ class RecFormer(nn.Module):
         d = config.d_model
         self.config, self.backbone, self.attributes = config, backbone, Attributes(backbone, config, items)
         self.word = nn.Linear(backbone.d_llm, d, bias=False)
-        self.special, self.type = nn.Embedding(2, d), nn.Embedding(3, d)
+        self.special, self.token_type = nn.Embedding(2, d), nn.Embedding(3, d)
         self.position, self.place = nn.Embedding(config.max_tokens, d), nn.Embedding(config.max_items + 1, d)
         self.norm, self.dropout = nn.LayerNorm(d), nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.mask_head = nn.Linear(d, d) if config.pretrain_on else None
-        for embedding in (self.special, self.type, self.position, self.place):
+        for embedding in (self.special, self.token_type, self.position, self.place):
             nn.init.normal_(embedding.weight, std=_STD)
         token_std = float(backbone.embedding.float().std())
         nn.init.normal_(self.word.weight, std=_STD / (token_std * backbone.d_llm**0.5))
@@ -116,7 +116,7 @@ class RecFormer(nn.Module):
     def states(self, texts: Texts) -> Float[Tensor, "batch seq d_model"]:
         """Outputs of every token; texts on the model's device."""
         x = self.words(texts.tokens) + self.position.weight[: texts.tokens.shape[1]]
-        x = self.dropout(self.norm(x + self.type(texts.types) + self.place(texts.places)))
+        x = self.dropout(self.norm(x + self.token_type(texts.types) + self.place(texts.places)))
         for block in self.blocks:
             x = block(x, texts.real)
         return x

@@ -18,7 +18,8 @@ from laserrec.training.trainer import Pace, Trainer
 from laserrec.util.errors import UserError
 
 N = 12
-SMALL = {"candidates": 5, "max_history": 3, "title_tokens": 6, "lora_rank": 2, "lora_alpha": 4.0, "lora_dropout": 0.0}
+SMALL = {"candidates": 5, "max_history": 3, "title_tokens": 6, "lora_rank": 2, "lora_alpha": 4.0, "lora_dropout": 0.0,
+         "epoch_examples": None}
 
 
 def config(backbone, **own):
@@ -42,7 +43,7 @@ def make(backbone, n: int = N, items: pl.DataFrame | None = None, **own) -> Llam
 def test_updates_are_those_of_merged_weights(llm, family):
     backbone = llm(family)
     model, prompts = make(backbone), [[3, 4, 5, 6, 9], [7, 8]]
-    embeds = backbone.embed(torch.tensor(sum(prompts, [])))
+    embeds = backbone.embed(torch.tensor([*prompts[0], *prompts[1]]))
     merged, shape = copy.deepcopy(backbone.decoder), backbone.decoder.shape
     for layer, update in zip(merged.layers, model.lora, strict=True):
         q_dim = shape.heads * shape.head_dim
@@ -139,24 +140,28 @@ def test_the_loss_is_the_letters_cross_entropy_in_any_partition(llm):
     assert parts == pytest.approx(np.mean(want), rel=1e-4)
 
 
-def test_the_ranker_finds_what_only_the_titles_tell(llm, tmp_path):
-    """The next item is always one of those called steel; whom it follows is chance, so that the retriever, which is
-    hardly trained, does not know it."""
-    rng, n = np.random.default_rng(0), 60
-    steel = rng.permutation(n)[:12]
-    titles = ["steel" if i in steel else "wood" for i in range(n)]
-    data = tiny.dataset([[*rng.integers(0, n, 2), *rng.choice(steel, 3)] for _ in range(120)], n)
-    data = dataclasses.replace(data, items=data.items.with_columns(pl.Series("title", titles)))
-    tree = config(llm(), candidates=20, lora_rank=8, lora_alpha=32.0, lr=1e-2, max_epochs=6, batch_size=32)
+def test_the_ranker_finds_what_only_the_titles_tell(llm, tmp_path, monkeypatch):
+    """After a wooden item comes one of the two called steel. The retriever is hardly trained, and in training chance
+    places the answer among the candidates."""
+    for name in ("_INSTRUCTION", "_CANDIDATES", "_RESPONSE"):  # short prompts, to be quick
+        monkeypatch.setattr(llamarec, name, "\n")
+    rng, n = np.random.default_rng(0), 8
+    data = tiny.dataset([[rng.integers(2, n), rng.integers(0, 2), 0, 0] for _ in range(160)], n)
+    titles = pl.Series("title", ["steel"] * 2 + ["wood"] * 6)
+    data = dataclasses.replace(data, items=data.items.with_columns(titles))
+    tree = config(llm(), candidates=2, max_history=1, lora_rank=8, lora_alpha=32.0, lr=1e-2, max_epochs=7, batch_size=16)
     tree = tree.model_copy(update={"lrurec": tree.lrurec.model_copy(update={"max_epochs": 1, "lr": 1e-6})})
     torch.manual_seed(0)
     model = LlamaRec(tree, n, data.items, llm())
-    fit = Trainer(llamarec.phases(model, tree, data), data, tmp_path, "x", Pace(progress=False))
-    log = fit.run()
-    before, after = log[0]["validation_ndcg@10"], max(entry["validation_ndcg@10"] for entry in log[1:])
-    assert after > 1.5 * before and model.sizes() == {"llm_ranks": 1}
-    assert [entry["phase"] for entry in log] == ["retriever", *["ranker"] * 6]
-    assert evaluate("x", model, data, "validation").plain.ndcg == pytest.approx(after, abs=1e-6)
+    fit = Trainer(llamarec.phases(model, tree, data), data, tmp_path, "x", Pace(progress=False, validates=False))
+    assert [entry["phase"] for entry in fit.run()] == ["retriever", *["ranker"] * 7]
+    assert model.eval().sizes() == {"llm_ranks": 1}
+    asked = tiny.histories(*([item] for item in range(2, n)))
+    for first, second in ((0, 7), (7, 0), (1, 2), (2, 1)):  # as the retriever places them
+        with torch.no_grad():
+            model.retriever.bias.zero_()[[first, second]] = torch.tensor([9.0, 8.0])
+        best = model.score(asked).argmax(dim=1)
+        assert (best == min(first, second)).float().mean() > 0.9, (first, second)
 
 
 def test_the_retriever_alone_is_kept_where_it_is_better(llm, tmp_path):

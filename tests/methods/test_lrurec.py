@@ -43,7 +43,7 @@ def test_the_recurrence_is_the_loop_over_complex_states(seq):
 def test_decays_start_within_the_ring_and_inputs_keep_the_states_size():
     unit = LinearRecurrence(200)
     size = (-unit.nu.exp()).exp()
-    assert 0.8 - 1e-4 <= size.min() and size.max() <= 0.99 + 1e-4
+    assert size.min() >= 0.8 - 1e-4 and size.max() <= 0.99 + 1e-4
     torch.testing.assert_close(unit.gamma.exp() ** 2, 1 - size**2, rtol=1e-3, atol=1e-4)
 
 
