@@ -92,9 +92,11 @@ def test_items_are_encoded_anew_in_stage_one_and_fixed_in_stage_two(llm):
     second.begin_epoch(3)
     assert torch.equal(model.vectors, moved)
     batch, model = examples.batch(np.arange(5)), model.eval()
-    want = [float(F.cross_entropy(model.users(batch.histories.take([i])) @ moved.T / 0.05, batch.targets[[i]]))
-            for i in range(5)]
-    assert float(first.loss(batch, np.arange(5))["loss"]) == pytest.approx(np.mean(want), rel=1e-3)
+    with torch.no_grad():
+        want = [float(F.cross_entropy(model.users(batch.histories.take([i])) @ moved.T / 0.05, batch.targets[[i]]))
+                for i in range(5)]
+        told = float(first.loss(batch, np.arange(5))["loss"])
+    assert told == pytest.approx(np.mean(want), rel=1e-3)
 
 
 def kinds(users: int = 150, n: int = 40, seed: int = 0) -> Dataset:
@@ -120,7 +122,7 @@ def own_kind_first(model: RecFormer, titles: list[str], first: int = 0) -> float
 
 def test_what_only_titles_tell_is_learnt_and_carried_to_new_items(llm, tmp_path):
     data = kinds()
-    model = make(llm, data.items, max_epochs=8, stage_two_epochs=1)
+    model = make(llm, data.items, blocks=1, batch_size=8, max_epochs=8, stage_two_epochs=1)
     assert isinstance(model, TwoTower) and isinstance(model, Growing)
     fit = Trainer(recformer.phases(model, tiny.config("x"), data), data, tmp_path, "x", Pace(progress=False))
     log = fit.run()
@@ -139,11 +141,12 @@ def test_what_only_titles_tell_is_learnt_and_carried_to_new_items(llm, tmp_path)
     assert torch.equal(model.vectors, old) and len(model.attributes) == 40
     torch.testing.assert_close(model.add_items(new, vectors), vectors)
     saved, kept = model.state_dict(), model.item_tensors()
-    again = recformer.restore(make(llm, pl.concat([data.items, new.select(data.items.columns)])), saved, kept)
+    grown = pl.concat([data.items, new.select(data.items.columns)])
+    again = recformer.restore(make(llm, grown, blocks=1), saved, kept)
     asked = tiny.histories([0, 45], [3])
     torch.testing.assert_close(again.score(asked), model.score(asked))
     with pytest.raises(RuntimeError, match="embeddings of shape"):
-        recformer.restore(make(llm, data.items), saved, kept)
+        recformer.restore(make(llm, data.items, blocks=1), saved, kept)
 
 
 @pytest.fixture
@@ -160,7 +163,7 @@ def test_pretraining_elsewhere_serves_this_catalogue_without_training(llm, tmp_p
     fit = Trainer(recformer.phases(model, tiny.config("x"), data), data, tmp_path, "x", Pace(progress=False))
     log = fit.run()
     assert [entry["phase"] for entry in log] == ["pre-training"] * 8 + ["stage 1"]
-    assert own_kind_first(model.eval(), data.items["title"].to_list()) > 0.8
+    assert own_kind_first(model.eval(), data.items["title"].to_list()) > 0.9
     assert log[-1]["validation_ndcg@10"] == fit._validate(fit.phase).ndcg
 
 
@@ -176,7 +179,8 @@ def test_pretraining_hides_tokens_and_never_reads_the_other_catalogues_tests(llm
     assert 0.7 < masked < 0.9 and 0.05 < (hidden == texts.tokens)[asked].float().mean() < 0.25
     model.train()
     told = task.loss(task.begin_epoch(1).batch(np.arange(9)), np.arange(9))
-    assert float(told["loss"]) == pytest.approx(float(told["contrast"]) + 0.1 * float(told["hidden"]), rel=1e-5)
+    loss, contrast, hidden = (float(told[name].detach()) for name in ("loss", "contrast", "hidden"))
+    assert loss == pytest.approx(contrast + 0.1 * hidden, rel=1e-5) and hidden > 1
     told["loss"].backward()
     assert model.mask_head.weight.grad.abs().sum() > 0 and model.special.weight.grad[1].abs().sum() > 0
 
