@@ -1,5 +1,7 @@
 """SASRec, BERT4Rec and GRU4Rec: what a state may depend on, the losses against naive loops, and a planted order."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import tiny
@@ -259,9 +261,18 @@ def epochs(model, dataset, count: int) -> list[list[tuple[int, ...]]]:
 
 def test_training_examples_are_training_sequences_only():
     dataset = walk()
-    got = epochs(make("sasrec", max_history=6), dataset, 1)[0]
-    assert got == [tuple(row[-6:]) for row in dataset.train_sequences.lists() if len(row) > 1]
+    got = epochs(make("sasrec", max_history=10), dataset, 1)[0]
+    assert got == [tuple(row) for row in dataset.train_sequences.lists() if len(row) > 1]
     assert epochs(make("sasrec"), walk(7), 1) == epochs(make("sasrec"), dataset, 1)
+
+
+def test_long_sequences_are_learnt_from_as_a_whole():
+    dataset = walk()
+    first, second = epochs(make("sasrec", max_history=3), dataset, 2)
+    want = sorted(pair for row in dataset.train_sequences.lists() for pair in pairwise(row))
+    for epoch in (first, second):
+        assert max(map(len, epoch)) == 3 and sorted(pair for row in epoch for pair in pairwise(row)) == want
+    assert first != second and epochs(make("sasrec", max_history=3), dataset, 2) == [first, second]
 
 
 def test_shuffled_sequences_are_the_same_items_in_another_order_each_epoch():
