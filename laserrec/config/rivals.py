@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 
 from laserrec.config.section import Section
 
+FOLDERS = {"recformer": ("pretrain_on",)}
+"""By section: settings that are folders on this machine. A result depends on what they hold, not on where they are."""
+
 
 class RivalConfig(Section):
     """How a rival is trained: AdamW, early stopping on validation NDCG."""

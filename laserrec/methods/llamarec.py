@@ -89,6 +89,8 @@ class LowRank(nn.Module):
     the LLM normalises its queries (Qwen3), the update is added behind that norm.
     """
 
+    scale: Tensor
+
     def __init__(self, config: LlamaRecConfig, shape: Shape):
         super().__init__()
         rank, bound = config.lora_rank, shape.d_llm**-0.5
@@ -178,8 +180,10 @@ class LlamaRec(nn.Module):
         """The LLM's output at the last token of each prompt."""
         decoder = self.backbone.decoder
         assert isinstance(decoder, NativeDecoder)  # another one is refused above
-        x, delta, attention, last = embeds.to(decoder.dtype), None, decoder.packed(lengths), len(self.lora) - 1
-        for i, (layer, update) in enumerate(zip(decoder.layers, self.lora, strict=True)):
+        layers: Any = decoder.layers
+        delta: Any = None
+        x, attention, last = embeds.to(decoder.dtype), decoder.packed(lengths), len(layers) - 1
+        for i, (layer, update) in enumerate(zip(layers, self.lora, strict=True)):
             x, normed = layer.pointwise.add_norm(x, delta, decoder.shape.norm_eps)
             _, qkv = layer.project(x, None)
             x, delta = layer.rest(x, update(normed, qkv), attention, i, i == last)

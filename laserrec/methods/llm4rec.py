@@ -91,6 +91,17 @@ class Layer(nn.Module):
     """One of the LLM's layers, all of it trained, with a weight of each kind of edge for each head, which starts at 1.
     The norms' scales are in the maps behind them."""
 
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+    qkv_bias: Tensor | None
+    out_bias: Tensor | None
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
     def __init__(self, source: nn.Module, shape: Shape, edges: bool):
         super().__init__()
         self.shape = shape
@@ -144,6 +155,7 @@ class LLM4Rec(nn.Module):
 
     known_hashes: Int[Tensor, "known"]
     known_rows: Int[Tensor, "known"]
+    inverse_frequency: Float[Tensor, "half"]
 
     def __init__(self, config: LLM4RecConfig, n_items: int, items: pl.DataFrame, backbone: Backbone):
         super().__init__()

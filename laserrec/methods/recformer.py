@@ -67,7 +67,7 @@ class Block(nn.Module):
     def __init__(self, config: RecFormerConfig):
         super().__init__()
         d = config.d_model
-        self.heads, self.half, self.dropout = config.heads, config.window // 2, nn.Dropout(config.dropout)
+        self.heads, self.reach, self.dropout = config.heads, config.window // 2, nn.Dropout(config.dropout)
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.feed = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
         self.attention_norm, self.feed_norm = nn.LayerNorm(d), nn.LayerNorm(d)
@@ -75,7 +75,7 @@ class Block(nn.Module):
     def forward(self, x: Float[Tensor, "batch seq d_model"], real: Bool[Tensor, "batch seq"]) -> Tensor:
         """[batch seq d_model]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = sliding_attention(q, k, v, real, self.half).transpose(1, 2).flatten(2)
+        y = sliding_attention(q, k, v, real, self.reach).transpose(1, 2).flatten(2)
         x = self.attention_norm(x + self.dropout(self.out(y)))
         return self.feed_norm(x + self.dropout(self.feed(x)))
 

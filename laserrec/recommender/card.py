@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from laserrec.config import IdModelKind, Layout
+from laserrec.config.rivals import FOLDERS
 from laserrec.llm.fetch import DEFAULT_NAME, LICENCE, ORIGINAL
 from laserrec.methods.all import find_method
 from laserrec.util.io import write_text
@@ -187,7 +188,8 @@ def _settings(note: dict[str, Any]) -> list[tuple[str, Any]]:
     if note["method"] != "laser":
         sections = find_method(note["method"]).sections
         own = [(section, key, value) for section in sections for key, value in tree[section].items()]
-        return [("method", note["method"]), *((f"`{section}.{key}`", _told(key, value)) for section, key, value in own)]
+        return [("method", note["method"]), *((f"`{section}.{key}`", _told(section, key, value))
+                                              for section, key, value in own)]
     names = ["prompt.layout", "prompt.template", "prompt.item_side", "prompt.max_items", "prompt.max_item_tokens",
              "mformer.prefix", "mformer.experts", "mformer.queries", "mformer.blocks", "mformer.d_model",
              "head.whiten_dims", "head.projection", "head.id_share", "head.seen_offset", "id_model.kind",
@@ -197,9 +199,11 @@ def _settings(note: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(f"`{n}`", tree[section][key]) for n, section, key in pairs if key in tree.get(section, {})]
 
 
-def _told(key: str, value: Any) -> Any:
+def _told(section: str, key: str, value: Any) -> Any:
     """Of folders on the author's machine, their names alone."""
-    return ", ".join(Path(folder).name for folder in value) or "none" if key == "pretrain_on" else value
+    if value is None or key not in FOLDERS.get(section, ()):
+        return value
+    return ", ".join(Path(folder).name for folder in ([value] if isinstance(value, str) else value)) or None
 
 
 def _parameters(note: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from laserrec.config import BackboneConfig, Config, IdModelKind, Precision
+from laserrec.config.rivals import FOLDERS
 from laserrec.data.dataset import Dataset
 from laserrec.data.extras import extra_names
 from laserrec.llm.backbone import Backbone
@@ -269,7 +270,7 @@ def fit_fingerprint(name: str, method: Method, config: Config, dataset: Dataset,
     """Of all that a fit's result depends on: data, settings, the LLM's weights, the ID model's, and the model that it
     starts from."""
     tree = config.model_dump(mode="json")
-    for section, names in _PACE.items():
+    for section, names in (_PACE | FOLDERS).items():
         for setting in names:
             tree[section].pop(setting)
     wanted = {*method.sections, *(("backbone", "prompt") if method.reads_text(config) else ())}

@@ -10,7 +10,6 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from laserrec.evaluation.evaluate import evaluate
 from laserrec.methods import llamarec
 from laserrec.methods.llamarec import LlamaRec, RankerTask, RetrieverTask
 from laserrec.methods.protocol import TwoTower
@@ -150,7 +149,8 @@ def test_the_ranker_finds_what_only_the_titles_tell(llm, tmp_path, monkeypatch):
     data = tiny.dataset([[rng.integers(2, n), rng.integers(0, 2), 0, 0] for _ in range(160)], n)
     titles = pl.Series("title", ["steel"] * 2 + ["wood"] * 6)
     data = dataclasses.replace(data, items=data.items.with_columns(titles))
-    tree = config(llm(), candidates=2, max_history=1, lora_rank=8, lora_alpha=32.0, lr=1e-2, max_epochs=6, batch_size=16)
+    tree = config(llm(), candidates=2, max_history=1, lora_rank=8, lora_alpha=32.0, lr=1e-2, max_epochs=6,
+                  batch_size=16)
     tree = tree.model_copy(update={"lrurec": tree.lrurec.model_copy(update={"max_epochs": 1, "lr": 1e-6})})
     torch.manual_seed(0)
     model = LlamaRec(tree, n, data.items, llm())

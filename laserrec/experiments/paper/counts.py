@@ -98,7 +98,7 @@ def _count(model: torch.nn.Module, trained_only: bool = False) -> int:
 def _adapted(make: Callable[[], Any], how: str) -> int:
     """Trained parameters as peft counts them."""
     try:
-        from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model  # ty: ignore[import-not-found]
+        from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
     except ImportError:
         raise UserError("counting LoRA and prefix tuning needs peft: pip install 'laserrec[rivals]'") from None
     llm = _on_meta(make)
