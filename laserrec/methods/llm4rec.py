@@ -39,40 +39,33 @@ _KNOWN_FROM = 3
 
 
 class Edges(nn.Module):
-    """The training graph. A user and an item: 1 where the user took it. Two items: the logarithm of how many users took
-    both, so that a pair that one user alone took, as a training user's own pairs may be, weighs nothing."""
+    """The training graph between items: the logarithm of how many users took both, so that a pair that one user alone
+    took, as a training user's own pairs may be, weighs nothing. Who took what stands in the histories that are read:
+    the graph keeps nobody's items."""
 
-    taken: Int[Tensor, "interactions"]
     pairs: Int[Tensor, "pairs"]
     weights: Float[Tensor, "pairs"]
 
     def __init__(self, n_items: int):
         super().__init__()
         self.n_items = n_items
-        self.register_buffer("taken", torch.zeros(0, dtype=torch.long))
-        """user * n_items + item, ascending."""
         self.register_buffer("pairs", torch.zeros(0, dtype=torch.long))
         """item * n_items + item, ascending."""
         self.register_buffer("weights", torch.zeros(0))
 
     def fit(self, sequences: Histories) -> None:
-        """From training sequences, whose numbers are the users'."""
-        taken, device = sequences.distinct(), self.taken.device
+        """From training sequences."""
+        taken, device = sequences.distinct(), self.pairs.device
         shape = len(sequences), self.n_items
         matrix = scipy.sparse.csr_matrix((np.ones(len(taken.users)), (taken.users.numpy(), taken.items.numpy())), shape)
         both = (matrix.T @ matrix).tocoo()
         kept = (both.row != both.col) & (both.data > 1)
         keys, counts = both.row[kept].astype(np.int64) * self.n_items + both.col[kept], both.data[kept]
         order = np.argsort(keys)
-        self.taken = move(taken.users * self.n_items + taken.items, device)
         self.pairs = move(torch.from_numpy(keys[order]), device)
         self.weights = move(torch.from_numpy(np.log(counts[order])).float(), device)
 
-    def of_user(self, users: Int[Tensor, "batch"], items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
-        """Between a user and each item of the history."""
-        return _found(self.taken, users[:, None] * self.n_items + items)[1].float()
-
-    def of_items(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq seq"]:
+    def forward(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq seq"]:
         """Between the items of each history."""
         at, there = _found(self.pairs, items[:, :, None] * self.n_items + items[:, None])
         return self.weights[at] * there if len(self.weights) else there.float()
@@ -206,10 +199,9 @@ class LLM4Rec(nn.Module):
         once[:-1] &= ~same
         self.known_hashes, self.known_rows = move(hashes[once], self.device), move(long[order][once], self.device)
 
-    def known_users(self, histories: Histories) -> Int[Tensor, "users"]:
-        """Numbers of the training users whose whole sequence the histories begin with; of an unknown one, the last row
-        of the tokens."""
-        histories = histories.to(torch.device("cpu"))
+    def known_users(self, histories: Histories) -> tuple[Int[Tensor, "users"], Bool[Tensor, "total"]]:
+        """Of histories on the CPU: numbers of the training users whose whole sequence they begin with (of an unknown
+        one, the last row of the tokens), and which of the items that user took in training."""
         at, hit = _found(self.known_hashes.cpu(), prefix_hashes(histories))
         unknown = len(self.user) - 1
         place = torch.where(hit, torch.arange(len(at)), -1)
@@ -217,18 +209,22 @@ class LLM4Rec(nn.Module):
         rows = torch.full((len(histories),), unknown)
         found = last >= 0
         rows[found] = self.known_rows.cpu()[at[last[found]]]
-        return move(rows, self.device)
+        keys, trained = histories.users * self.n_items + histories.items, torch.arange(len(at)) <= last[histories.users]
+        return rows, torch.isin(keys, keys[trained])
 
-    def states(self, items: Int[Tensor, "batch seq"], users: Int[Tensor, "batch"]) -> Float[Tensor, "batch seq d_llm"]:
-        """The output at each item, which predicts the next one. Padding stands on the right, where nothing sees it."""
+    def states(self, items: Int[Tensor, "batch seq"], users: Int[Tensor, "batch"],
+               taken: Bool[Tensor, "batch seq"] | None = None) -> Float[Tensor, "batch seq d_llm"]:
+        """The output at each item, which predicts the next one. Padding stands on the right, where nothing sees it.
+        taken: items that have an edge with the user; None: none has."""
         batch, front = len(items), len(self.front) + 1 + len(self.back)
         x = torch.cat([self.front.expand(batch, -1, -1), self.user[users][:, None], self.back.expand(batch, -1, -1),
                        F.embedding(items, self.item)], dim=1)
         seq, at = x.shape[1], len(self.front)
         edges = x.new_zeros(2, batch, seq, seq)
         if self.config.edges:
-            edges[0, :, front:, at] = self.edges.of_user(users, items)
-            edges[1, :, front:, front:] = self.edges.of_items(items)
+            if taken is not None:
+                edges[0, :, front:, at] = taken.float()
+            edges[1, :, front:, front:] = self.edges(items)
         rotary = rotary_tables(torch.arange(seq, device=x.device), self.inverse_frequency)
         for layer in self.layers:
             x = layer(x, rotary, edges)
@@ -239,9 +235,12 @@ class LLM4Rec(nn.Module):
         if len(histories) and int(histories.lengths.min()) == 0:
             raise UserError(f"history {int(histories.lengths.argmin())} (counted from 0) is empty; llm4rec needs at "
                             "least one item")
-        items = move(histories.last(self.config.max_history).padded(self.n_items), self.device)
+        histories, count = histories.to(torch.device("cpu")), self.config.max_history
+        who, taken = self.known_users(histories)
+        items = move(histories.last(count).padded(self.n_items), self.device)
+        edges = Histories(taken.long(), histories.ends).last(count).padded(0).bool()
         newest = (items != self.n_items).sum(dim=1) - 1
-        states = self.states(items, self.known_users(histories))
+        states = self.states(items, move(who, self.device), move(edges, self.device))
         return states[torch.arange(len(items), device=self.device), newest]
 
     def items(self, rows: Int[Tensor, "some"] | None = None) -> Float[Tensor, "items d_out"]:
@@ -311,7 +310,8 @@ class LLM4RecTask:
         """The rows' share of the mean over all targets of the batch."""
         model, some = self.module, torch.as_tensor(rows)
         items, users = (move(x[some], model.device) for x in (batch.items, batch.users))
-        logits = model.states(items[:, :-1], users) @ model.items().T
+        taken = (users != len(model.user) - 1)[:, None].expand(-1, items.shape[1] - 1)  # all of a training sequence
+        logits = model.states(items[:, :-1], users, taken) @ model.items().T
         total = F.cross_entropy(logits.flatten(0, 1), items[:, 1:].flatten(), ignore_index=model.n_items,
                                 reduction="sum")
         return {"loss": total / int((batch.items[:, 1:] != model.n_items).sum())}
@@ -341,7 +341,7 @@ def phases(model: LLM4Rec, config: Config, dataset: Dataset) -> list[Phase]:
 
 def restore(model: LLM4Rec, weights: dict[str, Tensor]) -> LLM4Rec:
     """A fresh model with fitted weights. Raises RuntimeError where they don't fit."""
-    for name in ("edges.taken", "edges.pairs", "edges.weights", "known_hashes", "known_rows"):
+    for name in ("edges.pairs", "edges.weights", "known_hashes", "known_rows"):
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, torch.empty_like(weights[name], device=model.device))
     model.user = nn.Parameter(torch.empty_like(weights["user"], device=model.device))

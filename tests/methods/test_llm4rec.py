@@ -52,14 +52,11 @@ def test_edges_are_counted_as_by_loops():
     edges = Edges(N)
     edges.fit(tiny.histories(*ROWS))
     items = torch.tensor([[0, 1, 5, 9, 0]])
-    got = edges.of_items(items)[0]
+    got = edges(items)[0]
     for (a, i), (b, j) in itertools.product(enumerate(items[0].tolist()), repeat=2):
         both = sum(i in row and j in row for row in ROWS)
         assert float(got[a, b]) == pytest.approx(math.log(both) if both and i != j else 0.0, abs=1e-6)
-    users = torch.tensor([0, 2, 4])  # the last one is unknown
-    taken = edges.of_user(users, items.expand(3, -1))
-    assert taken.tolist() == [[1, 1, 0, 0, 1], [1, 1, 1, 0, 1], [0] * 5]
-    assert Edges(N).of_items(items).abs().sum() == 0 and Edges(N).of_user(users, items.expand(3, -1)).sum() == 0
+    assert Edges(N)(items).abs().sum() == 0
 
 
 @torch.no_grad()
@@ -109,7 +106,12 @@ def test_a_user_is_known_by_a_whole_training_sequence(llm):
     model.know(tiny.histories([0, 1, 2], [3, 4], [5, 6, 7, 8], [9, 9, 9], [9, 9, 9], [0, 1, 2, 5]))
     asked = tiny.histories([0, 1, 2], [0, 1, 2, 9], [1, 0, 2], [3, 4, 5], [5, 6, 7], [5, 6, 7, 8, 1], [9, 9, 9],
                            [0, 1, 2, 5, 4])
-    assert model.known_users(asked).tolist() == [0, 0, 6, 6, 6, 2, 6, 5]
+    users, taken = model.known_users(asked)
+    assert users.tolist() == [0, 0, 6, 6, 6, 2, 6, 5]
+    assert [row[flags].tolist() for row, flags in zip(asked, taken.split(asked.lengths.tolist()), strict=True)] == [
+        [0, 1, 2], [0, 1, 2], [], [], [], [5, 6, 7, 8], [], [0, 1, 2, 5]]
+    again = model.known_users(tiny.histories([3, 4], [0, 1, 2, 9, 1]))[1]
+    assert again.tolist() == [False, False, True, True, True, False, True], "taken in training, and once more"
     hashes = prefix_hashes(tiny.histories(*itertools.permutations(range(5))))
     assert len(hashes.unique()) == 5 + 20 + 60 + 120 + 120
 
@@ -141,7 +143,7 @@ def walk(shift: int = 0):
 def test_the_graph_and_the_examples_are_of_the_training_split_alone(llm):
     models = [make(llm), make(llm)]
     tasks = [LLM4RecTask(model, walk(shift)) for model, shift in zip(models, (0, 7), strict=True)]
-    for name in ("edges.taken", "edges.pairs", "edges.weights", "known_hashes", "known_rows"):
+    for name in ("edges.pairs", "edges.weights", "known_hashes", "known_rows"):
         assert torch.equal(models[0].state_dict()[name], models[1].state_dict()[name]), name
     examples = [task.begin_epoch(1) for task in tasks]
     assert examples[0].sequences.lists() == examples[1].sequences.lists() == walk().train_sequences.lists()
@@ -152,12 +154,13 @@ def test_the_loss_is_that_of_each_next_item_in_any_partition(llm):
     task = LLM4RecTask(model, tiny.dataset([[*row, 1, 2] for row in ROWS], N))
     batch = task.begin_epoch(1).batch(np.arange(4))
     assert batch.users.tolist() == [0, 1, 2, 3]
-    with torch.no_grad():
-        want = [float(F.cross_entropy((model.states(torch.tensor([row[:cut]]), torch.tensor([u]))[:, -1]
-                                       @ model.items().T), torch.tensor([row[cut]])))
-                for u, row in enumerate(ROWS) for cut in range(1, len(row))]
-    assert float(task.loss(batch, np.arange(4))["loss"]) == pytest.approx(np.mean(want), rel=1e-4)
-    parts = sum(float(task.loss(batch, rows)["loss"]) for rows in (np.array([3, 0]), np.array([1, 2])))
+    want = []
+    for user, row in enumerate(ROWS):
+        for cut in range(1, len(row)):
+            states = model.states(torch.tensor([row[:cut]]), torch.tensor([user]), torch.ones(1, cut).bool())
+            want.append(float(F.cross_entropy(states[0, -1] @ model.items().T, torch.tensor(row[cut])).detach()))
+    assert float(task.loss(batch, np.arange(4))["loss"].detach()) == pytest.approx(np.mean(want), rel=1e-4)
+    parts = sum(float(task.loss(batch, rows)["loss"].detach()) for rows in (np.array([3, 0]), np.array([1, 2])))
     assert parts == pytest.approx(np.mean(want), rel=1e-4)
     task.loss(batch, np.arange(4))["loss"].backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters()), "all of it is trained"
