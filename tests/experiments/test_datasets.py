@@ -92,5 +92,5 @@ def test_some_of_the_models(root, small, tmp_path):
     rows = reproduce(root, ["hats"], tmp_path / "out", small, [0], 1, progress=False, device="cpu",
                      models=["popularity", "EASE"])
     assert [row["model"] for row in rows] == ["popularity", "EASE"]
-    with pytest.raises(UserError, match="no model .ease. in this table; there are: "):
+    with pytest.raises(UserError, match=r"no model .ease. in this table; there are: "):
         reproduce(root, ["hats"], tmp_path / "out", small, [0], 1, progress=False, models=["ease"])
