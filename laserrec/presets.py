@@ -19,7 +19,15 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Laid on the preset, whose settings suit Laser, where a method is fitted alone."""
 
-RIVAL_SIZES: dict[str, dict[str, Any]] = {}
+_SASREC_LIKE: dict[str, Any] = {"seen_offset": True, "shuffle": 0.5, "weight_decay": 1.0, "patience": 5, "eval_every": 2}
+"""What helped SASRec on amazon-scientific and is given to rivals over sequences too, so that terms are equal."""
+
+RIVAL_SIZES: dict[str, dict[str, Any]] = {
+    "fdsa": {"fdsa": {"d_model": 128, "d_inner": 128, **_SASREC_LIKE}},
+    "zesrec": {"zesrec": {"d_model": 128, "blocks": 1, **_SASREC_LIKE}},
+    "kar": {"kar": {"own_experts": 2, "d_inner": 64, **_SASREC_LIKE}},
+    "recguru": {"recguru": {"blocks": 2, "d_inner": 128, "max_epochs": 100}},
+}
 """By method: what is smaller than published for two CPU cores. Not laid on the preset `paper`."""
 
 # The paper's settings (appendix B). Any other decoder of that size goes in with --backbone.name.

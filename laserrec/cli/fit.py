@@ -49,7 +49,7 @@ def fit(data: Data, out: ModelOut, *, method: str = "laser", id_model: Path | No
     Parameters
     ----------
     method
-        laser, sasrec, bert4rec, ease, ease-text, nearest-text or popularity.
+        laser, sasrec, bert4rec, ease, ease-text, nearest-text, popularity, fdsa, zesrec, kar or recguru.
     id_model
         Of laser: the model folder of a sasrec or bert4rec fitted on DATA.
     """

@@ -37,14 +37,16 @@ from laserrec.config.llm import (
     Quantization,
     Template,
 )
+from laserrec.config.rivals import FDSAConfig, KARConfig, RecGURUConfig, SequenceRivalConfig, ZESRecBody, ZESRecConfig
 from laserrec.config.section import Section
 from laserrec.util.errors import UserError, reading
 
 __all__ = [
-    "BackboneConfig", "BlendConfig", "Config", "Cuts", "DataConfig", "Engine", "EvalConfig", "HeadConfig", "IdLoss",
-    "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "Layout", "MFormerConfig", "NeighboursConfig",
-    "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization", "Routing", "Split", "StudentConfig",
-    "Template", "TrainConfig", "load_config", "merge", "valid",
+    "BackboneConfig", "BlendConfig", "Config", "Cuts", "DataConfig", "Engine", "EvalConfig", "FDSAConfig", "HeadConfig",
+    "IdLoss", "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "KARConfig", "Layout", "MFormerConfig",
+    "NeighboursConfig", "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization", "RecGURUConfig", "Routing",
+    "SequenceRivalConfig", "Split", "StudentConfig", "Template", "TrainConfig", "ZESRecBody", "ZESRecConfig",
+    "load_config", "merge", "valid",
 ]
 
 _S = TypeVar("_S", bound=BaseModel)
@@ -65,6 +67,10 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     student: StudentConfig | None = None
     """Settings of the student; only in distilled models, set by `laserrec distil`."""
+    fdsa: FDSAConfig = FDSAConfig()
+    zesrec: ZESRecConfig = ZESRecConfig()
+    kar: KARConfig = KARConfig()
+    recguru: RecGURUConfig = RecGURUConfig()
 
     @model_validator(mode="after")
     def _layout_fits(self) -> Config:

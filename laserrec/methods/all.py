@@ -15,12 +15,18 @@ from laserrec.data.dataset import Dataset
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.bert4rec import BERT4Rec
 from laserrec.methods.closed_form import ClosedForm, FitOnce, ItemRegression, NearestText, Popularity
+from laserrec.methods.fdsa import FDSA
+from laserrec.methods.kar import KAR
+from laserrec.methods.knowledge import read_knowledge
 from laserrec.methods.laser import build as laser
 from laserrec.methods.laser.finish import choose_blend
 from laserrec.methods.neighbours import check_size
 from laserrec.methods.protocol import Phase
+from laserrec.methods.recguru import RecGURU
+from laserrec.methods.recguru import phases as recguru_phases
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.sequence import SequenceModel, SequenceTask
+from laserrec.methods.zesrec import ZESRec
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
 
@@ -67,6 +73,9 @@ class Method:
     """Raises UserError where it can't be fitted to so many items on this machine."""
     seed: Callable[[Config], int] = lambda config: config.train.seed
     """Of all that is drawn at random."""
+    reads: Callable[[Config], str] = lambda config: ""
+    """Identifies what it reads beside the data folder and the LLM; "" where that is nothing. Raises UserError where it
+    can't be read."""
 
 
 # -- sequence models --------------------------------------------------------------------------------------------------
@@ -98,6 +107,35 @@ def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
 
     return Method("id", ("id_model",), lambda config: config.id_model.items != ItemTable.IDS, make, phases, restore,
                   shapes, seed=lambda config: config.id_model.seed)
+
+
+# -- rivals over sequences, one class each ----------------------------------------------------------------------------
+
+def _rival(name: str, kind: str, model: Any, reads_text: bool = True, phases: Callable[..., list[Phase]] | None = None,
+           reads: Callable[[Config], str] = lambda config: "") -> Method:
+    """model: a class with `fresh`, `restored` and `shapes`, whose settings are the section `name`."""
+
+    def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> Any:
+        kept = {key: tensor.to(given.features.device) for key, tensor in kept.items()}
+        ready = model.restored(given.config, given.items, given.n_known, given.features, weights, kept)
+        return _filled(ready, weights, given)
+
+    def one_phase(fresh: Any, given: Given, dataset: Dataset) -> list[Phase]:
+        own = getattr(given.config, name)
+        return [Phase(name, SequenceTask(fresh, dataset), own.max_epochs, own.batch_size, own.lr, own.weight_decay,
+                      patience=own.patience, eval_every=own.eval_every)]
+
+    return Method(kind, (name,), lambda config: reads_text,
+                  lambda given: model.fresh(given.config, given.items, given.features), phases or one_phase, restore,
+                  model.shapes, seed=lambda config: getattr(config, name).seed, reads=reads)
+
+
+def _knowledge_sha256(config: Config) -> str:
+    return "" if config.kar.knowledge is None else read_knowledge(config.kar.knowledge).sha256
+
+
+def _other_sha256(config: Config) -> str:
+    return "" if config.recguru.other is None else Dataset.load(config.recguru.other).fingerprint
 
 
 # -- closed forms -----------------------------------------------------------------------------------------------------
@@ -171,6 +209,11 @@ METHODS: dict[str, Method] = {
     "ease-text": _regression("text"),
     "nearest-text": _nearest(),
     "popularity": _popularity(),
+    "fdsa": _rival("fdsa", "laser", FDSA),
+    "zesrec": _rival("zesrec", "text", ZESRec),
+    "kar": _rival("kar", "laser", KAR, reads=_knowledge_sha256),
+    "recguru": _rival("recguru", "id", RecGURU, reads_text=False, phases=lambda model, given, data: recguru_phases(model, data),
+                      reads=_other_sha256),
 }
 
 

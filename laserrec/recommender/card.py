@@ -13,6 +13,7 @@ import polars as pl
 
 from laserrec.config import IdModelKind, Layout
 from laserrec.llm.fetch import DEFAULT_NAME, LICENCE, ORIGINAL
+from laserrec.methods.all import find_method
 from laserrec.util.io import write_text
 
 _MARK = "<!-- Written by laserrec, which writes it anew. Delete this line to keep a text of your own. -->"
@@ -179,8 +180,8 @@ def _metrics(note: dict[str, Any]) -> str:
 def _settings(note: dict[str, Any]) -> list[tuple[str, Any]]:
     tree = note["config"]
     if note["method"] != "laser":
-        used = {"sasrec": "id_model", "bert4rec": "id_model"}.get(note["method"], "neighbours")
-        return [("method", note["method"]), *((f"`{used}.{key}`", value) for key, value in tree[used].items())]
+        used = find_method(note["method"]).sections[0]
+        return [("method", note["method"]), *((f"`{used}.{key}`", _told(value)) for key, value in tree[used].items())]
     names = ["prompt.layout", "prompt.template", "prompt.item_side", "prompt.max_items", "prompt.max_item_tokens",
              "mformer.prefix", "mformer.experts", "mformer.queries", "mformer.blocks", "mformer.d_model",
              "head.whiten_dims", "head.projection", "head.id_share", "head.seen_offset", "id_model.kind",
@@ -188,6 +189,11 @@ def _settings(note: dict[str, Any]) -> list[tuple[str, Any]]:
              "train.temperature", "train.seed"]
     pairs = ((n, *n.split(".")) for n in names)
     return [(f"`{n}`", tree[section][key]) for n, section, key in pairs if key in tree.get(section, {})]
+
+
+def _told(value: Any) -> Any:
+    """Of a folder on the author's machine, its name alone."""
+    return Path(value).name if isinstance(value, str) else value
 
 
 def _parameters(note: dict[str, Any]) -> list[tuple[str, Any]]:

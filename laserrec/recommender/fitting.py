@@ -204,6 +204,7 @@ def fit_fingerprint(name: str, method: Method, config: Config, dataset: Dataset,
              "validation_users": config.train.validation_users,
              "llm": features.sha256 if method.reads_text(config) else None,
              **{section: tree[section] for section in sorted(wanted)}}
+    facts |= {"reads": read} if (read := method.reads(config)) else {}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for tensor_name, tensor in sorted(below.state_dict().items()) if below is not None else ():
         digest.update(tensor_name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -35,6 +35,19 @@ layers = 2
 mean_layers = [1, 3]
 precision = "fp32"
 name = "{folder}"
+[fdsa]
+d_model = 16
+max_epochs = 2
+[zesrec]
+d_model = 16
+max_epochs = 2
+[kar]
+d_model = 16
+max_epochs = 2
+[recguru]
+d_model = 16
+max_epochs = 2
+autoencoder_epochs = 1
 """
 
 

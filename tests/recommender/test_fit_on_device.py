@@ -16,7 +16,8 @@ from laserrec.util.device import CPU
 STEADY = {"id_model": tiny.ID_MODEL.model_dump() | {"max_epochs": 2, "dropout": 0.0},
           "mformer": {"experts": 3, "queries": 2, "blocks": 2, "d_model": 16, "heads": 2, "dropout": 0.0},
           "train": {"batch_size": 16, "stage_one_epochs": 1, "stage_two_epochs": 1, "lr": 1e-3, "cuts": "random"},
-          "data": {"min_item_interactions": 1, "min_user_interactions": 2}}
+          "data": {"min_item_interactions": 1, "min_user_interactions": 2},
+          **{name: own | {"dropout": 0.0} for name, own in tiny.RIVALS.items()}}
 SMALL = {"prompt": {"layout": "text_first", "item_side": "mean", "max_items": 4, "max_item_tokens": 8},
          "head": {"projection": True, "whiten_dims": 8, "seen_offset": True, "id_share": 0.3},
          "neighbours": {"count": 4, "l2": 1.0}, "train": {"item_gradient": True},
