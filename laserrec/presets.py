@@ -19,7 +19,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Laid on the preset, whose settings suit Laser, where a method is fitted alone."""
 
-_SASREC_LIKE: dict[str, Any] = {"seen_offset": True, "shuffle": 0.5, "weight_decay": 1.0, "patience": 5, "eval_every": 2}
+_SASREC_LIKE: dict[str, Any] = {"seen_offset": True, **ID_MODELS["sasrec"]}
 """What helped SASRec on amazon-scientific and is given to rivals over sequences too, so that terms are equal."""
 
 RIVAL_SIZES: dict[str, dict[str, Any]] = {

@@ -74,7 +74,7 @@ class ZESRecBody(StrEnum):
 
 
 class ZESRecConfig(SequenceRivalConfig):
-    """ZESRec (Ding et al. 2021): items are known by their texts alone, so that a fitted model serves other catalogues."""
+    """ZESRec (Ding et al. 2021): items are known by their texts alone, so that a model serves other catalogues too."""
 
     body: ZESRecBody = ZESRecBody.GRU
     """gru: a recurrent network of one layer for each of `blocks` (published). transformer: causal self-attention."""

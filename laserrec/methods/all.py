@@ -212,7 +212,8 @@ METHODS: dict[str, Method] = {
     "fdsa": _rival("fdsa", "laser", FDSA),
     "zesrec": _rival("zesrec", "text", ZESRec),
     "kar": _rival("kar", "laser", KAR, reads=_knowledge_sha256),
-    "recguru": _rival("recguru", "id", RecGURU, reads_text=False, phases=lambda model, given, data: recguru_phases(model, data),
+    "recguru": _rival("recguru", "id", RecGURU, reads_text=False,
+                      phases=lambda model, given, dataset: recguru_phases(model, dataset),
                       reads=_other_sha256),
 }
 

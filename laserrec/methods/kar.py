@@ -1,6 +1,7 @@
-"""KAR (Xi et al. 2023, "Towards Open-World Recommendation with Knowledge Augmentation from Large Language Models"): texts
-that an LLM wrote about items (facts) and users (preferences) are encoded by the frozen LLM, and a hybrid-expert adaptor
-makes them further inputs of a recommender, here a SASRec.
+"""KAR (Xi et al. 2023, "Towards Open-World Recommendation with Knowledge Augmentation from Large Language Models").
+
+Texts that an LLM wrote about items (facts) and users (preferences) are encoded by the frozen LLM, and a hybrid-expert
+adaptor makes them further inputs of a recommender, here a SASRec.
 
 An item's vector is its trained one plus its facts. A text about a user is a text about how the history began: it is
 made of the first n items and is added to the states from the n-th item on, so that no state sees a text that knew its
@@ -49,7 +50,7 @@ def expert(config: KARConfig, d_text: int) -> nn.Sequential:
 
 
 class KAR(NextItemModel):
-    """keys: hashes of the beginnings of histories that there are texts about, ascending; texts: those texts' vectors."""
+    """keys: hashes of beginnings of histories that there are texts about, ascending; texts: those texts' vectors."""
 
     keys: Int[Tensor, "texts"]
     texts: Float[Tensor, "texts d_text"]

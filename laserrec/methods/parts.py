@@ -1,4 +1,4 @@
-"""Parts that several rivals share: causal attention over given vectors, and items that a trained layer makes of text."""
+"""Parts that several rivals share: causal attention over given vectors; items that a trained layer makes of texts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class ItemVectors:
     layer: (inputs of some items) -> Float[some d]. inputs: tensors with a row per item; none where vectors are given.
     """
 
-    def __init__(self, layer: nn.Module, inputs: Sequence[Tensor] = (), vectors: Float[Tensor, "items d"] | None = None):
+    def __init__(self, layer: nn.Module, inputs: Sequence[Tensor] = (),
+                 vectors: Float[Tensor, "items d"] | None = None):
         self.layer, self.inputs, self.vectors = layer, tuple(inputs), vectors
 
     def __call__(self, rows: Int[Tensor, "*batch"] | None = None) -> Float[Tensor, "*batch_or_items d"]:

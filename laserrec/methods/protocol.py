@@ -15,7 +15,8 @@ from torch import Tensor
 from laserrec.data.histories import Histories
 from laserrec.evaluation.evaluate import Scorer
 
-__all__ = ["AppliedTerm", "Examples", "Growing", "Phase", "ScoreTerm", "Scorer", "Trainable", "Transferable", "TwoTower"]
+__all__ = ["AppliedTerm", "Examples", "Growing", "Phase", "ScoreTerm", "Scorer", "Trainable", "Transferable",
+           "TwoTower"]
 
 
 @runtime_checkable

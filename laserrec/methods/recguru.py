@@ -2,10 +2,10 @@
 Recommendation", WSDM): an autoencoder of the history, whose user vector a second domain's users help to make general,
 and a recommender that reads the history and the user vector.
 
-Phase "autoencoder": a transformer reads the sequence, its last state is the user's vector, and a decoder writes the
+Phase "autoencoder": a transformer reads the sequence, its last state is the user's vector, a decoder writes the
 sequence again from it (sampled cross-entropy). With a second data folder, both domains share encoder and decoder, and a
-discriminator learns to tell the domains by the user vectors while the encoder learns to mislead it. Phase "recommender":
-a decoder over the items bought so far predicts the next one (BPR); the encoder's vectors stay as they are.
+discriminator learns to tell the domains by the user vectors while the encoder learns to mislead it. Phase
+"recommender": a decoder over the items bought so far predicts the next one (BPR); the encoder's vectors stay as they are.
 
 The encoder is causal here, so that every prefix of a sequence has a user vector and every position is a target; the
 paper's sees the whole sequence. Its loss on users of both domains is left out: no user is in two of our data sets.
@@ -205,7 +205,7 @@ class Autoencoding:
         return self.own.lengths.numpy()
 
     def batch(self, index: Int[np.ndarray, "batch"]) -> Both:
-        """As `Examples.batch`: these sequences and as many drawn from the other domain; the adversary learns on them."""
+        """As `Examples.batch`: these sequences and as many of the other domain; the adversary learns on them."""
         own = self.own.take(index).padded(self.model.pad)
         if self.others is None or self.adversary is None or self.extra.other is None:
             return Both(own, None)

@@ -121,7 +121,7 @@ def seen_offset(wanted: bool) -> SeenOffset | None:
 
 
 class NextItemModel(nn.Module):
-    """Histories in, a state for the next item and scores of all items out: a two-tower model that `SequenceTask` trains.
+    """Histories in, a state for the next item and scores of all items out: a two-tower model, for `SequenceTask`.
 
     A causal model, whose every state predicts the next item, brings `states` and `item_embeddings`; others bring their
     own `next_item_state` and `targets` too.
