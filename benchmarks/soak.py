@@ -1,9 +1,10 @@
 """A server at twice its capacity for a while: what is answered, refused, lost or wrong, how long answers take, memory.
 
 Server and callers share this machine and talk over loopback alone. First each history is asked for alone, so that the
-right answers are known, and the capacity is measured by 16, 32 and 64 callers who ask again as soon as they are
-answered; the most answers a second count. Then requests are sent at fixed times, twice as many as that, whether or not
-earlier ones were answered.
+right answers are known. Then, round after round of three minutes, the capacity is measured by 16 and 32 callers who ask
+again as soon as they are answered (the most answers a second count), and requests are sent at fixed times, twice as
+many as that, whether or not earlier ones were answered. The capacity is measured again each round because the speed of
+a shared machine changes within half an hour; goodput is what was answered in the rounds over what could have been.
 
   python benchmarks/soak.py runs/quickstart/model --minutes 30 --out benchmarks/results/soak.json
 """
@@ -23,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,6 +39,7 @@ CALLERS = 96
 MOST_REQUESTS = 2_000_000
 _PROBE_SECONDS = 0.05
 """Between two looks at /healthz."""
+_ROUND_SECONDS = 180.0
 
 
 @contextmanager
@@ -118,11 +121,38 @@ def capacity(port: int, histories: list[list[str]], callers: int, seconds: float
     return answered.total() / seconds
 
 
-def flood(port: int, histories: list[list[str]], wanted: list[dict], rate: float, seconds: float) -> dict:
-    """`rate` requests a second at fixed times, and looks at /healthz beside them."""
+@dataclass
+class Flood:
+    """What became of the requests of one round or several. waits: seconds of those answered; probes: of looks at
+    /healthz; possible: answers that the measured capacity would give in that time."""
+
+    sent: int = 0
+    seconds: float = 0.0
+    possible: float = 0.0
+    seen: Counter[str] = field(default_factory=Counter)
+    waits: list[float] = field(default_factory=list)
+    probes: list[float] = field(default_factory=list)
+
+    def add(self, other: Flood) -> None:
+        for name in ("sent", "seconds", "possible", "seen", "waits", "probes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def row(self) -> dict:
+        counts = {kind: self.seen[kind] for kind in ("answered", "refused", "lost", "wrong")}
+        return {"minutes": round(self.seconds / 60, 2), "sent": self.sent, **counts,
+                "answered_per_second": round(self.seen["answered"] / self.seconds, 1),
+                "capacity_per_second": round(self.possible / self.seconds, 1),
+                "goodput": round(self.seen["answered"] / self.possible, 3),
+                "accepted_wait_p50_ms": _quantile(self.waits, 0.5), "accepted_wait_p99_ms": _quantile(self.waits, 0.99),
+                "healthz_p99_ms": _quantile(self.probes, 0.99)}
+
+
+def flood(port: int, histories: list[list[str]], wanted: list[dict], can: float, seconds: float) -> Flood:
+    """2 * `can` requests a second at fixed times, and looks at /healthz beside them."""
+    rate = 2 * can
     count = min(MOST_REQUESTS, round(rate * seconds))
     turn, begin = itertools.count(), time.monotonic()
-    seen, waits, lock = Counter(), [], threading.Lock()
+    found, lock = Flood(sent=count), threading.Lock()
 
     def work(_: int) -> None:
         caller = Caller(port)
@@ -133,25 +163,22 @@ def flood(port: int, histories: list[list[str]], wanted: list[dict], rate: float
             took = time.monotonic() - start
             kind = {200: "answered", 429: "refused", 503: "refused"}.get(status, "lost")
             with lock:
-                seen[kind] += 1
+                found.seen[kind] += 1
                 if kind == "answered":
-                    waits.append(took)
-                    seen["wrong"] += not same(answer, wanted[which])
+                    found.waits.append(took)
+                    found.seen["wrong"] += not same(answer, wanted[which])
 
-    with probed(port) as probes:
+    with probed(port) as found.probes:
         in_threads(CALLERS, work)
-        took = time.monotonic() - begin
-    counts = {kind: seen[kind] for kind in ("answered", "refused", "lost", "wrong")}
-    return {"minutes": round(took / 60, 2), "sent": count, **counts,
-            "answered_per_second": round(seen["answered"] / took, 1),
-            "accepted_wait_p50_ms": _quantile(waits, 0.5), "accepted_wait_p99_ms": _quantile(waits, 0.99),
-            "healthz_p99_ms": _quantile(probes, 0.99)}
+        found.seconds = time.monotonic() - begin
+    found.possible = can * found.seconds
+    return found
 
 
 @contextmanager
 def probed(port: int) -> Iterator[list[float]]:
-    """Seconds that each look at /healthz took; filled at the end. It is done in a process of its own: in this one a look
-    would wait for the callers' threads too."""
+    """Seconds that each look at /healthz took; filled at the end. A process of its own looks: in this one it would wait
+    for the callers' threads too."""
     spawning, seconds = multiprocessing.get_context("spawn"), []
     here, there = spawning.Pipe()
     looking = spawning.Process(target=_probe, args=(port, there), daemon=True)
@@ -192,11 +219,13 @@ def soak(model: Path, minutes: float, length: int, warm_seconds: float) -> dict:
         answers = [caller.ask(history) for history in histories]
         if any(status != 200 for status, _ in answers):
             raise SystemExit(f"the server did not answer alone: {Counter(status for status, _ in answers)}")
-        can = max(capacity(port, histories, callers, warm_seconds / 3) for callers in (16, 32, 64))
-        start = rss_mib(process)
-        row = flood(port, histories, [answer for _, answer in answers], 2 * can, 60 * minutes)
-        return {**row, "capacity_per_second": round(can, 1), "goodput": round(row["answered_per_second"] / can, 3),
-                "rss_start_mib": start, "rss_end_mib": rss_mib(process)}
+        start, total = rss_mib(process), Flood()
+        while total.seconds < 60 * minutes:
+            can = max(capacity(port, histories, callers, warm_seconds / 2) for callers in (16, 32))
+            left = 60 * minutes - total.seconds
+            total.add(flood(port, histories, [answer for _, answer in answers], can, min(_ROUND_SECONDS, left)))
+            print(json.dumps(total.row()), file=sys.stderr, flush=True)
+        return {**total.row(), "rss_start_mib": start, "rss_end_mib": rss_mib(process)}
 
 
 def main() -> None:
@@ -204,7 +233,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--minutes", type=float, default=30.0, help="at most 120")
     parser.add_argument("--history", type=int, default=10, help="items of each history")
-    parser.add_argument("--warm-seconds", type=float, default=30.0, help="for measuring the capacity")
+    parser.add_argument("--warm-seconds", type=float, default=16.0, help="for measuring the capacity, each round")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if not 0 < given.minutes <= 120:

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-# Settings per kind that did best on amazon-scientific's validation split.
+# Settings per kind that did best on amazon-scientific's validation split; gru4rec's are a first guess.
 ID_MODELS: dict[str, dict[str, Any]] = {
     "sasrec": {"weight_decay": 1.0, "shuffle": 0.5, "patience": 5, "eval_every": 2},
     "bert4rec": {"lr": 3e-3, "weight_decay": 0.3, "dropout": 0.2, "mask_probability": 0.4, "patience": 4,
                  "eval_every": 4},
+    "gru4rec": {"weight_decay": 0.1, "patience": 5, "eval_every": 2},
 }
 
 # EASE on IDs alone, as a rival: the best of 378 settings of l2, length_power, decay and row_power.
@@ -15,6 +16,7 @@ EASE: dict[str, Any] = {"l2": 400.0, "text_weight": 0.0, "row_power": 0.5}
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "sasrec": {"id_model": {"lr": 1e-3, "dropout": 0.5, **ID_MODELS["sasrec"]}},
     "bert4rec": {"id_model": {"shuffle": 0.0, **ID_MODELS["bert4rec"]}},
+    "gru4rec": {"id_model": {"blocks": 1, "dropout": 0.5, "shuffle": 0.0, **ID_MODELS["gru4rec"]}},
     "ease": {"neighbours": EASE},
 }
 """Laid on the preset, whose settings suit Laser, where a method is fitted alone."""

@@ -28,7 +28,8 @@ def prepare(
     source: str, out: Path, *, items: Path | None = None,
     format: Literal["auto", "amazon2018", "amazon2023", "recbole", "csv", "parquet", "movielens"] = "auto",
     columns: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    on_error: Literal["raise", "skip"] = "raise", separator: Separator = None, encoding: Encoding = "utf-8",
+    vectors: Path | None = None, on_error: Literal["raise", "skip"] = "raise", separator: Separator = None,
+    encoding: Encoding = "utf-8",
     overwrite: Switch = False, preset: Preset = "small", config: ConfigFile = None, json_file: JsonFile = None,
     flags: Flags = None,
 ) -> None:
@@ -37,6 +38,7 @@ def prepare(
     Examples:
       laserrec prepare amazon-scientific runs/data
       laserrec prepare orders.csv runs/data --items goods.csv --columns user_id=customer item_id=sku title=name
+      laserrec prepare orders.csv runs/data --items goods.csv --vectors images.parquet
 
     Parameters
     ----------
@@ -49,7 +51,10 @@ def prepare(
     format
         Of the files; auto looks at their names and columns.
     columns
-        ours=yours pairs: user_id, item_id, timestamp, position; title, brand, category.
+        ours=yours pairs: user_id, item_id, timestamp, position; title, brand, category, further item columns.
+    vectors
+        Table of the items' own vectors, of images or by another model: item_id, and vector with lists of numbers (or
+        one number per column). backbone.item_vectors says how they are used.
     on_error
         skip leaves broken lines out and counts them.
     overwrite
@@ -64,7 +69,7 @@ def prepare(
         warnings.simplefilter("ignore", LossWarning)  # the lines below tell the same
         report = prepare_source([source, str(items)] if items else source, out, settings(preset, config, flags).data,
                                 format=format, columns=pairs or None, on_error=on_error, separator=separator,
-                                encoding=encoding, overwrite=overwrite)
+                                encoding=encoding, overwrite=overwrite, vectors=vectors)
     one = report["table1"]
     print_table(f"data folder {out}", ("users", "items", "interactions", "avg n", "density"), [
         (f"{one['users']:,}", f"{one['items']:,}", f"{one['interactions']:,}", f"{one['avg_history_length']:.2f}",

@@ -26,7 +26,7 @@ from laserrec.cli.options import (
     settings,
 )
 from laserrec.cli.output import print_results
-from laserrec.cli.settings import StudentSettings
+from laserrec.cli.settings import RefitSettings, StudentSettings
 from laserrec.config import IdModelKind, StudentConfig, valid
 from laserrec.util.errors import UserError
 
@@ -49,9 +49,9 @@ def fit(data: Data, out: ModelOut, *, method: str = "laser", id_model: Path | No
     Parameters
     ----------
     method
-        laser, sasrec, bert4rec, ease, ease-text, nearest-text, popularity, fdsa, zesrec, kar or recguru.
+        laser, sasrec, bert4rec, gru4rec, ease, ease-text, nearest-text, popularity, fdsa, zesrec, kar or recguru.
     id_model
-        Of laser: the model folder of a sasrec or bert4rec fitted on DATA.
+        Of laser: the model folder of a sasrec, bert4rec or gru4rec fitted on DATA.
     """
     from laserrec.util.distributed import join
 
@@ -66,8 +66,8 @@ def pretrain(data: Data, out: ModelOut, *, how: Fitting = FITTING) -> None:
     """
     kind = how.settings("laser").id_model.kind
     if kind == IdModelKind.NONE:
-        raise UserError("these settings have no ID model (id_model.kind is none); give --id-model.kind sasrec or "
-                        "bert4rec")
+        raise UserError("these settings have no ID model (id_model.kind is none); give --id-model.kind sasrec, "
+                        "bert4rec or gru4rec")
     _fit(data, out, kind.value, how)
 
 
@@ -79,15 +79,20 @@ def _fit(data: Path, out: Path, method: str, how: Fitting, id_model: Path | None
     config, dataset, there = how.settings(method), Dataset.load(data), (out / "model.json").is_file()
     model = LaserRecommender.fit_dataset(dataset, config, out, method, id_model, how.device, not how.quiet,
                                          how.trust_remote_code)
-    if not join().is_main:
-        return
-    facts, k = model.facts["training"], config.eval.k
-    kept, score = facts["kept"], f"validation_ndcg@{config.eval.k}"
+    if join().is_main:
+        finish(_tell_fit(model, dataset, out, there), how.json_file)
+
+
+def _tell_fit(model: LaserRecommender, dataset: Dataset, out: Path, there: bool) -> dict[str, Any]:
+    """Print how good the model is and what it took; the numbers. there: it was fitted before."""
+    facts, k = model.facts["training"], model.config.eval.k
+    kept, score = facts["kept"], f"validation_ndcg@{k}"
     quality = f"validation NDCG@{k} {kept[score]:.4f}" if score in kept else "not validated"
     where = f"{kept['phase']}, epoch {kept['epoch']}" if kept.get("epoch") else kept.get("phase", "nothing to train")
-    say(f"{method} in {out}: {quality} ({where}), {facts['seconds']:.0f} s{' (was there already)' if there else ''}")
+    was_there = " (was there already)" if there else ""
+    say(f"{model.method} in {out}: {quality} ({where}), {facts['seconds']:.0f} s{was_there}")
     _tell_parts(facts.get("parts"))
-    finish({"method": method, **facts, "new_items": _tell_new_items(model, dataset)}, how.json_file)
+    return {"method": model.method, **facts, "new_items": _tell_new_items(model, dataset)}
 
 
 def _tell_parts(parts: dict[str, Any] | None) -> None:
@@ -111,6 +116,27 @@ def _tell_new_items(model: LaserRecommender, dataset: Dataset) -> int:
         say(f"{count:,} items without enough interactions are left out: {model.method} knows items by their "
             "interactions alone")
     return count if taken else 0
+
+
+def refit(model: Model, data: Data, out: ModelOut, *, opening: Opening = OPENING, quiet: Quiet = False,
+          json_file: JsonFile = None,
+          flags: Annotated[RefitSettings | None, Parameter(name="*", group="Settings", show_default=False)] = None
+          ) -> None:
+    """Go on from a fitted model with newer data: new interactions, users and items. Run again to resume.
+
+    Training starts from MODEL's weights and is short. DATA holds all interactions that there are now, old and new;
+    items are known by their item_id. MODEL stays as it is. A server takes OUT without a restart: POST /v1/model.
+
+    Example: laserrec refit runs/model runs/data-december runs/model-december
+    """
+    from laserrec.data.dataset import Dataset
+
+    dataset, there = Dataset.load(data), (out / "model.json").is_file()
+    made = opening.open(model).refit(dataset, out, given(flags), not quiet)
+    if (warm := made.facts.get("warm_start")) is not None:
+        say(f"{warm['carried_items']:,} items known, {warm['new_items']:,} new, {warm['dropped_items']:,} no longer in "
+            "the data")
+    finish({**_tell_fit(made, dataset, out, there), "warm_start": warm}, json_file)
 
 
 def distil(data: Path, model: Model, out: Path, *, opening: Opening = OPENING, quiet: Quiet = False,

@@ -11,9 +11,12 @@ from rich.table import Table
 
 from laserrec.cli.options import ConfigFile, Device, Flags, JsonFile, Preset, Quiet, finish, say, settings
 from laserrec.cli.output import print_table
+from laserrec.cli.paper import add_paper
 from laserrec.config import Config
 
-reproduce_app = App(name="reproduce", help="Train and compare, several seeds, as the tables of benchmarks/results do.")
+reproduce_app = App(name="reproduce", help="Train and compare: the paper's tables and figures, and those of "
+                    "benchmarks/results.")
+add_paper(reproduce_app)
 
 Out = Annotated[Path, Parameter(help="Everything is kept here.")]
 Data = Annotated[Path | None, Parameter(help="A data folder; else amazon-scientific is prepared in OUT/data.")]
@@ -86,6 +89,7 @@ def cold_start(out: Out = Path("runs/cold-start"), *, data: Data = None, seeds: 
 
 @reproduce_app.command
 def datasets(root: Path, out: Path = Path("runs/datasets"), *, names: Annotated[
+                 list[str] | None, Parameter(consume_multiple=True)] = None, models: Annotated[
                  list[str] | None, Parameter(consume_multiple=True)] = None, seeds: int = 3, trials: int = 12,
              device: Device = "auto", preset: Preset = "small", config: ConfigFile = None, quiet: Quiet = False,
              json_file: JsonFile = None, flags: Flags = None) -> None:
@@ -99,6 +103,8 @@ def datasets(root: Path, out: Path = Path("runs/datasets"), *, names: Annotated[
         A folder of data sets: ROOT/NAME/interactions.csv.gz and ROOT/NAME/items.jsonl.gz.
     names
         Those to take; else all in ROOT.
+    models
+        Rows of the table to fit, by name ("Laser", "EASE with LLM text"); else all.
     seeds
         Seeds 0, 1, ... of every model in which something is random.
     trials
@@ -108,7 +114,8 @@ def datasets(root: Path, out: Path = Path("runs/datasets"), *, names: Annotated[
     from laserrec.experiments.machine import describe
 
     tree = settings(preset, config, flags)
-    rows, k = reproduce(root, names or [], out, tree, range(seeds), trials, not quiet, device), tree.eval.k
+    k = tree.eval.k
+    rows = reproduce(root, names or [], out, tree, range(seeds), trials, not quiet, device, models or [])
     for data in dict.fromkeys(row["data"] for row in rows):
         print_table(f"{data}, test split, all items ranked, nothing filtered",
                     ("model", f"Recall@{k}", f"NDCG@{k}", "seeds", "trials"),

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import signal
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cyclopts import App
 from rich.console import Console
+from rich.markup import escape
 
 from laserrec.cli.options import OPENING, Index, Model, Opening
 from laserrec.server.settings import Limits, check_hosts, check_range
+from laserrec.server.worker import ClosedError, OverloadedError
 from laserrec.util.errors import UserError
+
+if TYPE_CHECKING:
+    from laserrec.server.service import Service
 
 serve_app = App(name="serve")
 _TOKEN = "LASERREC_API_TOKEN"
@@ -22,10 +30,12 @@ _TOKEN = "LASERREC_API_TOKEN"
 @serve_app.default
 def serve(model: Model, *, host: str = "127.0.0.1", port: int = 8000, token_file: Path | None = None,
           allowed_hosts: list[str] | None = None, state: Path | None = None, index: Index = None,
-          max_batch: int = 32, max_wait_ms: float = 2.0, queue_seconds: float = 0.5, max_queue: int = 1024,
+          max_batch: int = 32, max_wait_ms: float = 2.0, queue_seconds: float = 0.4, max_queue: int = 1024,
           timeout: float = 10.0, read_timeout: float = 10.0, max_body: int = 1_048_576, cache: int = 4096,
           threads: int | None = None, opening: Opening = OPENING) -> None:
     """Serve a model over HTTP: recommendations, similar items, adding and removing items, a page to try it.
+
+    A newer model is served without a restart: POST /v1/model with the API token, or SIGHUP, which loads MODEL anew.
 
     Example: laserrec serve runs/quickstart/model --port 8000
 
@@ -105,9 +115,31 @@ def _run(model: Path, host: str, port: int, token: str | None, allowed_hosts: li
     name = model.as_posix() if is_repo(model) else model.name
     with (listening.bind(host, port) as listener,  # before the model, which takes long to load
           Service.opened(local_folder(model), state, limits, index, name, **vars(opening)) as service):
+        _reload_on_hangup(service, console)
+        gc.freeze()  # a full collection looks at every object, for a tenth of a second; the model's are there to stay
         address = f"http://{own}:{listener.getsockname()[1]}"
         listening.run(make_app(service, token, hosts), listener, limits, lambda: console.print(
             f"{len(service.listing):,} items; ready at {address}, page at /, API at /docs", highlight=False))
+
+
+def _reload_on_hangup(service: Service, console: Console) -> None:
+    """SIGHUP loads the served folder anew and tells how that ended; the model that serves goes on until then."""
+
+    def told(future: Future[int]) -> None:
+        error = future.exception()
+        if error is None:
+            console.print(f"{len(service.listing):,} items; serving {service.served.folder} anew", highlight=False)
+        else:
+            console.print(f"[yellow]warning:[/] the model that served goes on, since: {escape(str(error))}")
+
+    def again(*_: object) -> None:
+        try:
+            service.swap().future.add_done_callback(told)
+        except (OverloadedError, ClosedError) as error:
+            console.print(f"[yellow]warning:[/] SIGHUP changes nothing: {error}")
+
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, again)
 
 
 def _read_token(file: Path | None) -> str | None:

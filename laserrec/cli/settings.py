@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
+from cyclopts import Parameter
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from laserrec.config import Config, StudentConfig
@@ -26,7 +27,10 @@ def _partial(model: type[BaseModel], tell_defaults: bool = False, without: tuple
             fields[name] = (part, Field(default=part()))
         else:
             told = " ".join((info.description or "").split()) + (f" [default: {info.default}]" if tell_defaults else "")
-            fields[name] = (_flag_type(annotation) | None, Field(default=None, description=told))
+            flag: Any = _flag_type(annotation) | None
+            if get_origin(annotation) is tuple:  # --prompt.attributes brand price
+                flag = Annotated[flag, Parameter(consume_multiple=True)]
+            fields[name] = (flag, Field(default=None, description=told))
     return create_model(f"{model.__name__}Flags", __config__=ConfigDict(frozen=True, extra="forbid"), **fields)
 
 
@@ -42,6 +46,10 @@ class Settings(_partial(Config, without=("student",))):
 
     `Settings().model_dump(exclude_unset=True)` is the nested dict of the flags given.
     """
+
+
+class RefitSettings(_partial(Config, without=("student", "data", "backbone", "prompt", "mformer", "head"))):
+    """The settings that `laserrec refit` may change, as flags; some of the ID model's it refuses."""
 
 
 class StudentSettings(_partial(StudentConfig, tell_defaults=True)):

@@ -20,9 +20,11 @@ from laserrec.config.laser import (
     Cuts,
     HeadConfig,
     MFormerConfig,
+    Negatives,
     NeighboursConfig,
     Pooling,
     Prefix,
+    RegressionForm,
     Routing,
     StudentConfig,
     TrainConfig,
@@ -31,6 +33,7 @@ from laserrec.config.llm import (
     BackboneConfig,
     Engine,
     ItemSide,
+    ItemVectors,
     Layout,
     Precision,
     PromptConfig,
@@ -43,10 +46,10 @@ from laserrec.util.errors import UserError, reading
 
 __all__ = [
     "BackboneConfig", "BlendConfig", "Config", "Cuts", "DataConfig", "Engine", "EvalConfig", "FDSAConfig", "HeadConfig",
-    "IdLoss", "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "KARConfig", "Layout", "MFormerConfig",
-    "NeighboursConfig", "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization", "RecGURUConfig", "Routing",
-    "SequenceRivalConfig", "Split", "StudentConfig", "Template", "TrainConfig", "ZESRecBody", "ZESRecConfig",
-    "load_config", "merge", "valid",
+    "IdLoss", "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "ItemVectors", "KARConfig", "Layout",
+    "MFormerConfig", "Negatives", "NeighboursConfig", "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization",
+    "RecGURUConfig", "RegressionForm", "Routing", "SequenceRivalConfig", "Split", "StudentConfig", "Template",
+    "TrainConfig", "ZESRecBody", "ZESRecConfig", "load_config", "merge", "valid",
 ]
 
 _S = TypeVar("_S", bound=BaseModel)
@@ -85,6 +88,9 @@ class Config(Section):
         if not reads and not self.head.projection and self.train.stage_one_epochs + self.train.stage_two_epochs:
             raise ValueError("prompt.layout none without head.projection has nothing to train; set "
                              "train.stage_one_epochs and train.stage_two_epochs to 0")
+        if self.train.negatives == Negatives.BATCH and self.prompt.item_side != ItemSide.TRAINED:
+            raise ValueError("train.negatives batch embeds the targets with the trained prefix and suffix; it needs "
+                             "prompt.item_side trained")
         if self.prompt.layout == Layout.TEXT_FIRST and self.backbone.shard:
             raise ValueError("backbone.shard needs prompt.layout prefix_first: text_first needs the native engine")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from laserrec.config.section import Section
 
@@ -23,6 +23,8 @@ class DataConfig(Section):
     """k-core filter: drop users with fewer interactions. Users and items are filtered in turn until nothing changes."""
     min_item_interactions: int = Field(5, ge=1)
     """k-core filter: drop items with fewer interactions. Users and items are filtered in turn until nothing changes."""
+    item_columns: tuple[str, ...] = ()
+    """Further columns of the items to keep as text, such as price or colour. prompt.attributes can name them."""
     drop_untitled: bool = True
     """Drop items without a title, and their interactions, before the k-core filter. The paper drops them after it
     (4.1.1)."""
@@ -35,6 +37,16 @@ class DataConfig(Section):
     """temporal only: share of all interactions that falls between the two cut-off times."""
     test_fraction: float = Field(0.1, gt=0, lt=1)
     """temporal only: share of all interactions that comes after the second cut-off time."""
+
+    @model_validator(mode="after")
+    def _columns_are_further_ones(self) -> DataConfig:
+        own = {"item", "item_id", "title", "brand", "category", "vector"}
+        if taken := own & set(self.item_columns):
+            raise ValueError(f"item_columns are further columns; {', '.join(sorted(taken))} is read anyway, or has a "
+                             "meaning of its own")
+        if len(set(self.item_columns)) < len(self.item_columns) or "" in self.item_columns:
+            raise ValueError("item_columns names a column twice, or an empty one")
+        return self
 
 
 class EvalConfig(Section):

@@ -14,6 +14,7 @@ class IdModelKind(StrEnum):
 
     SASREC = "sasrec"
     BERT4REC = "bert4rec"
+    GRU4REC = "gru4rec"
     NONE = "none"
 
 
@@ -37,7 +38,7 @@ class IdModelConfig(Section):
 
     kind: IdModelKind = IdModelKind.SASREC
     """sasrec: causal attention, predicts the next item. bert4rec: bidirectional attention, predicts masked items (used
-    by the paper). none: Laser without an ID model."""
+    by the paper). gru4rec: a recurrent network, predicts the next item. none: Laser without an ID model."""
     d_id: int = Field(128, ge=2)
     """Width of the hidden states [C_u, d_i]. The paper's BERT4Rec has 64."""
     blocks: int = Field(2, ge=1)

@@ -95,6 +95,14 @@ class HeadConfig(Section):
     """Initial value of that number. Negative, since most people buy something new."""
 
 
+class RegressionForm(StrEnum):
+    """How the item-to-item regression is solved."""
+
+    AUTO = "auto"
+    EXACT = "exact"
+    LOCAL = "local"
+
+
 class NeighboursConfig(Section):
     """Closed-form item-to-item regression (EASE) on training sequences and item texts (not in the paper). Each pair of
     items gets a neighbour weight; items with high weights to the history's items get a score boost on top of their
@@ -102,6 +110,11 @@ class NeighboursConfig(Section):
 
     count: int = Field(0, ge=0)
     """Number of neighbours kept per item. 0: no neighbours, the score is the cosine (paper)."""
+    form: RegressionForm = RegressionForm.AUTO
+    """exact: one regression over all items, whose time grows with their number cubed and memory squared. local: for
+    each item one over its own candidates, for large catalogues. auto: exact up to 20,000 items, local above."""
+    candidates: int = Field(300, ge=1)
+    """local only: items that each item's regression is made of, the most co-occurring and the nearest by text."""
     l2: float = Field(200.0, gt=0)
     """L2 (ridge) penalty of the regression."""
     text_weight: float = Field(4.0, ge=0)
@@ -126,6 +139,13 @@ class Cuts(StrEnum):
 
     ALL = "all"
     RANDOM = "random"
+
+
+class Negatives(StrEnum):
+    """What a target is told from in stage 1."""
+
+    ALL = "all"
+    BATCH = "batch"
 
 
 class TrainConfig(Section):
@@ -160,6 +180,11 @@ class TrainConfig(Section):
     item_gradient: bool = False
     """Stage 1 only: recompute the item embeddings from their LLM outputs at every step, so that the head gets gradients
     from the items too (not in the paper, where item embeddings are fixed within an epoch)."""
+    negatives: Negatives = Negatives.ALL
+    """Stage 1. all: the softmax goes over all items, whose embeddings are those of the epoch's beginning (paper).
+    batch (not in the paper; prompt.item_side trained only): it goes over the batch's own targets, embedded anew at
+    every step, with gradient through the same prefix and suffix and corrected for how often each item is a target (Yi
+    et al. 2019). Stage 2 always takes all items."""
     history_negatives: bool = True
     """true: all items are negatives in the softmax (paper). false: the history's own items are left out, because they
     are the closest by text but almost never the target, and pushing them away would damage the text match (not in the
@@ -187,6 +212,9 @@ class BlendConfig(Section):
     regressions: int = Field(8, ge=0)
     """Most fits of neighbours with other settings (l2, text_weight, length_power) that are tried. Large catalogues get
     fewer, since the time grows with the items cubed."""
+    shuffles: tuple[float, ...] = ()
+    """Further values of id_model.shuffle that are tried when the ID model is fitted with Laser; the one with the best
+    validation NDCG stays. Each costs a training of the ID model. Where order counts, shuffling harms."""
     users: int = Field(4000, ge=1)
     """Validation users that the choice is made on, drawn at random if there are more."""
 

@@ -34,6 +34,14 @@ class Quantization(StrEnum):
     INT4 = "int4"
 
 
+class ItemVectors(StrEnum):
+    """What is made of the items' own vectors."""
+
+    BESIDE = "beside"
+    INSTEAD = "instead"
+    NONE = "none"
+
+
 class BackboneConfig(Section):
     """The frozen decoder LLM (the backbone)."""
 
@@ -47,6 +55,10 @@ class BackboneConfig(Section):
     """Layers whose outputs are averaged over an item's text to make its text vector; the averages of all these layers
     are concatenated. Used by prompt.item_side mean, neighbours and the text-based ID models. Empty: the last of
     `layers`. Values above `layers` are allowed and cheap, since each item text is read only once."""
+    item_vectors: ItemVectors = ItemVectors.BESIDE
+    """Vectors of the items that the data folder has (laserrec prepare --vectors), whitened on their own. beside: they
+    stand beside the LLM's text vectors. instead: in their place; the LLM is then used for histories alone. none: not
+    used. No effect on data without any."""
     precision: Precision = Precision.AUTO
     """auto: measure bf16 and fp32 once on this machine and use the faster."""
     engine: Engine = Engine.AUTO
@@ -141,7 +153,7 @@ class PromptConfig(Section):
     decay: float = Field(0.8, gt=0, le=1)
     """item_side mean only: weight of a history item in the sum relative to the next newer one."""
     attributes: tuple[str, ...] = ("brand", "category")
-    """Item columns that are written in brackets after the title."""
+    """Item columns that are written in brackets after the title: brand, category, and any of data.item_columns."""
 
     @model_validator(mode="after")
     def _shared_text_has_one_instruction(self) -> PromptConfig:

@@ -95,6 +95,23 @@ class Histories:
         """The newest `count` items of each."""
         return self if not len(self) or int(self.lengths.max()) <= count else self.where(self.ages < count)
 
+    def windows(self, length: int, shift: Int[Tensor, "users"]) -> Histories:
+        """Each cut into windows of at most `length` >= 2 items, newest window first, of which neighbours share an item:
+        every item but a history's oldest follows another one in exactly one window. The newest window of a history
+        that is longer has `shift` items less; 0 <= shift < length - 1. Shorter histories stay as they are."""
+        steps = length - 1
+        shift = torch.where(self.lengths > length, shift, 0)
+        counts = ((self.lengths - 1 + shift + steps - 1) // steps).clamp(min=1)
+        of = torch.repeat_interleave(torch.arange(len(self), device=self.device), counts)
+        number = torch.arange(len(of), device=self.device) - (counts.cumsum(0) - counts)[of]
+        newest = (number * steps - shift[of]).clamp(min=0)  # ages
+        oldest = torch.minimum((number + 1) * steps - shift[of], self.lengths[of] - 1)
+        lengths = oldest - newest + 1
+        ends = lengths.cumsum(0)
+        first = self.ends[of] - 1 - oldest - (ends - lengths)
+        place = torch.repeat_interleave(first, lengths) + torch.arange(int(lengths.sum()), device=self.device)
+        return Histories(self.items[place], ends)
+
     def below(self, n_items: int) -> Histories:
         """Without items of row n_items and above."""
         kept = self.items < n_items

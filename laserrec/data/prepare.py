@@ -17,9 +17,10 @@ import polars as pl
 
 from laserrec.config import DataConfig, Split
 from laserrec.data.dataset import FORMAT, NEW_ITEMS
-from laserrec.data.files import FileOptions
+from laserrec.data.extras import VECTOR, extra_names
+from laserrec.data.files import FileOptions, read_table
 from laserrec.data.losses import LOUD, mismatch
-from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA
+from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, join_vectors
 from laserrec.data.sources import Source, read_source
 from laserrec.data.summary import warn_of_losses
 from laserrec.util.errors import UserError
@@ -31,12 +32,15 @@ _NEEDED = ("meta.json", "interactions.parquet")
 
 def prepare_source(source: Source, out: Path | str, config: DataConfig | None = None, *, format: str = "auto",
                    columns: Mapping[str, str] | None = None, on_error: str = "raise", separator: str | None = None,
-                   encoding: str = "utf-8", overwrite: bool = False) -> dict:
+                   encoding: str = "utf-8", overwrite: bool = False, vectors: Path | str | None = None) -> dict:
     """`read_source`, then `prepare`: files of any known format -> the data folder `out`; returns `prepare`'s report.
-    on_error, separator, encoding: see `files.FileOptions`."""
+    on_error, separator, encoding: see `files.FileOptions`. vectors: a file of item vectors, see
+    `extras.with_vectors`."""
     _check_free(Path(out))
-    raw = read_source(source, format, columns, FileOptions(on_error, separator, encoding))
-    return prepare(raw.interactions, raw.items, config or DataConfig(), out, overwrite=overwrite, notes=raw.notes)
+    config, options = config or DataConfig(), FileOptions(on_error, separator, encoding)
+    raw = read_source(source, format, columns, options, config.item_columns)
+    raw = raw if vectors is None else join_vectors(raw, read_table(vectors, options))
+    return prepare(raw.interactions, raw.items, config, out, overwrite=overwrite, notes=raw.notes)
 
 
 def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig, out: Path | str, *,
@@ -45,8 +49,8 @@ def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig,
     `summary.summary_lines` puts it in sentences. Warns (LossWarning) where more than a tenth was left out, or where
     there is nothing to validate on.
 
-    interactions: user_id, item_id String, timestamp, order Int64; items: item_id, title, brand, category String (the
-    frames of `raw.Raw`). `notes`: the reader's counts, copied into the report.
+    interactions: user_id, item_id String, timestamp, order Int64; items: item_id, title, brand, category String, and
+    further columns (the frames of `raw.Raw`). `notes`: the reader's counts, copied into the report.
     A folder that holds this very result already is left untouched and "reused" is True. An interrupted call leaves
     `out` as it was.
     Titled items that are left without interactions, since nobody bought them or too few did, go to new_items.parquet.
@@ -62,7 +66,8 @@ def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig,
     report = {**dict(notes or {}), "steps": steps, "split": facts, **_statistics(*tables), **counts}
     files = {f"{name}.parquet": parquet_bytes(table) for name, table in zip(_TABLES, tables, strict=True)}
     sha256 = hashlib.sha256(b"".join(files.values())).hexdigest()
-    meta = {"format": FORMAT, "sha256": sha256, "settings": config.model_dump(mode="json"),
+    told = config.model_dump(mode="json", exclude=None if config.item_columns else {"item_columns"})
+    meta = {"format": FORMAT, "sha256": sha256, "settings": told,
             "table1": report["table1"]}
     if new.height:
         files[NEW_ITEMS] = parquet_bytes(new)
@@ -100,7 +105,9 @@ def _check_free(out: Path) -> None:
 
 
 def _check_frames(interactions: pl.DataFrame, items: pl.DataFrame) -> None:
-    for name, frame, schema in (("interactions", interactions, INTERACTION_SCHEMA), ("items", items, ITEM_SCHEMA)):
+    more = {VECTOR: items.schema.get(VECTOR), **dict.fromkeys(extra_names(items), pl.String)}
+    wanted = {**ITEM_SCHEMA, **{name: kind for name, kind in more.items() if name in items.columns}}
+    for name, frame, schema in (("interactions", interactions, INTERACTION_SCHEMA), ("items", items, wanted)):
         if dict(frame.schema) != schema:
             raise UserError(f"{name}: columns are {dict(frame.schema)}, not {schema}; bring frames of your own into "
                             "this form with laserrec.data.raw.from_frames")
@@ -162,7 +169,7 @@ def _why_nothing(steps: list[dict], ids: pl.DataFrame, items: pl.DataFrame) -> s
 
 def _new_items(acts: pl.DataFrame, items: pl.DataFrame, kept: pl.DataFrame) -> tuple[pl.DataFrame, dict]:
     """Titled items that are not kept with their interactions, and the report's counts of items."""
-    left = items.join(kept, "item_id", "anti").sort("item_id").select(list(ITEM_SCHEMA))
+    left = items.join(kept, "item_id", "anti").sort("item_id")
     new = left.filter(pl.col("title").is_not_null())
     rare = new.join(acts, "item_id", "semi").height
     given = acts.select(pl.col("item_id").unique()).sort("item_id")
@@ -251,7 +258,7 @@ def _number(acts: pl.DataFrame, items: pl.DataFrame) -> tuple[pl.DataFrame, pl.D
     users = users.with_columns(pl.col("user").cast(pl.Int32))
     numbered = acts.join(items.select("item_id", "item"), on="item_id").join(users, on="user_id")
     numbered = numbered.select("user", "item", "position", "timestamp", "split").sort("user", "position")
-    return items.select("item", *ITEM_SCHEMA), users.select("user", "user_id"), numbered
+    return items, users.select("user", "user_id"), numbered
 
 
 def _statistics(items: pl.DataFrame, users: pl.DataFrame, acts: pl.DataFrame) -> dict:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
 
 from laserrec.data.clean import column_of, ids, is_empty, is_nested, texts, times, why_no_id
+from laserrec.data.extras import VECTOR, extra_names, like, read_texts, with_vectors
 from laserrec.data.files import POLARS_ERRORS, SKIP_HINT, FileOptions, Table, header_hint, reason
 from laserrec.util.errors import UserError
 
@@ -26,50 +27,60 @@ class Raw:
     """user_id, item_id String; timestamp Int64 (null in every row where the source has none); order Int64: the
     source's position column, else the row's number."""
     items: pl.DataFrame
-    """item_id, title, brand, category String, null where unknown; one row per item_id."""
+    """item_id, title, brand, category String, null where unknown; one row per item_id. Further columns of text, and
+    `vector`, where they were asked for."""
     notes: dict[str, int] = field(default_factory=dict)
     """Counts for the report: skipped_lines (broken, on_error = skip), duplicate_item_rows."""
 
 
 def from_frames(interactions: Any, items: Any, columns: Mapping[str, str] | None = None,
-                on_error: str = "raise") -> Raw:
+                on_error: str = "raise", extra: Sequence[str] = (), vectors: Any = None) -> Raw:
     """Polars or pandas frames or Arrow tables in memory.
 
     interactions: user_id, item_id and optionally timestamp, position (numbers, small = old). items: item_id,
     title and optionally brand, category (text or lists of text). `columns` maps these names to the frames' own, as
-    {"user_id": "customer"}; "interactions.item_id" and "items.item_id" where one name does not fit both.
+    {"user_id": "customer"}; "interactions.item_id" and "items.item_id" where one name does not fit both. extra: further
+    columns of the items to keep as text. vectors: a frame of item vectors (see `extras.with_vectors`).
     Raises UserError for a missing column (it lists those that exist) and for an empty id, an unreadable time or
     position (it names the row), unless on_error is "skip", which leaves such rows out and counts them.
     """
     FileOptions(on_error)
     acts, goods = to_polars(interactions, "interactions"), to_polars(items, "items")
-    return from_tables(Table(acts, "interactions"), Table(goods, "items"), columns, on_error)
+    raw = from_tables(Table(acts, "interactions"), Table(goods, "items"), columns, on_error, extra)
+    return raw if vectors is None else join_vectors(raw, Table(to_polars(vectors, "vectors"), "vectors"))
+
+
+def join_vectors(raw: Raw, vectors: Table) -> Raw:
+    """With the items' own vectors. Raises UserError, see `extras.with_vectors`."""
+    items = with_vectors(raw.items, vectors)
+    return replace(raw, items=items, notes={**raw.notes, "items_without_vector": items[VECTOR].null_count()})
 
 
 def from_tables(interactions: Table, items: Table, columns: Mapping[str, str] | None = None,
-                on_error: str = "raise") -> Raw:
+                on_error: str = "raise", extra: Sequence[str] = ()) -> Raw:
     """`from_frames` for tables that know their files."""
     columns = dict(columns or {})
-    _check_map(columns)
-    acts, goods = _pick(interactions, "interactions", columns), _pick(items, "items", columns)
+    _check_map(columns, extra)
+    acts, goods = _pick(interactions, "interactions", columns), _pick(items, "items", columns, extra)
     acts, skipped_acts = _checked_interactions(acts, on_error)
-    goods, skipped_items = _checked_items(goods, on_error)
+    goods, skipped_items = _checked_items(goods, on_error, extra=extra)
     skipped = interactions.skipped + items.skipped + skipped_acts + skipped_items
     goods, duplicates = _one_row_per_item(goods)
     return Raw(acts, goods, {"skipped_lines": skipped, "duplicate_item_rows": duplicates})
 
 
-def read_items(frame: Any, name: str = "new items") -> pl.DataFrame:
+def read_items(frame: Any, name: str = "new items", catalogue: pl.DataFrame | None = None) -> pl.DataFrame:
     """A frame of items to add (item_id, title, and brand, category if known) with ITEM_SCHEMA, cleaned as `from_frames`
-    does. Raises UserError for a missing column, and for an empty or repeated id or an empty title (with the row)."""
-    table = _pick(Table(to_polars(frame, name), name), "items", None)
-    items, _ = _checked_items(table, "raise", "Mend it")
+    does, and with the further columns that a catalogue has, null where the frame lacks them. Raises UserError for a
+    missing column, for an empty or repeated id or an empty title (with the row), and for vectors of another length."""
+    given = Table(to_polars(frame, name), name)
+    items, _ = _checked_items(_pick(given, "items", None), "raise", "Mend it")
     for bad, what in ((items["item_id"].is_duplicated(), "stands in more than one row; keep one"),
                       (items["title"].is_null(), "has no title; give it one, its text is what a model reads")):
         if bad.any():
             row = int(bad.arg_max() or 0)
             raise UserError(f"{name}: row {row + 1}: item {items['item_id'][row]!r} {what}")
-    return items
+    return items if catalogue is None else like(items, given, catalogue)
 
 
 def to_polars(frame: Any, name: str = "the frame") -> pl.DataFrame:
@@ -117,18 +128,22 @@ def no_column(name: str, missing: Iterable[str], have: list[str]) -> UserError:
                      f"{header_hint(have)}")
 
 
-def _check_map(columns: dict[str, str]) -> None:
-    known = sorted(set().union(*(needed | optional for needed, optional in _COLUMNS.values())))
+def _check_map(columns: dict[str, str], extra: Sequence[str] = ()) -> None:
+    own = {kind: {*needed, *optional, *(extra if kind == "items" else ())}
+           for kind, (needed, optional) in _COLUMNS.items()}
+    known = sorted(set().union(*own.values()))
     for key in columns:
         kind, _, name = key.rpartition(".")
-        if name not in known or (kind and (kind not in _COLUMNS or name not in set().union(*_COLUMNS[kind]))):
+        if name not in known or (kind and (kind not in own or name not in own[kind])):
             raise UserError(f"column map: {key!r} is not a column of ours; map {', '.join(known)} to your names, "
                             "with 'items.' or 'interactions.' before it for one table alone")
 
 
-def _pick(table: Table, kind: str, given: dict[str, str] | None) -> Table:
-    """Our columns under our names. given: the caller's names for them; None where the caller can't give any."""
+def _pick(table: Table, kind: str, given: dict[str, str] | None, extra: Sequence[str] = ()) -> Table:
+    """Our columns under our names, and the `extra` ones. given: the caller's names for them; None where the caller
+    can't give any."""
     needed, optional = _COLUMNS[kind]
+    needed = needed | set(extra)
     columns = given or {}
     chosen = {name: columns.get(f"{kind}.{name}", columns.get(name, name)) for name in sorted(needed | optional)}
     asked = {name for name in chosen if name in columns or f"{kind}.{name}" in columns}
@@ -163,12 +178,13 @@ def time_and_order(frame: pl.DataFrame) -> tuple[pl.Series, pl.Series, list[tupl
     return time, order, problems
 
 
-def _checked_items(table: Table, on_error: str, advice: str = SKIP_HINT) -> tuple[pl.DataFrame, int]:
+def _checked_items(table: Table, on_error: str, advice: str = SKIP_HINT, extra: Sequence[str] = ()
+                   ) -> tuple[pl.DataFrame, int]:
     names, problems = _ids(table, ("item_id",))
     keep, skipped = _without(problems, table, on_error, advice)
     readable = [texts(table.frame[c]) if c in table.frame.columns else pl.lit(None, pl.String).alias(c)
                 for c in ("title", "brand", "category")]
-    return names.with_columns(readable).filter(keep), skipped
+    return names.with_columns(*readable, *read_texts(table, extra)).filter(keep), skipped
 
 
 def _ids(table: Table, columns: tuple[str, ...]) -> tuple[pl.DataFrame, list[tuple[str, pl.Series, str]]]:
@@ -203,5 +219,9 @@ def _one_row_per_item(items: pl.DataFrame) -> tuple[pl.DataFrame, int]:
     best = (rows.sort("item_id", pl.col("title").is_null(), -votes, empty, -pl.col("count"), "title", "brand",
                       "category", nulls_last=True)
             .unique("item_id", keep="first", maintain_order=True))
-    out = pl.concat([items.filter(~double), best.select(list(ITEM_SCHEMA))])
+    best = best.select(list(ITEM_SCHEMA))
+    if more := extra_names(items):  # the first that each row's item has
+        firsts = items.filter(double).group_by("item_id").agg(pl.col(more).drop_nulls().sort().first())
+        best = best.join(firsts, "item_id", "left")
+    out = pl.concat([items.filter(~double), best.select(items.columns)])
     return out, items.height - out.height

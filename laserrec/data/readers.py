@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -60,9 +60,11 @@ def _amazon(path: Path | str, columns: Mapping[str, tuple[str, ...]], options: F
 
 
 def read_tables(interactions: Path | str, items: Path | str, columns: Mapping[str, str] | None = None,
-                options: FileOptions = _PLAIN) -> Raw:
-    """Two tables of any ending that `files.read_table` reads. Columns and `columns` as in `raw.from_frames`."""
-    return from_tables(read_table(interactions, options), read_table(items, options), columns, options.on_error)
+                options: FileOptions = _PLAIN, extra: Sequence[str] = ()) -> Raw:
+    """Two tables of any ending that `files.read_table` reads. Columns, `columns` and `extra` as in
+    `raw.from_frames`."""
+    acts, goods = read_table(interactions, options), read_table(items, options)
+    return from_tables(acts, goods, columns, options.on_error, extra)
 
 
 # -- RecBole and MovieLens ------------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ _RECBOLE_NAMES = {
 
 
 def read_recbole(interactions: Path | str, items: Path | str, columns: Mapping[str, str] | None = None,
-                 options: FileOptions = _PLAIN) -> Raw:
+                 options: FileOptions = _PLAIN, extra: Sequence[str] = ()) -> Raw:
     """RecBole's atomic files `.inter` and `.item`: tab-separated, header `name:type`.
 
     The names RecBole's own data sets use are found (title, item_name, movie_title ...; categories, class, genre ...);
@@ -96,7 +98,7 @@ def read_recbole(interactions: Path | str, items: Path | str, columns: Mapping[s
         name = next((name for name in theirs if name in have), None)
         if name and column not in override:
             found[ours] = name
-    return from_tables(acts, goods, {**found, **override}, options.on_error)
+    return from_tables(acts, goods, {**found, **override}, options.on_error, extra)
 
 
 def _without_types(table: Table) -> Table:

@@ -1,4 +1,4 @@
-"""Which reader fits which files, and the data set that comes with the project."""
+"""Which reader fits which files, and the data sets that come with the project."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from laserrec.data.readers import read_amazon_2018, read_amazon_2023, read_movie
 from laserrec.util.errors import UserError
 
 FORMATS = ("auto", "amazon2018", "amazon2023", "recbole", "csv", "parquet", "movielens")
-BUNDLED = ("amazon-scientific",)
+BUNDLED = ("amazon-scientific", "amazon-office-2014")
 Source = str | Path | Sequence[str | Path]
 
 
 def read_source(source: Source, format: str = "auto", columns: Mapping[str, str] | None = None,
-                options: FileOptions | None = None) -> Raw:
+                options: FileOptions | None = None, extra: Sequence[str] = ()) -> Raw:
     """Read `source`: two files [interactions, items], a folder that holds them, or a bundled data set's name.
 
     Each of the two may be a folder of parts or a pattern instead (`files.parts_of`). In a folder the items are in the
     file whose name starts with meta, item or product or ends in .item.
     `format` is one of FORMATS; csv and parquet both read every ending that `files.read_table` knows.
+    extra: further columns of the items to keep, of csv, parquet and recbole.
     Raises UserError when the files can't be told apart or the format is unknown.
     """
     options = options or FileOptions()
@@ -31,7 +32,7 @@ def read_source(source: Source, format: str = "auto", columns: Mapping[str, str]
     if isinstance(source, (str, Path)):
         folder = _folder(source)
         if format == "movielens" or (format == "auto" and _is_movielens(folder)):
-            _refuse_columns("movielens", columns)
+            _refuse_columns("movielens", columns, extra)
             return read_movielens(folder, options)
         pair = _pair_in(folder)
     else:
@@ -43,10 +44,10 @@ def read_source(source: Source, format: str = "auto", columns: Mapping[str, str]
     first = [parts_of(path)[0] for path in pair]
     format = _guess(*first, options.encoding) if format == "auto" else format
     if format == "recbole":
-        return read_recbole(*pair, columns, options)
+        return read_recbole(*pair, columns, options, extra)
     if format in ("csv", "parquet"):
-        return read_tables(*pair, columns, options)
-    _refuse_columns(format, columns)
+        return read_tables(*pair, columns, options, extra)
+    _refuse_columns(format, columns, extra)
     return (read_amazon_2018 if format == "amazon2018" else read_amazon_2023)(*pair, options)
 
 
@@ -116,6 +117,9 @@ def _guess(interactions: Path, items: Path, encoding: str) -> str:
     return "amazon2023" if keys & {"parent_asin", "asin"} else "csv"
 
 
-def _refuse_columns(format: str, columns: Mapping[str, str] | None) -> None:
+def _refuse_columns(format: str, columns: Mapping[str, str] | None, extra: Sequence[str]) -> None:
     if columns:
         raise UserError(f"format {format} has fixed columns; a column map goes with csv, parquet and recbole")
+    if extra:
+        raise UserError(f"format {format} has fixed columns; data.item_columns ({', '.join(extra)}) goes with csv, "
+                        "parquet and recbole")

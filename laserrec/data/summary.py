@@ -28,6 +28,8 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"Without a title: {_count(count, 'items')} of the metadata.")
     if count := report.get("duplicate_item_rows"):
         lines.append(f"Left out {_count(count, 'rows')} that repeat an item; each keeps its most frequent title.")
+    if count := report.get("items_without_vector"):
+        lines.append(f"Without a vector of its own: {_count(count, 'items')} of the metadata.")
     new = report["new_items"]
     if any(new.values()):
         lines.append(f"Kept as new items, without interactions: {new['never_bought']:,} that nobody bought, "

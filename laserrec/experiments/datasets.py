@@ -57,12 +57,16 @@ RIVALS = (
 
 
 def reproduce(root: Path, names: Sequence[str], out: Path, config: Config, seeds: Sequence[int], trials: int,
-              progress: bool = True, device: str = "auto") -> list[dict[str, Any]]:
+              progress: bool = True, device: str = "auto", models: Sequence[str] = ()) -> list[dict[str, Any]]:
     """All rows: {data, model, kind, seed, recall@k, ndcg@k, mrr, exclude_seen, train_seconds, trials, settings}, also
     written to OUT/datasets.json after each data set. names: of folders in ROOT; none: all of them.
 
-    trials: most settings that each rival is tried with on validation. Raises UserError for a missing data set.
+    trials: most settings that each rival is tried with on validation. models: names of rows; none: all of them. Raises
+    UserError for a missing data set or an unknown model.
     """
+    known = (LASER, *(rival.name for rival in RIVALS))
+    if unknown := [name for name in models if name not in known]:
+        raise UserError(f"no model {unknown[0]!r} in this table; there are: {', '.join(known)}")
     there = sorted(file.parent.name for file in root.glob(f"*/{INTERACTIONS}"))
     if missing := [name for name in names if name not in there]:
         raise UserError(f"no data set {missing[0]!r} in {root}; there are: {', '.join(there) or 'none'}")
@@ -71,17 +75,18 @@ def reproduce(root: Path, names: Sequence[str], out: Path, config: Config, seeds
     found: list[dict[str, Any]] = []
     for name in names or there:
         prepare_source([root / name / INTERACTIONS, root / name / ITEMS], out / name / "data", config.data)
-        found += _one(name, Dataset.load(out / name / "data"), out / name, config, seeds, trials, progress, device)
+        found += _one(name, Dataset.load(out / name / "data"), out / name, config, seeds, trials, progress, device,
+                      models or known)
         write_json(out / "datasets.json", found)
     return found
 
 
 def _one(name: str, dataset: Dataset, out: Path, config: Config, seeds: Sequence[int], trials: int, progress: bool,
-         device: str) -> list[dict[str, Any]]:
+         device: str, models: Sequence[str]) -> list[dict[str, Any]]:
     place = choose(device)
     features = TextFeatures(config.backbone, config.prompt, place, out / "data" / "text_features", progress)
-    rows, tuned = [Row(LASER, "laser", "laser")], {LASER: Tuned({}, 0.0, 0, 0.0)}
-    for rival in RIVALS:
+    rows, tuned = [Row(LASER, "laser", "laser")] if LASER in models else [], {LASER: Tuned({}, 0.0, 0, 0.0)}
+    for rival in (rival for rival in RIVALS if rival.name in models):
         tuned[rival.name] = best = tune(rival.method, rival.start, rival.choices, trials, dataset, config, features,
                                         place, out / "trials.jsonl")
         rows.append(Row(rival.name, rival.kind, rival.method, best.settings, rival.seeded))

@@ -32,6 +32,8 @@ from laserrec.recommender.results import record_result
 from laserrec.util.io import read_json, write_json
 from laserrec.util.progress import Progress
 
+_SEEDED = [name for name, info in Config.model_fields.items() if "seed" in getattr(info.annotation, "model_fields", {})]
+"""Sections of the settings with a seed of their own."""
 Measured = dict[str, Any]
 """{model, split, recall@k, ndcg@k, mrr, users, seconds, exclude_seen} and what the table adds: kind, seed,
 train_seconds, ranks (a file, relative to the table's folder), fingerprint."""
@@ -100,12 +102,10 @@ class Table:
 
     def result(self, name: str, seed: int | None = None) -> Measured:
         """One row, measured now or found again. seed: None leaves the config's own."""
+        if (kept := self.kept(name, seed)) is not None:
+            return kept
         row, folder = self.rows[name], self.folder(name, seed)
         file = folder.with_name(folder.name + ".json")
-        if file.is_file():
-            kept = read_json(file, "delete it to measure again")
-            if isinstance(kept, dict) and kept.get("fingerprint") == self.fingerprint(name, seed):
-                return kept
         parts = ((name,) if row.method else ()) + row.of
         models = [self.fitted(part, seed) for part in parts]
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,28 @@ class Table:
         write_json(file, kept)
         return kept
 
+    def kept(self, name: str, seed: int | None = None) -> Measured | None:
+        """What was measured of a row before, if data, settings and weights are the same; else None."""
+        folder = self.folder(name, seed)
+        file = folder.with_name(folder.name + ".json")
+        if not file.is_file():
+            return None
+        kept = read_json(file, "delete it to measure again")
+        same = isinstance(kept, dict) and kept.get("fingerprint") == self.fingerprint(name, seed)
+        return kept if same else None
+
     # -- models -------------------------------------------------------------------------------------------------
+
+    def prepare(self, asked: Iterable[tuple[str, int | None]]) -> None:
+        """Make what several rows share: the reading of the items' texts, and the ID models below Laser. Afterwards
+        several processes can fit these rows side by side."""
+        for name, seed in asked:
+            row, config, below = self.rows[name], self._settings(name, seed), self._below(name, seed)
+            if below is not None:
+                self._fit(config.id_model.kind.value, config, below)
+                self._fitted.clear()
+            if row.method and find_method(row.method).reads_text(config) and self._same_texts(config):
+                self.features.means(self.dataset.items)
 
     def fitted(self, name: str, seed: int | None = None) -> Fitted:
         """A row's model, fitted now or read from its folder. Raises UserError where the folder holds another one."""
@@ -128,22 +149,31 @@ class Table:
         if folder not in self._fitted:
             if below is not None:
                 self._fit(config.id_model.kind.value, config, below)
-            same = (config.backbone, config.prompt.attributes) == (self.config.backbone, self.config.prompt.attributes)
+            same = self._same_texts(config)
             if same and find_method(method).reads_text(config):
                 self.features.means(self.dataset.items)  # so that no row's time holds the reading
             self._fitted[folder] = fit(method, self.dataset, config, folder, self.device, below,
                                        self.features if same else None, self.progress)
         return self._fitted[folder]
 
+    def _same_texts(self, config: Config) -> bool:
+        """Whether the table's own text features are these settings'."""
+        return (config.backbone, config.prompt.attributes) == (self.config.backbone, self.config.prompt.attributes)
+
     def _below(self, name: str, seed: int | None) -> Path | None:
         """The folder of the ID model below a Laser. Often that is a row of the table too, and is trained once."""
-        config, folder = self._settings(name, seed), self.folder(name, seed)
-        if self.rows[name].method != "laser" or config.id_model.kind == IdModelKind.NONE:
-            return None
+        config = self._settings(name, seed)
+        if self.rows[name].method != "laser" or config.id_model.kind == IdModelKind.NONE or config.blend.shuffles:
+            return None  # it has none, or fits several and chooses
         for other, row in self.rows.items():
             if row.method == config.id_model.kind.value and self._settings(other, seed).id_model == config.id_model:
                 return self.folder(other, seed)
-        return folder.with_name(f"{folder.name}-id-model")
+        return self._shared_id_model(config, seed)
+
+    def _shared_id_model(self, config: Config, seed: int | None) -> Path:
+        """Rows with the same settings of the ID model share it."""
+        digest = hashlib.sha256(config.id_model.model_dump_json().encode()).hexdigest()[:8]
+        return (self.out if seed is None else self.out / f"seed-{seed}") / f"id-model-{config.id_model.kind}-{digest}"
 
     def folder(self, name: str, seed: int | None = None) -> Path:
         """Of a row's model."""
@@ -165,7 +195,7 @@ class Table:
 
     def _settings(self, name: str, seed: int | None) -> Config:
         row = self.rows[name]
-        own = {} if seed is None or not row.seeded else {"train": {"seed": seed}, "id_model": {"seed": seed}}
+        own = {} if seed is None or not row.seeded else {section: {"seed": seed} for section in _SEEDED}
         return Config.model_validate(merge(merge(self.config.model_dump(), row.settings), own))
 
 

@@ -7,6 +7,7 @@ item far better than the output at a last [EOS] does (dev/LOG.md).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -22,8 +23,9 @@ from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
-from laserrec.config import BackboneConfig, Config, PromptConfig
+from laserrec.config import BackboneConfig, Config, ItemVectors, PromptConfig
 from laserrec.data.dataset import Dataset
+from laserrec.data.extras import VECTOR, vectors_of
 from laserrec.data.prompt import PromptEncoder
 from laserrec.llm.backbone import Backbone, load_backbone
 from laserrec.llm.precision import resolve_precision
@@ -69,6 +71,8 @@ class TextFeatures:
         self.world, self._loaded, self.trust_remote_code = world or World(), backbone, trust_remote_code
         self._expected: tuple[str, str] | None = None
         self._kept: dict[str, Tensor] = {}
+        self._known: dict[bytes, int] = {}
+        self._known_means = torch.zeros(0)
 
     @property
     def backbone(self) -> Backbone:
@@ -101,7 +105,35 @@ class TextFeatures:
                         f"{self.config.name} here has {found}; the model means nothing to other weights. Get the "
                         "weights it was fitted with, or fit again on these")
 
+    def parts(self, items: pl.DataFrame) -> int:
+        """How many equally wide parts stand side by side in `means`: one for each depth of the LLM, and one for the
+        items' own vectors."""
+        depths, own = max(1, len(self.config.mean_layers)), self._takes_vectors(items)
+        return int(own) if own and self.config.item_vectors == ItemVectors.INSTEAD else depths + own
+
     def means(self, items: pl.DataFrame) -> Float[Tensor, "n_items d_means"]:
+        """What is known of each item before anything is trained: the LLM's mean outputs over its text, the item's own
+        vector, or both side by side (backbone.item_vectors). Parts are padded with zeros to equal width. An item
+        without a vector of its own has NaN there, which whitening turns into zeros.
+
+        float32 on the device. Raises UserError if the LLM can't be loaded, and for item_vectors "instead" where the
+        items have no vectors.
+        """
+        instead = self.config.item_vectors == ItemVectors.INSTEAD
+        if not self._takes_vectors(items):
+            if instead:
+                raise UserError("backbone.item_vectors is instead, and the data folder has no vectors of items; "
+                                "prepare it again with vectors")
+            return self.llm_means(items)
+        found = vectors_of(items)
+        assert found is not None
+        own = move(torch.from_numpy(found), self.device)
+        return own if instead else _side_by_side(self.llm_means(items), max(1, len(self.config.mean_layers)), own)
+
+    def _takes_vectors(self, items: pl.DataFrame) -> bool:
+        return self.config.item_vectors != ItemVectors.NONE and VECTOR in items.columns
+
+    def llm_means(self, items: pl.DataFrame) -> Float[Tensor, "n_items d_means"]:
         """Per row of `items` (columns title and the prompt's attributes), the mean of the LLM's outputs over the item's
         line, read alone; behind each of backbone.mean_layers, side by side, or behind the last layer that is used.
 
@@ -119,9 +151,24 @@ class TextFeatures:
         return means.clone()
 
     def vectors(self, items: pl.DataFrame, fit_rows: int | None = None) -> Float[Tensor, "n_items d_text"]:
-        """`means`, each depth centred and whitened with the mean and covariance of the first `fit_rows` rows (None:
-        all), the directions of largest variance first; at most 512 dimensions for each depth."""
-        return whitened(self.means(items), max(1, len(self.config.mean_layers)), fit_rows)
+        """`means`, each part centred and whitened with the mean and covariance of the first `fit_rows` rows (None:
+        all), the directions of largest variance first; at most 512 dimensions for each part."""
+        return whitened(self.means(items), self.parts(items), fit_rows)
+
+    def kept_in(self, folder: Path | None) -> TextFeatures:
+        """The same with another folder, and the LLM shared if it is loaded."""
+        other = copy.copy(self)
+        other.folder = folder
+        return other
+
+    def knowing(self, items: pl.DataFrame, means: Float[Tensor, "n_items d_means"]) -> TextFeatures:
+        """The same, without a folder, that does not read texts whose means are given, from the same LLM. They may
+        differ in the last bits from what a reading of another catalogue finds, so that none of this is kept on disk."""
+        other = self.kept_in(None)
+        other._kept = {}
+        other._known = {line.tobytes(): row for row, line in enumerate(self._encoder.item_tokens(items))}
+        other._known_means = means
+        return other
 
     @cached_property
     def _encoder(self) -> PromptEncoder:
@@ -148,6 +195,8 @@ class TextFeatures:
 
     def _from_world(self, key: str, lines: list[np.ndarray]) -> Tensor:
         """In the first process from the file, if it is there; else read by all processes, and written by the first."""
+        if self._known:
+            return self._with_known(lines)
         if self.folder is None or not self._sha256:
             return self._read(lines)
         path = self.folder / f"{key}.safetensors"
@@ -193,6 +242,14 @@ class TextFeatures:
         with Progress("reading item texts", len(lines), self.progress) as bar:
             return _means(self.backbone, lines, bar.advance, self.world)
 
+    def _with_known(self, lines: list[np.ndarray]) -> Tensor:
+        """The means of all lines, of which only those without known means are read."""
+        rows = torch.tensor([self._known.get(line.tobytes(), -1) for line in lines])
+        out = self._known_means[rows.clamp(min=0).to(self._known_means.device)].to(self.device)
+        if len(missing := (rows < 0).nonzero()[:, 0]):
+            out[missing.to(self.device)] = self._read([lines[i] for i in missing.tolist()])
+        return out
+
 
 def _load(path: Path, key: str, rows: int) -> tuple[dict[str, Tensor], bool]:
     """The kept means and True; nothing and False where there is no such file, or one that is not whole."""
@@ -234,6 +291,14 @@ def _chunk_means(backbone: Backbone, lines: list[np.ndarray]) -> Float[Tensor, "
     rows = backbone.embed(tokens).split(lengths)
     read = backbone.decoder.read_layers(rows, at_layers) if at_layers else backbone.decoder.read_rows(rows, False)
     return torch.stack([x[min(1, len(x) - 1) :].float().mean(dim=0) for x in read.split(lengths)])
+
+
+def _side_by_side(means: Float[Tensor, "n_items d_means"], depths: int, own: Float[Tensor, "n_items d_own"]
+                  ) -> Float[Tensor, "n_items d_all"]:
+    """All parts padded with zeros to the width of the widest."""
+    parts = [*means.chunk(depths, dim=1), own]
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts], dim=1)
 
 
 def mean_outputs(

@@ -20,7 +20,8 @@ def fit_whitening(
     PCA whitening; for text embeddings: Su et al. 2021, "Whitening Sentence Representations for Better Semantics and
     Faster Retrieval". depths: `outputs` holds so many equally wide parts side by side (the LLM's outputs behind several
     layers). Each is whitened on its own to `dims` dimensions, and their matrices stand one below another. Directions in
-    which the rows don't differ, as there are with fewer rows than dimensions, become zeros.
+    which the rows don't differ, as there are with fewer rows than dimensions, become zeros. Rows with NaN in a part
+    tell nothing of it and are left out there.
     """
     fitted = [_fit(part, dims) for part in outputs.chunk(depths, dim=1)]
     mean, matrix = (torch.cat(parts) for parts in zip(*fitted, strict=True))
@@ -31,8 +32,9 @@ def whiten(
     outputs: Float[Tensor, "*batch d_all"], mean: Float[Tensor, "d_all"], matrix: Float[Tensor, "d_all dims"],
     depths: int = 1,
 ) -> Float[Tensor, "*batch d_white"]:
-    """`outputs` centred and whitened, each depth by its own part of `matrix`; d_white = depths * dims."""
-    parts = (outputs - mean).chunk(depths, dim=-1), matrix.chunk(depths)
+    """`outputs` centred and whitened, each depth by its own part of `matrix`; d_white = depths * dims. NaN, which is
+    not known, becomes zero, the mean."""
+    parts = (outputs - mean).nan_to_num_(0.0).chunk(depths, dim=-1), matrix.chunk(depths)
     return torch.cat([x @ own for x, own in zip(*parts, strict=True)], dim=-1)
 
 
@@ -40,6 +42,7 @@ def _fit(outputs: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     if outputs.device.type == "mps":  # has no float64, which the covariance of a narrow cone needs
         outputs = outputs.cpu()
     x = outputs.double()
+    x = x[~x[:, 0].isnan()]  # a part is known as a whole or not at all
     mean = x.mean(dim=0)
     values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
     values, vectors = values[-dims:].flip(0), vectors[:, -dims:].flip(1)

@@ -10,12 +10,20 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from laserrec.config import Config, IdModelKind, ItemTable
+from laserrec.config import Config, IdModelKind, ItemSide, ItemTable, ItemVectors, Layout
 from laserrec.data.dataset import Dataset
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.bert4rec import BERT4Rec
-from laserrec.methods.closed_form import ClosedForm, FitOnce, ItemRegression, NearestText, Popularity
+from laserrec.methods.closed_form import (
+    ClosedForm,
+    FitOnce,
+    ItemRegression,
+    NearestText,
+    Popularity,
+    regression_width,
+)
 from laserrec.methods.fdsa import FDSA
+from laserrec.methods.gru4rec import GRU4Rec
 from laserrec.methods.kar import KAR
 from laserrec.methods.knowledge import read_knowledge
 from laserrec.methods.laser import build as laser
@@ -26,6 +34,7 @@ from laserrec.methods.recguru import RecGURU
 from laserrec.methods.recguru import phases as recguru_phases
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.sequence import SequenceModel, SequenceTask
+from laserrec.methods.warm_start import carry_laser, carry_sequence_model
 from laserrec.methods.zesrec import ZESRec
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
@@ -71,11 +80,24 @@ class Method:
     """(task after the training, progress) -> settings that it chose by itself, and facts about the choice."""
     needs: Callable[[Config, int], None] = lambda config, n_items: None
     """Raises UserError where it can't be fitted to so many items on this machine."""
+    carry: Callable[[Any, Any, Tensor, Given], None] | None = None
+    """(fresh model, fitted one of the same method, its row of each item or -1, what the fresh one is made of): start
+    from the fitted one's weights. None: there is nothing to start from."""
     seed: Callable[[Config], int] = lambda config: config.train.seed
     """Of all that is drawn at random."""
     reads: Callable[[Config], str] = lambda config: ""
     """Identifies what it reads beside the data folder and the LLM; "" where that is nothing. Raises UserError where it
     can't be read."""
+
+
+def _llm_reads_items(config: Config) -> bool:
+    """Whether what is known of items comes from their texts: else they have vectors of their own alone."""
+    return config.backbone.item_vectors != ItemVectors.INSTEAD
+
+
+def _laser_reads(config: Config) -> bool:
+    histories = config.prompt.layout != Layout.NONE and config.student is None
+    return histories or config.prompt.item_side != ItemSide.MEAN or _llm_reads_items(config)
 
 
 # -- sequence models --------------------------------------------------------------------------------------------------
@@ -101,12 +123,17 @@ def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
                       config.weight_decay, patience=config.patience, eval_every=config.eval_every)]
 
     def shapes(config: Config, n_known: int) -> Shapes:
-        own = config.id_model
-        return {"item.weight": (n_known + 2, own.d_id), "position.weight": (own.max_history + 1, own.d_id),
-                f"blocks.{own.blocks - 1}.out.weight": (own.d_id, own.d_id)}
+        return kind.shapes(config.id_model, n_known)
 
-    return Method("id", ("id_model",), lambda config: config.id_model.items != ItemTable.IDS, make, phases, restore,
-                  shapes, seed=lambda config: config.id_model.seed)
+    def reads_text(config: Config) -> bool:
+        return config.id_model.items != ItemTable.IDS and _llm_reads_items(config)
+
+    def carry(model: SequenceModel, old: SequenceModel, rows: Tensor, given: Given) -> None:
+        llm_start = model.config.items == ItemTable.LLM_START
+        carry_sequence_model(model, old, rows, given.features.vectors(given.items) if llm_start else None)
+
+    return Method("id", ("id_model",), reads_text, make, phases, restore, shapes, carry=carry,
+                  seed=lambda config: config.id_model.seed)
 
 
 # -- rivals over sequences, one class each ----------------------------------------------------------------------------
@@ -148,7 +175,10 @@ def _closed_form(kind: str, make: Callable[[Given], ClosedForm], fit: Callable[[
     def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> ClosedForm:
         return _filled(make(given), weights, given)
 
-    return Method(kind, ("neighbours",), lambda config: kind == "text", make, phases, restore, shapes,
+    def reads_text(config: Config) -> bool:
+        return kind == "text" and _llm_reads_items(config)
+
+    return Method(kind, ("neighbours",), reads_text, make, phases, restore, shapes,
                   needs=needs or (lambda config, n_items: None))
 
 
@@ -159,7 +189,10 @@ def _regression(kind: str) -> Method:
     def make(given: Given) -> ItemRegression:
         return ItemRegression(given.config.neighbours, given.n_known).to(given.features.device)
 
-    return _closed_form(kind, make, fit, lambda config, n: {"weights": (n, n)}, lambda config, n: check_size(n))
+    def shapes(config: Config, n_items: int) -> Shapes:
+        return {"weights": (n_items, regression_width(config.neighbours, n_items))}
+
+    return _closed_form(kind, make, fit, shapes, lambda config, n: check_size(n, config.neighbours))
 
 
 def _nearest() -> Method:
@@ -187,13 +220,14 @@ def _laser() -> Method:
 
     def needs(config: Config, n_items: int) -> None:
         if config.neighbours.count:
-            check_size(n_items)
+            check_size(n_items, config.neighbours)
 
     return Method("laser", ("id_model", "backbone", "prompt", "mformer", "head", "neighbours", "train", "blend",
                             "student"),
-                  lambda config: True, make, lambda model, given, data: laser.phases(model, data, given.world,
+                  _laser_reads, make, lambda model, given, data: laser.phases(model, data, given.world,
                                                                                      given.progress),
-                  restore, laser.shapes, choose_blend, needs)
+                  restore, laser.shapes, choose_blend, needs,
+                  lambda model, old, rows, given: carry_laser(model, old, rows))
 
 
 def _filled(model: nn.Module, weights: dict[str, Tensor], given: Given) -> Any:
@@ -205,6 +239,7 @@ METHODS: dict[str, Method] = {
     "laser": _laser(),
     "sasrec": _sequence(SASRec, IdModelKind.SASREC),
     "bert4rec": _sequence(BERT4Rec, IdModelKind.BERT4REC),
+    "gru4rec": _sequence(GRU4Rec, IdModelKind.GRU4REC),
     "ease": _regression("id"),
     "ease-text": _regression("text"),
     "nearest-text": _nearest(),

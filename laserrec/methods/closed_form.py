@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laserrec.config import NeighboursConfig
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories
-from laserrec.methods.neighbours import regress
+from laserrec.methods.local_regression import largest
+from laserrec.methods.neighbours import is_local, regress, sparse_regress
 from laserrec.methods.protocol import Examples, Scorer
 from laserrec.methods.terms import decayed_pairs, decayed_sums
 
@@ -42,27 +43,48 @@ class Popularity(nn.Module):
 
 class ItemRegression(nn.Module):
     """EASE (Steck 2019); with text vectors, their dimensions are further rows of the regression (Jeunen et al. 2020).
-    A score is the sum of the weights of the history's items, newer ones heavier."""
+    A score is the sum of the weights of the history's items, newer ones heavier. Of a regression in its local form each
+    item keeps its config.candidates largest weights, by size without the sign."""
 
-    weights: Float[Tensor, "n_items n_items"]
+    weights: Float[Tensor, "n_items n_items"] | Float[Tensor, "n_items kept"]
+    items: Int[Tensor, "n_items kept"] | None
+    """Local form: the items that the weights are for."""
 
     def __init__(self, config: NeighboursConfig, n_items: int):
         super().__init__()
-        self.config = config
-        self.register_buffer("weights", torch.zeros(n_items, n_items))
+        self.config, local = config, is_local(config, n_items)
+        self.register_buffer("weights", torch.zeros(n_items, regression_width(config, n_items)))
+        self.register_buffer("items", torch.zeros(self.weights.shape, dtype=torch.int32) if local else None)
 
     def fit(self, dataset: Dataset, text: Float[Tensor, "n_items d_text"] | None = None) -> ItemRegression:
         """See laserrec.methods.neighbours.regress."""
-        self.weights = regress(dataset.train_sequences, dataset.n_items, self.config, text, self.weights.device)
+        rows, device = dataset.train_sequences, self.weights.device
+        if self.items is None:
+            self.weights = regress(rows, dataset.n_items, self.config, text, device)
+            return self
+        found = sparse_regress(rows, dataset.n_items, self.config, text, device)
+        items, weights = largest(found, self.items.shape[1], magnitude=True)
+        self.items.copy_(torch.from_numpy(items))
+        self.weights.copy_(torch.from_numpy(weights))
         return self
 
     def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
         """Sums of weights, seen items last."""
         histories = histories.to(self.weights.device)
         pairs, decay = decayed_pairs(histories, self.config.decay)
-        x = torch.zeros(len(histories), len(self.weights), device=self.weights.device)
-        x[pairs.users, pairs.items] = decay
-        return _seen_last(x @ self.weights, histories)
+        scores = torch.zeros(len(histories), len(self.weights), device=self.weights.device)
+        if self.items is None:
+            scores[pairs.users, pairs.items] = decay
+            return _seen_last(scores @ self.weights, histories)
+        place = pairs.users[:, None] * len(self.weights) + self.items[pairs.items]
+        added = self.weights[pairs.items] * decay[:, None]
+        scores.view(-1).index_add_(0, place.flatten(), added.flatten())
+        return _seen_last(scores, histories)
+
+
+def regression_width(config: NeighboursConfig, n_items: int) -> int:
+    """Weights of an item in an `ItemRegression`."""
+    return min(config.candidates, n_items) if is_local(config, n_items) else n_items
 
 
 class NearestText(nn.Module):

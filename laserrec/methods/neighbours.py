@@ -2,7 +2,9 @@
 the items' texts as further rows (Jeunen, Van Balen & Goethals 2020, "Closed-Form Models for Collaborative Filtering
 with Side-Information").
 
-Not in the paper. Where histories are short it finds more than a transformer over item IDs does, in seconds.
+Not in the paper. Where histories are short it finds more than a transformer over item IDs does, in seconds. Two forms:
+exact, one regression over all items, and local, one over each item's own candidates
+(laserrec.methods.local_regression).
 """
 
 from __future__ import annotations
@@ -14,49 +16,66 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor, nn
 
-from laserrec.config import NeighboursConfig
+from laserrec.config import NeighboursConfig, RegressionForm
 from laserrec.data.histories import Histories, Pairs
+from laserrec.methods.local_regression import largest, local_weights
 from laserrec.methods.terms import AtPairs, decayed_pairs
 from laserrec.util.errors import UserError
 from laserrec.util.memory import available_bytes
 
+EXACT_ITEMS = 20_000
+"""With form auto, the most items of the exact form, whose three matrices then take 4.8 GB."""
 _LEAST_SUM = 0.01
 """Of the mean sum of a row's weights: rows below it are not scaled up further."""
 
 
-def check_size(n_items: int) -> None:
+def is_local(config: NeighboursConfig, n_items: int) -> bool:
+    """Whether the regression of so many items has the local form. By the number alone, so that a fit has the same
+    result on every machine."""
+    return config.form == RegressionForm.LOCAL or (config.form == RegressionForm.AUTO and n_items > EXACT_ITEMS)
+
+
+def check_size(n_items: int, config: NeighboursConfig) -> None:
     """Raises UserError where the regression would not fit into the memory that is free."""
-    needed, free = 3 * 4 * n_items**2, available_bytes()
+    local = is_local(config, n_items)
+    needed, free = n_items * (20 * config.candidates + 2_000) if local else 3 * 4 * n_items**2, available_bytes()
     if needed > free:
+        way = "turn it off (setting neighbours.count = 0)" if local else "take setting neighbours.form = local"
         raise UserError(f"the item-to-item regression of {n_items:,} items takes {needed / 1e9:,.1f} GB and "
-                        f"{free / 1e9:,.1f} GB are free; turn it off (setting neighbours.count = 0) or use a larger "
-                        "machine")
+                        f"{free / 1e9:,.1f} GB are free; {way} or use a larger machine")
 
 
-def _gram(sequences: Histories, n_items: int, length_power: float) -> np.ndarray:
-    """Weighted co-occurrence counts [n_items n_items] of items in sequences."""
+def multiplications(n_items: int, config: NeighboursConfig, d_text: int) -> float:
+    """About what one regression costs; the local form does them at half the speed."""
+    if is_local(config, n_items):
+        return 2.0 * n_items * config.candidates**2 * (config.candidates / 3 + d_text)
+    return float(n_items) ** 3
+
+
+def _weighted(sequences: Histories, n_items: int, length_power: float) -> sparse.csr_array:
+    """[sequences n_items]: where an item stands in a sequence, the root of the sequence's weight."""
     pairs = sequences.distinct()
     sizes = torch.bincount(pairs.users, minlength=len(sequences)).double()
     mean = sizes.sum() / max(1, int((sizes > 0).sum()))
     weights = (sizes.clamp(min=1) / mean) ** -length_power
-    x = sparse.csr_matrix((weights[pairs.users].sqrt().numpy(), (pairs.users.numpy(), pairs.items.numpy())),
-                          shape=(len(sequences), n_items))
-    return np.asarray((x.T @ x).todense(), dtype=np.float32)
+    return sparse.csr_array((weights[pairs.users].sqrt().numpy(), (pairs.users.numpy(), pairs.items.numpy())),
+                            shape=(len(sequences), n_items))
 
 
 def regress(
     sequences: Histories, n_items: int, config: NeighboursConfig, text: Float[Tensor, "n_items d_text"] | None = None,
     device: torch.device | None = None,
 ) -> Float[Tensor, "n_items n_items"]:
-    """The regression's weights B: entry (i, j) is what item i in a history adds to the score of item j.
+    """The exact form's weights B: entry (i, j) is what item i in a history adds to the score of item j.
 
     B minimises ||X - XB||^2 + text_weight ||T - TB||^2 + l2 ||B||^2 over B with a zero diagonal. X has a row per
     sequence, ones where an item stands in it, weighted by length ** (-length_power / 2) at mean weight one; T has the
     unit text vectors' dimensions as rows. Rows of B are then evened out by row_power. Time n_items ** 3, memory
     3 n_items ** 2 floats. Raises UserError where that is not free.
     """
-    check_size(n_items)
-    gram = torch.from_numpy(_gram(sequences, n_items, config.length_power)).to(device)
+    check_size(n_items, config.model_copy(update={"form": RegressionForm.EXACT}))
+    x = _weighted(sequences, n_items, config.length_power)
+    gram = torch.from_numpy((x.T @ x).astype(np.float32).toarray()).to(device)
     if text is not None and config.text_weight:
         unit = F.normalize(text, dim=-1)
         gram.addmm_(unit, unit.T, alpha=config.text_weight)
@@ -65,9 +84,27 @@ def regress(
     weights /= -weights.diagonal().clone()
     weights.fill_diagonal_(0.0)
     if config.row_power:
-        sums = weights.clamp(min=0).sum(dim=1, keepdim=True)
-        mean = sums.mean().clamp(min=1e-8)
-        weights /= (sums / mean).clamp(min=_LEAST_SUM) ** config.row_power
+        weights *= _row_factors(weights.clamp(min=0).sum(dim=1, keepdim=True), config.row_power)
+    return weights
+
+
+def _row_factors(sums: Tensor, power: float) -> Tensor:
+    """What rows are multiplied with, by the sums of their positive weights."""
+    mean = sums.mean().clamp(min=1e-8)
+    return (sums / mean).clamp(min=_LEAST_SUM) ** -power
+
+
+def sparse_regress(
+    sequences: Histories, n_items: int, config: NeighboursConfig, text: Float[Tensor, "n_items d_text"] | None = None,
+    device: torch.device | None = None, positive: bool = False,
+) -> sparse.csr_array:
+    """The local form's weights, entry for entry as those of `regress` (laserrec.methods.local_regression). positive:
+    leave out the weights below zero. Raises UserError where the memory is not free."""
+    check_size(n_items, config.model_copy(update={"form": RegressionForm.LOCAL}))
+    weights = local_weights(_weighted(sequences, n_items, config.length_power), config, text, device, positive)
+    if config.row_power:
+        sums = torch.from_numpy(np.asarray(weights.maximum(0).sum(axis=1), dtype=np.float32))
+        weights.data *= np.repeat(_row_factors(sums, config.row_power).numpy(), np.diff(weights.indptr))
     return weights
 
 
@@ -96,11 +133,15 @@ class Neighbours(nn.Module):
 
     @torch.no_grad()
     def fit(self, sequences: Histories, text: Float[Tensor, "n_items d_text"]) -> None:
-        """Keep the largest positive weights of `regress`."""
+        """Keep the largest positive weights of the regression."""
         n_items, count = self.items.shape
-        top = regress(sequences, n_items, self.config, text, self.items.device).topk(count, dim=1)
-        self.items.copy_(top.indices.to(torch.int32))
-        self.weights.copy_(top.values.clamp(min=0))
+        if is_local(self.config, n_items):
+            found = sparse_regress(sequences, n_items, self.config, text, self.items.device, positive=True)
+            items, weights = map(torch.from_numpy, largest(found, count))
+        else:
+            weights, items = regress(sequences, n_items, self.config, text, self.items.device).topk(count, dim=1)
+        self.items.copy_(items)
+        self.weights.copy_(weights.clamp(min=0))
 
     @torch.no_grad()
     def scale_to(self, cosines: Float[Tensor, "users n_items"]) -> None:

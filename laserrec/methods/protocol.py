@@ -172,6 +172,8 @@ class Phase:
     """The epoch that is best on validation is kept; else the last."""
     validates_start: bool = False
     """Validate before the first epoch too, for the curves."""
+    keeps_start: bool = False
+    """Validate before the first epoch, and keep that state unless an epoch is better."""
     patience: int | None = None
     """Stop after so many validations in a row without a better one."""
     eval_every: int = 1

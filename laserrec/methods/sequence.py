@@ -257,6 +257,12 @@ class SequenceModel(NextItemModel):
         dims = min(self.d_id, text.shape[1])
         self.item.weight[: self.n_items, :dims] = text[:, :dims] / text[:, :dims].std().clamp(min=1e-8) * WEIGHT_STD
 
+    @classmethod
+    def shapes(cls, config: IdModelConfig, n_known: int) -> dict[str, tuple[int, ...]]:
+        """Of the largest weights, as the settings claim them."""
+        return {"item.weight": (n_known + 2, config.d_id), "position.weight": (config.max_history + 1, config.d_id),
+                f"blocks.{config.blocks - 1}.out.weight": (config.d_id, config.d_id)}
+
     def item_embeddings(self) -> Float[Tensor, "n_items d_id"]:
         """Without padding and mask token."""
         return self.item.weight[: self.n_items] if self.adaptor is None else self.adaptor(self.text)
@@ -337,7 +343,8 @@ class SequenceTask:
         return (p for p in self.module.parameters() if p is not offset)
 
     def begin_epoch(self, number: int) -> SequenceExamples:
-        """The sequences as they are, but for the share that is read in a random order."""
+        """The sequences as they are, but for the share that is read in a random order. Those that are longer than the
+        model reads are cut into windows, at other places in each epoch, so that all interactions are learnt from."""
         self.module.train()
         config, sequences = self.module.config, self.sequences
         if config.shuffle:
@@ -346,7 +353,9 @@ class SequenceTask:
             key = torch.where(mixed, torch.from_numpy(rng.random(len(mixed))), -sequences.ages.double())
             order = torch.from_numpy(np.lexsort((key.numpy(), sequences.users.numpy())))
             sequences = Histories(sequences.items[order], sequences.ends)
-        return SequenceExamples(sequences.last(self.module.max_history), self.module)
+        length = max(2, config.max_history)
+        shift = np.random.default_rng((config.seed, number - 1, 2)).integers(0, max(1, length - 1), len(sequences))
+        return SequenceExamples(sequences.windows(length, torch.from_numpy(shift)), self.module)
 
     def loss(self, batch: Targets, rows: np.ndarray) -> dict[str, Tensor]:
         """The rows' share of the mean over all targets of the batch."""

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from laserrec.config import BackboneConfig, Config, IdModelKind, Precision
 from laserrec.data.dataset import Dataset
+from laserrec.data.extras import extra_names
 from laserrec.llm.backbone import Backbone
 from laserrec.llm.fetch import DEFAULT_NAME, fetch_default
 from laserrec.llm.precision import resolve_precision
@@ -65,37 +67,41 @@ class Fitted:
 
 def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device: torch.device,
         id_model: Path | str | None = None, features: TextFeatures | None = None, progress: bool = True,
-        trust_remote_code: bool = False) -> Fitted:
+        trust_remote_code: bool = False, start: Fitted | None = None) -> Fitted:
     """Fit method `name` into a model folder. A finished folder of the same data and settings is loaded, an unfinished
     one is resumed with the result of an uninterrupted run; Ctrl-C and SIGTERM leave a checkpoint.
 
     id_model: of Laser, the folder of a sequence model fitted on the same data, whose settings replace
     config.id_model; None: one is fitted into FOLDER/id_model first. features: the frozen LLM's, to share them between
-    fits. trust_remote_code: let the LLM run Python code that comes with its weights. Under torchrun all processes call
-    this with the same arguments, fit together and get the same model.
+    fits. trust_remote_code: let the LLM run Python code that comes with its weights. start: a fitted model of the
+    same method, from whose weights training starts. Under torchrun all processes call this with the same arguments, fit
+    together and get the same model.
 
     Raises UserError for a folder of other settings or data, one that holds something else or that another process
     uses, and where the memory is too small.
     """
     method, folder, world = find_method(name), Path(folder), join()
     method.needs(config, dataset.n_items)
-    if name in (IdModelKind.SASREC, IdModelKind.BERT4REC):
+    _check_attributes(method, config, dataset)
+    if name in set(IdModelKind) - {IdModelKind.NONE}:
         config = config.model_copy(update={"id_model": config.id_model.model_copy(update={"kind": IdModelKind(name)})})
     features = features or _features(config, dataset, device, world, progress, trust_remote_code)
-    with locked(folder, "fit") if world.is_main else contextlib.nullcontext():
-        recover(folder)
-        folders.check_free(folder)
+    there = (folder / "model.json").is_file()  # it is only read then, which several processes may do at once
+    with locked(folder, "fit") if world.is_main and not there else contextlib.nullcontext():
+        if not there:
+            recover(folder)
+            folders.check_free(folder)
         finished = world.told(lambda: (folder / "model.json").is_file())
-        config, below = _id_model(name, dataset, config, folder, device, id_model, features, progress, finished)
-        fingerprint = fit_fingerprint(name, method, config, dataset, features, None if below is None else below.model)
+        config, below = _id_model(name, dataset, config, folder, device, id_model, features, progress, finished, start)
+        below_model = None if below is None else below.model
+        fingerprint = fit_fingerprint(name, method, config, dataset, features, below_model, start)
         if world.told(lambda: fingerprint) != fingerprint:
             raise UserError(f"process {world.rank} of {world.size} has other data, settings or another ID model than "
                             "process 0; give every machine the same command and copies of the same folders")
         if finished:
             return _finished(folder, fingerprint, features, world)
-        given = Given(config, dataset.items, dataset.n_items, features, None if below is None else below.model, world,
-                      progress and world.is_main)
-        fitted = _train(name, method, given, dataset, folder, fingerprint, device)
+        given = Given(config, dataset.items, dataset.n_items, features, below_model, world, progress and world.is_main)
+        fitted = _train(name, method, given, dataset, folder, fingerprint, device, start)
         if below is not None:
             fitted.id_model = below.method, below.config
         if world.is_main:
@@ -104,25 +110,51 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
     return fitted
 
 
+def _check_attributes(method: Method, config: Config, dataset: Dataset) -> None:
+    """Raises UserError where the prompt names a column that the items don't have."""
+    missing = [name for name in config.prompt.attributes if name not in dataset.items.columns]
+    if missing and method.reads_text(config):
+        raise UserError(f"prompt.attributes names {missing[0]!r}, which is no column of the data folder's items; there "
+                        f"are: {', '.join(('brand', 'category', *extra_names(dataset.items)))}; prepare the data again "
+                        "with data.item_columns")
+
+
 def _train(name: str, method: Method, given: Given, dataset: Dataset, folder: Path, fingerprint: str,
-           device: torch.device) -> Fitted:
+           device: torch.device, start: Fitted | None) -> Fitted:
     config, world = given.config, given.world
     seed = method.seed(config)
     torch.manual_seed(seed)
     started = time.monotonic()
     model = method.make(given)
+    warm = {} if start is None else {"warm_start": _warm_start(method, model, given, start)}
+    phases = method.phases(model, given, dataset)
+    if start is not None:
+        phases[0] = replace(phases[0], keeps_start=True)
     pace = Pace(seed, config.eval.k, config.eval.batch_size, config.eval.validates, config.train.validation_users,
                 config.train.checkpoint_minutes, given.progress)
-    trainer = Trainer(method.phases(model, given, dataset), dataset, folder, fingerprint, pace, world, device, started)
+    trainer = Trainer(phases, dataset, folder, fingerprint, pace, world, device, started)
     log = trainer.run()
     training = {**trainer.summary(), **getattr(model, "sizes", dict)()}
     model.eval().requires_grad_(False)
     if method.finish is not None:
         config, parts = method.finish(trainer.phase.task, given.progress)
         training |= {"parts": parts, "seconds": trainer.summary()["seconds"]} if parts else {}
-    facts = {"fingerprint": fingerprint, "data": dataset.meta, "training": training}
+    facts = {"fingerprint": fingerprint, "data": dataset.meta, "training": training, **warm}
     return Fitted(model, name, config, dataset.items, dataset.n_items, given.features, facts,
                   backbone=_named(given.features) if method.reads_text(config) else None, log=log)
+
+
+def _warm_start(method: Method, model: Any, given: Given, start: Fitted) -> dict[str, Any]:
+    """Start the fresh model from a fitted one; what is told of it."""
+    assert method.carry is not None  # by the caller
+    at = {name: row for row, name in enumerate(start.items["item_id"].head(start.n_known).to_list())}
+    rows = torch.tensor([at.get(name, -1) for name in given.items["item_id"].to_list()])
+    carried = int((rows >= 0).sum())
+    if not carried:
+        raise UserError("the model knows none of the items of this data; fit on it from nothing")
+    method.carry(model, start.model, rows.to(given.features.device), given)
+    return {"fingerprint": start.facts.get("fingerprint"), "carried_items": carried, "new_items": len(rows) - carried,
+            "dropped_items": len(at) - carried}
 
 
 def _named(features: TextFeatures) -> dict[str, Any]:
@@ -141,15 +173,19 @@ def _features(config: Config, dataset: Dataset, device: torch.device, world: Wor
             world.wait()
         precision = Precision(world.told(lambda: resolve_precision(backbone.precision, device).value))
         backbone = backbone.model_copy(update={"precision": precision})
-    writable = dataset.folder is not None and os.access(dataset.folder, os.W_OK)
-    kept = dataset.folder / "text_features" if writable else None
-    return TextFeatures(backbone, config.prompt, device, kept, progress and world.is_main, world=world,
+    return TextFeatures(backbone, config.prompt, device, kept_texts(dataset), progress and world.is_main, world=world,
                         trust_remote_code=trust_remote_code)
 
 
+def kept_texts(dataset: Dataset) -> Path | None:
+    """Where means of the data folder's texts are kept, if it can be written."""
+    writable = dataset.folder is not None and os.access(dataset.folder, os.W_OK)
+    return dataset.folder / "text_features" if dataset.folder is not None and writable else None
+
+
 def _id_model(name: str, dataset: Dataset, config: Config, folder: Path, device: torch.device,
-              given: Path | str | None, features: TextFeatures, progress: bool, finished: bool
-              ) -> tuple[Config, Fitted | None]:
+              given: Path | str | None, features: TextFeatures, progress: bool, finished: bool,
+              start: Fitted | None) -> tuple[Config, Fitted | None]:
     """The sequence model below Laser, and the config with its true settings."""
     if given is not None and name != "laser":
         raise UserError(f"method {name} takes no ID model; only laser does")
@@ -159,7 +195,7 @@ def _id_model(name: str, dataset: Dataset, config: Config, folder: Path, device:
         below = open_folder(given, device)
         if not isinstance(below.model, SequenceModel):
             raise UserError(f"{given} holds a model of method {below.method}; Laser's ID model is a sequence model: "
-                            "sasrec or bert4rec")
+                            "sasrec, bert4rec or gru4rec")
         if below.facts["data"]["sha256"] != dataset.fingerprint:
             raise UserError(f"{given} was fitted on other data (sha256 {below.facts['data']['sha256'][:12]}, the data "
                             f"folder has {dataset.fingerprint[:12]}); fit it on this data folder")
@@ -169,9 +205,44 @@ def _id_model(name: str, dataset: Dataset, config: Config, folder: Path, device:
         raise UserError("several processes fit Laser on an ID model that is there already: fit it first, in one "
                         "process, and give its folder as the ID model")
     else:
-        below = fit(config.id_model.kind.value, dataset, config, folder / "id_model", device, features=features,
-                    progress=progress)
+        below = _best_id_model(dataset, config, folder, device, features, progress, _below(start))
     return config.model_copy(update={"id_model": below.config.id_model}), below
+
+
+def _id_model_settings(config: Config) -> list[Config]:
+    """Those that an ID model is fitted with, the given ones first."""
+    others = [value for value in dict.fromkeys(config.blend.shuffles) if value != config.id_model.shuffle]
+    if not config.eval.validates:
+        others = []
+    return [config, *(config.model_copy(update={"id_model": config.id_model.model_copy(update={"shuffle": value})})
+                      for value in others)]
+
+
+def _best_id_model(dataset: Dataset, config: Config, folder: Path, device: torch.device, features: TextFeatures,
+                   progress: bool, start: Fitted | None) -> Fitted:
+    """Fitted into FOLDER/id_model, from the weights of `start` if it is given; of several settings the one that is best
+    on validation, the first of equals."""
+    kind, place, tries = config.id_model.kind.value, folder / "id_model", _id_model_settings(config)
+    if len(tries) == 1:
+        return fit(kind, dataset, config, place, device, features=features, progress=progress, start=start)
+    folders_of = [folder / folders.TRIALS / f"shuffle-{tree.id_model.shuffle:g}" for tree in tries]
+    found = [fit(kind, dataset, tree, own, device, features=features, progress=progress, start=start)
+             for tree, own in zip(tries, folders_of, strict=True)]
+    best = max(range(len(found)), key=lambda at: _validation_ndcg(found[at], config.eval.k))
+    shutil.copytree(folders_of[best], place, dirs_exist_ok=True)
+    return found[best]
+
+
+def _validation_ndcg(fitted: Fitted, k: int) -> float:
+    return fitted.facts["training"]["kept"].get(f"validation_ndcg@{k}", 0.0)
+
+
+def _below(start: Fitted | None) -> Fitted | None:
+    """The ID model of a fitted Laser."""
+    if start is None or start.id_model is None:
+        return None
+    facts = {"fingerprint": start.facts.get("fingerprint")}
+    return Fitted(start.model.ids.model, *start.id_model, start.items, start.n_known, start.features, facts)
 
 
 def _nested(dataset: Dataset, config: Config, folder: Path, features: TextFeatures) -> Fitted:
@@ -180,7 +251,8 @@ def _nested(dataset: Dataset, config: Config, folder: Path, features: TextFeatur
     if found is None or found[0] != kind:
         raise _other(folder)
     _, settings, weights = found
-    if len({fit_fingerprint(kind, METHODS[kind], tree, dataset, features, None) for tree in (settings, config)}) > 1:
+    if fit_fingerprint(kind, METHODS[kind], settings, dataset, features, None) not in {
+            fit_fingerprint(kind, METHODS[kind], tree, dataset, features, None) for tree in _id_model_settings(config)}:
         raise _other(folder)
     with folders.fitting(folder):
         model = METHODS[kind].restore(Given(settings, dataset.items, dataset.n_items, features), weights, {})
@@ -193,8 +265,9 @@ def _other(folder: Path) -> UserError:
 
 
 def fit_fingerprint(name: str, method: Method, config: Config, dataset: Dataset, features: TextFeatures,
-                    below: SequenceModel | None) -> str:
-    """Of all that a fit's result depends on: data, settings, the LLM's weights and the ID model's."""
+                    below: SequenceModel | None, start: Fitted | None = None) -> str:
+    """Of all that a fit's result depends on: data, settings, the LLM's weights, the ID model's, and the model that it
+    starts from."""
     tree = config.model_dump(mode="json")
     for section, names in _PACE.items():
         for setting in names:
@@ -204,6 +277,8 @@ def fit_fingerprint(name: str, method: Method, config: Config, dataset: Dataset,
              "validation_users": config.train.validation_users,
              "llm": features.sha256 if method.reads_text(config) else None,
              **{section: tree[section] for section in sorted(wanted)}}
+    if start is not None:
+        facts["warm_start"] = start.facts.get("fingerprint")
     facts |= {"reads": read} if (read := method.reads(config)) else {}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for tensor_name, tensor in sorted(below.state_dict().items()) if below is not None else ():

@@ -59,7 +59,9 @@ _CHECKED = (*_NEEDED, *_NESTED, _LOG)
 KNOWN_FILES = (*_CHECKED, _MODEL, "README.md")
 """All that a model consists of."""
 _CURVES = ("training.jsonl", "tensorboard")
-_UNFINISHED = (*_CURVES, "checkpoint.safetensors", _ID)
+TRIALS = "id_model_trials"
+"""ID models of other settings, until the fit is finished."""
+_UNFINISHED = (*_CURVES, "checkpoint.safetensors", _ID, TRIALS)
 """What stands in the folder of a fit that is not finished."""
 _NO_FACTS = ("format", "laserrec", "method", "config", "backbone", "n_known", "n_items", "files")
 """What a save works out anew; the rest of model.json are the model's facts."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from laserrec.data.dataset import Dataset
 from laserrec.data.door import Asked, read_histories
 from laserrec.data.histories import Histories
 from laserrec.data.prepare import prepare
-from laserrec.data.raw import from_frames, read_items
+from laserrec.data.raw import ITEM_SCHEMA, from_frames, read_items
 from laserrec.data.summary import summary_lines
 from laserrec.evaluation.evaluate import Result
 from laserrec.llm.backbone import Backbone
@@ -34,7 +31,9 @@ from laserrec.recommender import folder as folders
 from laserrec.recommender.fitting import Fitted, fit, open_folder
 from laserrec.recommender.hub import local_folder, push_folder
 from laserrec.recommender.ranking import NOTHING, Ask, Ranked, best, ranked
+from laserrec.recommender.refit import refit
 from laserrec.recommender.results import with_result
+from laserrec.recommender.turns import Turns
 from laserrec.retrieval.index import Index
 from laserrec.retrieval.indexed import Indexed, attach
 from laserrec.util.device import choose
@@ -54,7 +53,7 @@ class LaserRecommender:
     def __init__(self, fitted: Fitted):
         self.fitted, self.facts = fitted, dict(fitted.facts)
         self.items = fitted.items
-        self._lock, self._process, self._forked = threading.RLock(), os.getpid(), False
+        self._held = Turns(lambda: fitted.features.device).held
         self._names: list[str] = self.items["item_id"].to_list()
         # Rows of removed items stay: an item's number is its row, and the model counts on it.
         self._removed: list[int] = self.facts.pop("removed", [])
@@ -67,12 +66,14 @@ class LaserRecommender:
     @classmethod
     def fit(cls, interactions: Any, items: Any, config: Config | None = None, folder: Path | str | None = None,
             columns: Mapping[str, str] | None = None, progress: bool = True, method: str = "laser",
-            device: str = "auto") -> LaserRecommender:
+            device: str = "auto", vectors: Any = None) -> LaserRecommender:
         """Prepare polars or pandas frames and fit a method on them.
 
         interactions: user_id, item_id, and timestamp or position (else row order); items: item_id, title, and brand,
-        category if known. `columns` maps these names to yours. With `folder` all steps are kept there (data, model),
-        and the same call resumes an interrupted fit. device: auto, cpu, cuda, cuda:N or mps. UserError for bad input.
+        category and what else config.prompt.attributes names. `columns` maps these names to yours. vectors: a frame of
+        item_id and vector, the items' own vectors (see config.backbone.item_vectors). With `folder` all steps are kept
+        there (data, model), and the same call resumes an interrupted fit. device: auto, cpu, cuda, cuda:N or mps.
+        UserError for bad input.
         """
         alone("LaserRecommender.fit")
         config = load_config() if config is None else config
@@ -80,10 +81,12 @@ class LaserRecommender:
             raise UserError(f"config is a {type(config).__name__}; make a Config with laserrec.config.load_config")
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="laserrec-") as scratch:
-                return cls.fit(interactions, items, config, scratch, columns, progress, method, device)
+                return cls.fit(interactions, items, config, scratch, columns, progress, method, device, vectors)
         folder = Path(folder)
-        raw = from_frames(interactions, items, columns)
-        report = prepare(raw.interactions, raw.items, config.data, folder / "data", notes=raw.notes)
+        more = dict.fromkeys((*config.data.item_columns, *config.prompt.attributes))
+        data = config.data.model_copy(update={"item_columns": tuple(n for n in more if n not in ITEM_SCHEMA)})
+        raw = from_frames(interactions, items, columns, extra=data.item_columns, vectors=vectors)
+        report = prepare(raw.interactions, raw.items, data, folder / "data", notes=raw.notes)
         if progress:
             print(*summary_lines(report), sep="\n", file=sys.stderr)
         return cls.fit_dataset(Dataset.load(folder / "data"), config, folder / "model", method, device=device,
@@ -99,6 +102,31 @@ class LaserRecommender:
                         trust_remote_code=trust_remote_code))
         new = dataset.new_items
         if new.height and isinstance(model.model, Growing) and model.add_items(new, exists="skip") and join().is_main:
+            model.save_pretrained(folder)
+        return model
+
+    def refit(self, dataset: Dataset, folder: Path | str, changes: Mapping[str, Any] | None = None,
+              progress: bool = True) -> LaserRecommender:
+        """A new model of the same method for newer data, in a model folder of its own; this one stays as it is.
+
+        dataset: a data folder of all interactions that there are now, old and new, with the items known by their
+        item_id. Training starts from this model's weights and is short (laserrec.recommender.refit); new items start
+        near those of similar text. What this model was before training is kept where training does not help on
+        validation. Closed forms are fitted anew. Items that were added to this model stay, and removed ones are gone.
+        changes: settings to change, as {"train": {"stage_one_epochs": 2}}.
+        An interrupted call is resumed by the same call, a finished folder loaded. Raises UserError for data without any
+        known item, for settings that would change the weights' shapes, and as `fit_dataset`.
+        """
+        alone("refitting")
+        model = LaserRecommender(refit(self.fitted, dataset, folder, dict(changes or {}), progress))
+        gone = [name for name in map(self._names.__getitem__, self._removed) if name not in self._index]
+        added = self.items[self.n_known :].select(list(ITEM_SCHEMA))
+        new = pl.concat([dataset.new_items, added]).filter(~pl.col("item_id").is_in(gone))
+        new = new.unique("item_id", keep="first", maintain_order=True)
+        grown = new.height and isinstance(model.model, Growing) and model.add_items(new, exists="skip")
+        if gone := [name for name in gone if not model.unknown_items([name])]:
+            model.remove_items(gone)
+        if grown or gone:
             model.save_pretrained(folder)
         return model
 
@@ -200,11 +228,11 @@ class LaserRecommender:
         return self.embeddings[torch.tensor([self._index[i] for i in names], dtype=torch.long)].cpu().numpy()
 
     def add_items(self, frame: Any, embeddings: Float[Tensor, "new d_out"] | None = None, exists: str = "error") -> int:
-        """Add items (item_id, title, and brand, category if known) to the catalogue and encode them; they can be
-        recommended and stand in histories at once. Nothing is retrained: their text does the work, and where scores
-        have an ID part, they inherit that of the items nearest by text. embeddings: these items' own, from an earlier
-        call on the same model, which saves the encoding. exists: "error", or "skip" to leave out items that are in the
-        catalogue already.
+        """Add items (item_id, title; brand, category, further columns and vector of the catalogue if known) to the
+        catalogue and encode them; they can be recommended and stand in histories at once. Nothing is retrained: their
+        text does the work, and where scores have an ID part, they inherit that of the items nearest by text.
+        embeddings: these items' own, from an earlier call on the same model, which saves the encoding. exists:
+        "error", or "skip" to leave out items that are in the catalogue already.
         Returns how many. Raises UserError for a missing title, a repeated or an existing id, and for a method
         without `laserrec.methods.protocol.Growing`; then nothing is added."""
         with self._held(tables=True):
@@ -326,31 +354,6 @@ class LaserRecommender:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _held(self, tables: bool = False) -> Iterator[None]:
-        """One call at a time. tables: it computes with polars. Raises UserError in a forked process where it can't be
-        done."""
-        if os.getpid() != self._process:
-            self._go_on_after_fork()
-        if tables and self._forked:
-            raise UserError("in a forked process frames can't be read, items not added and nothing saved, since "
-                            "polars' threads are missing there; give lists or dicts, or load the model in the process")
-        with self._lock:
-            yield
-
-    def _go_on_after_fork(self) -> None:
-        """Only the thread that forked lives on: torch would wait for its pool's other threads for ever, and a lock that
-        another thread held is never given back."""
-        if self.fitted.features.device.type != "cpu":
-            raise UserError("a model on a GPU can't be used in a forked process; load it in the process, or start the "
-                            "process with the method spawn")
-        if not self._lock.acquire(blocking=False):
-            raise UserError("the process was forked while another thread used the model, whose state may be half "
-                            "changed; load the model in the new process, or fork while it is not in use")
-        self._lock.release()
-        torch.set_num_threads(1)
-        self._process, self._forked = os.getpid(), True
-
     def _towers(self) -> TwoTower:
         if not isinstance(self.model, TwoTower):
             raise UserError(f"method {self.method} has no vectors of users and items; recommend and evaluate take it, "
@@ -392,7 +395,7 @@ class LaserRecommender:
         """Cleaned, without those that are in the catalogue already."""
         if exists not in ("error", "skip"):
             raise UserError(f'exists is "error" or "skip", not {exists!r}')
-        items = read_items(frame)
+        items = read_items(frame, catalogue=self.items)
         known = [i for i in items["item_id"].to_list() if i in self._index]
         if known and exists == "error":
             raise UserError(f"new items: {len(known)} ids are in the catalogue already, first {known[:3]}; leave them "

@@ -32,7 +32,8 @@ def make_app(service: Service, token: str | None = None, allowed_hosts: Sequence
                          description="Recommendations for ordered histories. Item ids are your own.",
                          swagger_ui_parameters={"validatorUrl": None})
     metrics = ServerMetrics(service)
-    for router in (recommendations(service, metrics), catalogue(service), operations(service, metrics)):
+    for router in (recommendations(service, metrics), catalogue(service),
+                   operations(service, metrics, guarded=token is not None)):
         app.include_router(router)
     app.openapi = lambda: _description(app, token is not None)
     _errors(app, metrics)

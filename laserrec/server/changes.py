@@ -18,7 +18,7 @@ _KEPT = 1_000
 
 @dataclass
 class Change:
-    """One POST or DELETE of items."""
+    """One POST or DELETE of items, or another model."""
 
     id: str
     total: int

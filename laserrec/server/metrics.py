@@ -31,7 +31,7 @@ class ServerMetrics:
             ("laserrec_queue_seconds", "How long a request that comes now would take.",
              lambda: service.worker.expected_seconds),
             ("laserrec_items", "Items that can be recommended.", lambda: len(service.listing)),
-            ("laserrec_cached_answers", "Answers in the cache.", lambda: len(service.cache)),
+            ("laserrec_cached_answers", "Answers in the cache.", lambda: len(service.served.cache)),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
 

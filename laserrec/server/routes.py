@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
@@ -15,7 +16,8 @@ from laserrec.server.changes import Change
 from laserrec.server.guards import problem
 from laserrec.server.listing import item_of
 from laserrec.server.metrics import ServerMetrics
-from laserrec.server.service import Answer, Service, Similar, wait
+from laserrec.server.served import Answer, Served, Similar
+from laserrec.server.service import Service, wait
 from laserrec.server.settings import MAX_K, MAX_PAGE
 from laserrec.server.texts import clean_id
 
@@ -28,6 +30,7 @@ _Query = Annotated[str, Query(max_length=200)]
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     told = {400: "Not JSON, or another Host than the server's.", 401: "The API token is missing.",
+            403: "Only a server with an API token loads another model.",
             404: "There is no such item or change.", 409: "An item of this id has other texts.",
             413: "The body is too large.", 422: "The request is not understood.",
             429: "Too much work waits: see Retry-After.", 503: "No answer in time, or shutting down."}
@@ -41,36 +44,38 @@ def recommendations(service: Service, metrics: ServerMetrics) -> APIRouter:
     @router.post("/recommend", responses=_problems(413, 422, 429, 503))
     async def recommend(request: schema.RecommendRequest) -> schema.RecommendAnswer:
         """The best next items of a history."""
-        ask, unknown = service.ask(request.history, request.k, request.exclude_seen, request.candidates,
-                                   request.exclude)
-        answer = service.cached(ask)
+        served = service.served  # to the end, even if a newer model takes its place meanwhile
+        ask, unknown = served.ask(request.history, request.k, request.exclude_seen, request.candidates,
+                                  request.exclude)
+        answer = served.cached(ask)
         metrics.cache.labels("no" if answer is None else "yes").inc()
         if answer is None:
-            answer = await wait(service.submit(ask), service.limits.timeout_seconds)
-        items = _scored(service, answer, request.explain)
+            answer = await wait(service.submit(served, ask), service.limits.timeout_seconds)
+        items = _scored(served, answer, request.explain)
         return schema.RecommendAnswer(items=items, expert=answer.ranked.expert, unknown=unknown)
 
     @router.get("/items/{item_id:path}/similar", response_model=schema.SimilarAnswer,
                 responses=_problems(404, 422, 429, 503))
     async def similar(item_id: _ItemPath, k: _K = 10) -> schema.SimilarAnswer | JSONResponse:
         """The items whose embeddings are nearest to an item's."""
-        if (row := service.listing.row(item_id)) is None:
+        served = service.served
+        if (row := served.listing.row(item_id)) is None:
             return _not_found(item_id)
-        ranked = await wait(service.submit(Similar(row, k)), service.limits.timeout_seconds)
-        return schema.SimilarAnswer(items=_scored(service, Answer(ranked, ()), explain=False))
+        ranked = await wait(service.submit(served, Similar(row, k)), service.limits.timeout_seconds)
+        return schema.SimilarAnswer(items=_scored(served, Answer(ranked, ()), explain=False))
 
     return router
 
 
-def _scored(service: Service, answer: Answer, explain: bool) -> list[schema.Scored]:
+def _scored(served: Served, answer: Answer, explain: bool) -> list[schema.Scored]:
     found: list[schema.Scored] = []
     for place, (row, score) in enumerate(zip(answer.ranked.items.tolist(), answer.ranked.scores.tolist(), strict=True)):
         near = None
         if explain and answer.near:
             other, similarity = answer.near[place]
-            item = service.listing[other]
+            item = served.listing[other]
             near = schema.Near(item_id=item["item_id"], title=item["title"], similarity=similarity)
-        found.append(schema.Scored(**service.listing[row], rank=place + 1, score=score, nearest_history_item=near))
+        found.append(schema.Scored(**served.listing[row], rank=place + 1, score=score, nearest_history_item=near))
     return found
 
 
@@ -138,8 +143,8 @@ def _not_found(item_id: str) -> JSONResponse:
     return problem(404, f"no item {item_id!r} in the catalogue")
 
 
-def operations(service: Service, metrics: ServerMetrics) -> APIRouter:
-    """Routes for health checks, metrics, facts about the model, and the page to try it."""
+def operations(service: Service, metrics: ServerMetrics, guarded: bool) -> APIRouter:
+    """Routes for health checks, metrics, the model itself, and the page to try it. guarded: an API token is asked."""
     router = APIRouter(tags=["operations"])
 
     @router.get("/healthz")
@@ -165,6 +170,20 @@ def operations(service: Service, metrics: ServerMetrics) -> APIRouter:
         """What is served."""
         return _facts(service)
 
+    @router.post("/v1/model", response_model=schema.ModelFacts, responses={
+        202: {"model": schema.ChangeStatus, "description": "Accepted and under way: ask at status_url."},
+        **_problems(403, 413, 422, 429, 503)})
+    async def load(asked: schema.LoadModel) -> schema.ModelFacts | JSONResponse:
+        """Serve another model folder of this machine, without a restart. Requests that came before are answered by the
+        model that served then; if the other can't be loaded it goes on serving. Added and removed items stay so. 202:
+        loading takes longer and goes on; ask at `status_url`."""
+        if not guarded:
+            return problem(403, "only a server with an API token loads another model; start it with one, or send its "
+                                "process SIGHUP, which loads the folder that it serves anew")
+        folder, index = (None if name is None else FilePath(name) for name in (asked.folder, asked.index))
+        answer = await _outcome(service, service.swap(folder, index))
+        return answer if isinstance(answer, JSONResponse) else _facts(service)
+
     @router.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> HTMLResponse:
         text = resources.files("laserrec.server").joinpath("static/index.html").read_text("utf-8")
@@ -175,11 +194,12 @@ def operations(service: Service, metrics: ServerMetrics) -> APIRouter:
 
 
 def _facts(service: Service) -> schema.ModelFacts:
-    model, kept = service.model, service.kept
+    served = service.served
+    model, kept = served.model, served.kept
     reads = model.fitted.backbone is not None
     prefix = getattr(getattr(model.model, "reader", None), "mformer", None)
     routed = prefix is not None and prefix.router is not None
     return schema.ModelFacts(
-        name=service.name, version=__version__, method=model.method, n_items=len(service.listing),
+        name=served.name, version=__version__, method=model.method, n_items=len(served.listing),
         backbone=model.config.backbone.name if reads else None, experts=len(prefix.experts) if routed else None,
         max_items=model.config.prompt.max_items if reads else None, added=len(kept.added), removed=len(kept.removed))

@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema, model_validator
 
-from laserrec.server.settings import MAX_CANDIDATES, MAX_EXCLUDE, MAX_HISTORY, MAX_ID, MAX_K, MAX_NEW_ITEMS, MAX_TEXT
+from laserrec.server.settings import (
+    MAX_CANDIDATES,
+    MAX_EXCLUDE,
+    MAX_HISTORY,
+    MAX_ID,
+    MAX_K,
+    MAX_NEW_ITEMS,
+    MAX_PATH,
+    MAX_TEXT,
+)
 from laserrec.server.texts import clean_id, clean_text, clean_title
 
 
@@ -25,6 +34,7 @@ _Title = Annotated[str, StringConstraints(max_length=MAX_TEXT), BeforeValidator(
                    _described({**_TEXT, "minLength": 1}, *_OTHER_TEXTS)]
 _Text = Annotated[str | None, Field(max_length=MAX_TEXT), BeforeValidator(clean_text),
                   _described(_TEXT, *_OTHER_TEXTS, {"type": "null"})]
+_Path = Annotated[str, Field(min_length=1, max_length=MAX_PATH, pattern=r"^[^\x00]+$")] | None
 
 
 class _Body(BaseModel):
@@ -70,6 +80,15 @@ class NewItems(_Body):
     """Items to add to the catalogue."""
 
     items: Annotated[list[NewItem], Field(min_length=1, max_length=MAX_NEW_ITEMS, fail_fast=True)]
+
+
+class LoadModel(_Body):
+    """A model to serve from now on."""
+
+    folder: _Path = None
+    """A model folder on the server's machine. Null: the folder that is served, which was replaced."""
+    index: _Path = None
+    """An index of that model (laserrec index build). Null: none, or with the same folder the same index."""
 
 
 class _Answer(BaseModel):

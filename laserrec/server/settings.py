@@ -18,6 +18,8 @@ MAX_ID = 256
 """Characters of a new item's id. The catalogue itself may hold longer ones, which are served and can be removed."""
 MAX_TEXT = 2_000
 """Characters of a new item's title, brand or category."""
+MAX_PATH = 4_096
+"""Characters of a folder's name."""
 MAX_MESSAGE = 500
 """Characters of an error's text, which may quote what a caller sent."""
 
@@ -36,7 +38,7 @@ class Limits:
     """How long a request waits for others to share its batch."""
     max_queue: int = 1_024
     """Requests that may wait at all, whatever time that takes."""
-    queue_seconds: float = 0.5
+    queue_seconds: float = 0.4
     """A request is turned away if it would take longer than this, by the time that recent ones took."""
     timeout_seconds: float = 10.0
     """An unanswered request is given up after this time."""

@@ -140,8 +140,9 @@ class Trainer:
             phase.task.start(self._pause)
             self._follow()
             place.started = True
-            if phase.validates_start or phase.epochs == 0:
-                self._note(None, self._validate(phase), kept=phase.epochs == 0 and not self.best)
+            stays = phase.epochs == 0 or phase.keeps_start
+            if phase.validates_start or stays:
+                self._note(None, self._validate(phase), kept=stays and not self.best)
         while place.epoch <= phase.epochs and (phase.patience is None or place.worse < phase.patience):
             self._epoch()
         if not self.best or not self._chooses(phase):

@@ -38,7 +38,7 @@ def test_choices_in_the_help_are_values(run):
                 choices = shown[f"{section}.{field}".replace("_", "-")]
                 assert [*choices] == [member.value for member in setting.annotation]
     _, out, _ = run("fit", "--help")
-    assert "bert4rec, none]" in out and "bert4-rec" not in out
+    assert "gru4rec, none]" in out and "bert4-rec" not in out
 
 
 def test_the_help_shows_every_command(run):

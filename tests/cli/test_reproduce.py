@@ -9,6 +9,7 @@ from laserrec.cli.reproduce import over, reproduce_app
 from laserrec.data.prepare import prepare
 from laserrec.data.raw import from_frames
 from laserrec.experiments import coldstart, quality
+from laserrec.util.errors import UserError
 
 LINE = {"kind": "id", "best": "EASE", "recall@10_ratio": 1.21, "ndcg@10_ratio": 1.16, "ndcg@10_difference": 0.0148,
         "low": 0.0122, "high": 0.0175}
@@ -70,3 +71,42 @@ def test_a_ratio_is_a_sentence():
     said = over(LINE, 10)
     assert said.startswith("Laser over the best ID-only model, EASE: Recall@10 x 1.210, NDCG@10 x 1.160")
     assert "+0.0148 (+0.0122 to +0.0175)" in said
+
+
+def test_a_table_of_the_paper(data, tmp_path, monkeypatch, capsys):
+    from laserrec.experiments.paper import run as paper
+
+    monkeypatch.setenv("COLUMNS", "200")
+    asked = []
+    row = {"data": "data", "base": "small", "model": "w/o prefix", "kind": "laser", "seed": 0, "recall@10": 0.25,
+           "ndcg@10": 0.125, "mrr": 0.1, "train_seconds": 3.0, "published": {"Scientific": (0.3, 0.2, 0.1)}}
+    result = {"experiment": "table4", "title": "Laser without its parts", "split": "test", "rows": [row],
+              "missing": [{"data": "data", "base": "small", "model": "w/o stage 2", "why": "the budget was used up"}]}
+    monkeypatch.setattr(paper, "reproduce", lambda *given: asked.append(given) or result)
+    run("table4", tmp_path / "out", "--data", data, "--bases", "small", "--seeds", 2, "--budget", 1.5, "--workers", 3,
+        "--train.lr", "0.5", "--device", "cpu", "--quiet", "--json", tmp_path / "t.json")
+    name, setup, seeds, budget, workers = asked[0]
+    assert (name, list(seeds), budget, workers) == ("table4", [0, 1], 90, 3)
+    assert setup.data == {"data": data} and list(setup.bases) == ["small"] and setup.bases["small"].train.lr == 0.5
+    assert setup.out == tmp_path / "out" and setup.device == "cpu" and not setup.progress
+    said = capsys.readouterr().out
+    assert "w/o prefix" in said and "0.1250" in said and "Scientific 0.2000" in said
+    assert "not measured: data, small, w/o stage 2: the budget was used up" in said
+    assert json.loads((tmp_path / "t.json").read_text())["machine"]["cores"] >= 1
+    assert json.loads((tmp_path / "out" / "table4.json").read_text())["rows"] == json.loads(json.dumps([row]))
+    assert "| w/o prefix | 0.2500 |" in (tmp_path / "out" / "table4.md").read_text()
+
+
+def test_the_papers_statistics(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    run("table1", tmp_path / "out", "--data", data, "--json", tmp_path / "t.json")
+    said = capsys.readouterr().out
+    assert "11,041" in said and "written:" in said
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert [row["published"] for row in rows] == [False, True, True, True] and rows[0]["items"] == 15
+
+
+@pytest.mark.parametrize("words", [("--seeds", 0), ("--workers", 0), ("--budget", 0)])
+def test_numbers_that_make_no_sense(data, tmp_path, words):
+    with pytest.raises(UserError, match="must be"):
+        reproduce_app(["table4", str(tmp_path / "out"), "--data", str(data), *map(str, words)], exit_on_error=False)

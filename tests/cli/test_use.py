@@ -188,3 +188,24 @@ def test_only_a_flag_lets_an_llm_run_code(run, data, models, settings, tmp_path,
 def test_a_file_that_could_not_be_written_is_told_before_the_work(run, tmp_path):
     code, _, err = run("recommend", tmp_path / "none", "--history", "i1", "--out", "rec.xlsx")
     assert code == 2 and "rec.xlsx: ending '.xlsx' is not one of" in err
+
+
+def test_inspecting_a_model(run, data, models, tmp_path):
+    numbers, laser = tmp_path / "parts.json", tmp_path / "model"
+    shutil.copytree(models[0], laser)
+    code, out, err = run("inspect", data, laser, "--users", 8, "--record", "--quiet", "--json", numbers)
+    assert code == 0 and "validation split, 8 users, all 10 items ranked" in out and "shuffled" in out, err
+    told = json.loads(numbers.read_text())
+    assert told["rows"][0]["part"] == "as fitted" and -1 <= told["shuffle_cosine"] <= 1
+    note = json.loads((laser / "model.json").read_text())
+    assert [row["part"] for row in note["parts"]] == [row["part"] for row in told["rows"][1:]]
+    assert run("evaluate", data, laser, "--quiet")[0] == 0
+    code, out, _ = run("report", laser, "--data", data, "--out", tmp_path / "page.html")
+    assert code == 0 and "history shuffled" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (("--users", 0), "users is 0; it must be at least 1"), (("--k", 0), "k is 0; it must be at least 1")])
+def test_inspecting_with_numbers_that_make_no_sense(run, data, models, arguments, told):
+    code, _, err = run("inspect", data, models[0], *arguments)
+    assert code == 2 and told in err

@@ -34,3 +34,21 @@ def test_every_view_equals_the_lists(rows, count, limit):
 def test_rows_come_as_arrays_and_tensors_too():
     histories = Histories.of([np.array([3, 1], dtype=np.int32), torch.tensor([2])])
     assert histories.lists() == [[3, 1], [2]] and histories.items.dtype == torch.int64
+
+
+@settings(max_examples=150, deadline=None)
+@given(ROWS, st.integers(2, 4), st.data())
+def test_windows_hold_every_step_once(rows, length, data):
+    shift = data.draw(st.lists(st.integers(0, length - 2), min_size=len(rows), max_size=len(rows)))
+    found = Histories.of(rows).windows(length, torch.tensor(shift, dtype=torch.long)).lists()
+    want = []
+    for row, less in zip(rows, shift, strict=True):
+        if len(row) <= length:
+            want.append(row)
+            continue
+        end, size = len(row), length - less
+        while end > 1:
+            want.append(row[max(0, end - size) : end])
+            end, size = max(0, end - size) + 1, length
+    assert found == want
+    assert all(len(window) <= length for window in found)

@@ -86,3 +86,11 @@ def test_missing_data_sets_are_named(root, small, tmp_path):
     shutil.rmtree(root)
     with pytest.raises(UserError, match=r"holds no data sets; each is a folder with interactions\.csv\.gz"):
         reproduce(root, [], tmp_path / "out", Config(), [0], 1, progress=False, device="cpu")
+
+
+def test_some_of_the_models(root, small, tmp_path):
+    rows = reproduce(root, ["hats"], tmp_path / "out", small, [0], 1, progress=False, device="cpu",
+                     models=["popularity", "EASE"])
+    assert [row["model"] for row in rows] == ["popularity", "EASE"]
+    with pytest.raises(UserError, match="no model .ease. in this table; there are: "):
+        reproduce(root, ["hats"], tmp_path / "out", small, [0], 1, progress=False, models=["ease"])

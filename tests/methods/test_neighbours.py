@@ -118,9 +118,11 @@ def test_new_items_inherit_boosts_and_neighbours():
 
 
 def test_a_catalogue_too_large_for_the_memory_is_told(monkeypatch):
-    check_size(400)
-    with pytest.raises(UserError, match=r"100,000,000 items .* neighbours\.count = 0"):
-        check_size(10**8)
+    check_size(400, NeighboursConfig())
+    with pytest.raises(UserError, match=r"10,000,000,000 items .* neighbours\.count = 0"):
+        check_size(10**10, NeighboursConfig())
+    with pytest.raises(UserError, match=r"1,000,000 items .* neighbours\.form = local"):
+        check_size(10**6, NeighboursConfig(form="exact"))
     monkeypatch.setattr(module, "available_bytes", lambda: 10_000)
     with pytest.raises(UserError, match="are free"):  # before anything is allocated
         regress(SEQUENCES, 400, NeighboursConfig())

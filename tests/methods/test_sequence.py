@@ -1,4 +1,6 @@
-"""SASRec and BERT4Rec: what a state may depend on, the losses against naive loops, and a planted order."""
+"""SASRec, BERT4Rec and GRU4Rec: what a state may depend on, the losses against naive loops, and a planted order."""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,13 +12,14 @@ from laserrec.config import IdModelConfig
 from laserrec.data.histories import Histories
 from laserrec.methods.all import METHODS, Given
 from laserrec.methods.bert4rec import BERT4Rec
+from laserrec.methods.gru4rec import GRU4Rec
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.sequence import SequenceTask
 from laserrec.util.errors import UserError
 
 N = 30
 PAD, MASK = N, N + 1
-KINDS = {"sasrec": SASRec, "bert4rec": BERT4Rec}
+KINDS = {"sasrec": SASRec, "bert4rec": BERT4Rec, "gru4rec": GRU4Rec}
 
 
 def make(kind: str, **settings):
@@ -76,10 +79,12 @@ def test_only_the_window_is_read_and_order_counts(kind):
 
 
 @torch.no_grad()
-def test_sasrec_is_causal_and_bert4rec_is_not():
+def test_sasrec_and_gru4rec_are_causal_and_bert4rec_is_not():
     first, second = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[3, 4, 5, 9]])
-    sasrec, bert = make("sasrec"), make("bert4rec")
-    assert torch.allclose(sasrec.states(first)[:, :3], sasrec.states(second)[:, :3], atol=1e-6)
+    bert = make("bert4rec")
+    for causal in (make("sasrec"), make("gru4rec")):
+        assert torch.allclose(causal.states(first)[:, :3], causal.states(second)[:, :3], atol=1e-6)
+        assert not torch.allclose(causal.states(first)[:, 3], causal.states(second)[:, 3], atol=1e-3)
     assert (bert.states(first)[:, :3] - bert.states(second)[:, :3]).abs().amax(dim=-1).min() > 1e-3
 
 
@@ -101,10 +106,11 @@ def test_scores_are_products_with_the_items_embeddings(kind):
     assert torch.allclose(model.users(given) @ model.items(torch.tensor([4])).T, model.score(given)[:, 4:5], atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["sasrec", "gru4rec"])
 @torch.no_grad()
-def test_cross_entropy_trains_what_is_asked_later():
+def test_cross_entropy_trains_what_is_asked_later(kind):
     """The loss is that of predicting each item from the history before it, by the very call used at inference."""
-    model = make("sasrec")
+    model = make(kind)
     given = [h for h in histories() if len(h) > 1]
     losses = [float(F.cross_entropy(score(model, h[:cut]), torch.tensor([h[cut]])))
               for h in given for cut in range(1, len(h))]
@@ -165,7 +171,7 @@ def test_cloze_hides_what_it_asks_for():
 
 
 @pytest.mark.parametrize(("kind", "objective"), [("sasrec", "cross_entropy"), ("sasrec", "bce"),
-                                                 ("bert4rec", "cross_entropy")])
+                                                 ("bert4rec", "cross_entropy"), ("gru4rec", "cross_entropy")])
 def test_a_planted_order_is_learnt(kind, objective):
     """Item i is always followed by i + 1 (the last by the first)."""
     torch.manual_seed(0)
@@ -255,9 +261,18 @@ def epochs(model, dataset, count: int) -> list[list[tuple[int, ...]]]:
 
 def test_training_examples_are_training_sequences_only():
     dataset = walk()
-    got = epochs(make("sasrec", max_history=6), dataset, 1)[0]
-    assert got == [tuple(row[-6:]) for row in dataset.train_sequences.lists() if len(row) > 1]
+    got = epochs(make("sasrec", max_history=10), dataset, 1)[0]
+    assert got == [tuple(row) for row in dataset.train_sequences.lists() if len(row) > 1]
     assert epochs(make("sasrec"), walk(7), 1) == epochs(make("sasrec"), dataset, 1)
+
+
+def test_long_sequences_are_learnt_from_as_a_whole():
+    dataset = walk()
+    first, second = epochs(make("sasrec", max_history=3), dataset, 2)
+    want = sorted(pair for row in dataset.train_sequences.lists() for pair in pairwise(row))
+    for epoch in (first, second):
+        assert max(map(len, epoch)) == 3 and sorted(pair for row in epoch for pair in pairwise(row)) == want
+    assert first != second and epochs(make("sasrec", max_history=3), dataset, 2) == [first, second]
 
 
 def test_shuffled_sequences_are_the_same_items_in_another_order_each_epoch():

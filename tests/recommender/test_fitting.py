@@ -27,7 +27,7 @@ N, USERS = 16, 24
 DATA = tiny.planted(N, USERS)
 ROWS = tiny.histories([0, 1, 2], [6], [3, 8, 1, 4, 7], [10, 11])
 ASK = {"anna": ["i1", "i2"], "bob": ["i9"]}
-TRAINED = ("laser", "sasrec", "bert4rec", "fdsa", "zesrec", "kar", "recguru")
+TRAINED = ("laser", "sasrec", "bert4rec", "gru4rec", "fdsa", "zesrec", "kar", "recguru")
 """Methods that are trained in steps; the others are closed forms."""
 OFTEN = {"train": {"checkpoint_minutes": 1e-9, "lr": 1e-2, "stage_one_epochs": 1, "stage_two_epochs": 1,
                    "batch_size": 32}}
@@ -88,9 +88,9 @@ def test_a_finished_folder_is_loaded(whole, fit, name, no_training):
 
 
 OTHERS = {"laser": {"train": {"seed": 5}}, "sasrec": {"id_model": {"dropout": 0.3}},
+          "bert4rec": {"id_model": {"mask_probability": 0.5}}, "gru4rec": {"id_model": {"dropout": 0.4}},
           "fdsa": {"fdsa": {"dropout": 0.3}}, "zesrec": {"zesrec": {"body": "transformer"}},
-          "kar": {"kar": {"own_experts": 3}}, "recguru": {"recguru": {"negatives": 7}},
-          "bert4rec": {"id_model": {"mask_probability": 0.5}}}
+          "kar": {"kar": {"own_experts": 3}}, "recguru": {"recguru": {"negatives": 7}}}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -269,7 +269,7 @@ def test_an_id_model_that_does_not_fit_is_refused(whole, fit, tmp_path):
     given = whole("sasrec")[0]
     with pytest.raises(UserError, match=r"was fitted on other data \(sha256 planted"):
         fit(tiny.planted(N, USERS + 1), tmp_path / "m", below=given)
-    with pytest.raises(UserError, match=r"popularity; Laser's ID model is a sequence model: sasrec or bert4rec"):
+    with pytest.raises(UserError, match=r"popularity; Laser's ID model is a sequence model: sasrec, bert4rec"):
         fit(DATA, tmp_path / "m", below=whole("popularity")[0])
     with pytest.raises(UserError, match="method ease takes no ID model"):
         fit(DATA, tmp_path / "m", "ease", below=given)
@@ -349,3 +349,20 @@ def test_the_instant_preset_lives_a_whole_life_without_an_llm_to_answer(fit, llm
     assert again.recommend({"anna": ["i1", "new1"], "bob": ["new2"]}, k=99).equals(grown)
     assert again.remove_items(["new1"]) == 1 and again.add_items(NEW.head(1)) == 1  # the id is free again
     assert again.items.height == N + 3 and len(loads) == 2
+
+
+def test_the_id_model_is_the_best_of_several_shuffles(fit, tmp_path):
+    """On walks up the catalogue order is all, so a shuffled one loses."""
+    long = {"id_model": {"max_epochs": 12, "patience": 12, "shuffle": 1.0}, "blend": {"shuffles": (0.0, 1.0, 0.3)}}
+    model = fit(DATA, tmp_path / "m", "laser", **long)
+    alone = {value: fit(DATA, tmp_path / f"{value}", "sasrec", id_model={**long["id_model"], "shuffle": value})
+             for value in (1.0, 0.0, 0.3)}
+    ndcg = {value: own.facts["training"]["kept"]["validation_ndcg@10"] for value, own in alone.items()}
+    best = max(ndcg, key=ndcg.get)
+    assert best != 1.0 and model.config.id_model.shuffle == best
+    same_states = {name: tensor for name, tensor in alone[best].model.state_dict().items()}
+    tiny.assert_same(same_states, dict(model.model.ids.model.state_dict()))
+    assert not (tmp_path / "m" / "id_model_trials").exists() and (tmp_path / "m" / "id_model" / "log.jsonl").is_file()
+    same(model, fit(DATA, tmp_path / "m", "laser", **long))
+    with pytest.raises(UserError, match="another method, other settings or other data"):
+        fit(DATA, tmp_path / "m", "laser", id_model=long["id_model"], blend={"shuffles": (0.2,)})

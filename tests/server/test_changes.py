@@ -127,7 +127,7 @@ def test_a_change_that_can_not_be_kept_is_not_made(client, monkeypatch):
     def full(kept):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(client.service._state, "write", full)
+    monkeypatch.setattr(client.service.served.state, "write", full)
     answer = client("POST", "/v1/items", json={"items": [NEW]})
     assert answer.status_code == 500 and "No space left" in answer.json()["detail"]
     assert client.recommend(["new 1/a", "i1"]).json()["unknown"] == ["new 1/a"]

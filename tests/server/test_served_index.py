@@ -8,7 +8,8 @@ import pytest
 from laserrec import LaserRecommender
 from laserrec.recommender.indexing import build_index
 from laserrec.retrieval.index import IndexKind
-from laserrec.server.service import Service, Similar
+from laserrec.server.served import Similar
+from laserrec.server.service import Service
 from laserrec.server.settings import Limits
 from laserrec.util.errors import UserError
 
@@ -31,9 +32,10 @@ def both(model_folder, tmp_path, index):
 def alike(services, history, **how):
     answers = []
     for service in services:
-        ask, _ = service.ask(history, 9, how.get("exclude_seen", False), how.get("candidates"))
+        ask, _ = service.served.ask(history, 9, how.get("exclude_seen", False), how.get("candidates"))
         near = Similar(service.listing.row(history[0]), 4)
-        answers += [service.submit(ask).result(60).ranked, service.submit(near).result(60)]
+        found = [service.submit(service.served, each).result(60) for each in (ask, near)]
+        answers += [found[0].ranked, found[1]]
     for mine, plain in zip(answers[:2], answers[2:], strict=True):
         assert mine.items.tolist() == plain.items.tolist() and mine.expert == plain.expert
         np.testing.assert_allclose(mine.scores, plain.scores, atol=1e-6)

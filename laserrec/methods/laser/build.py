@@ -42,7 +42,7 @@ def compose(
         mean_items = MeanItems(features.means(items) if means is None else means)
     reader, texts = _reader(config, items, features, ids, world, progress)
     if mean_items is not None:
-        head = Head(settings, mean_items.means.shape[1], max(1, len(config.backbone.mean_layers)))
+        head = Head(settings, mean_items.means.shape[1], features.parts(items))
         if reader is not None:
             added = AddedOutput(settings, reader.backbone.d_llm, head.d_out)
         item_side, user_side = mean_items, SummedUsers(mean_items, head, decay, reader, added)

@@ -16,14 +16,14 @@ from laserrec.data.histories import Histories
 from laserrec.methods.laser.blend import Blend, Candidates, Grid, full_grid, gather_candidates, search, search_guarded
 from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.task import LaserTask
-from laserrec.methods.neighbours import Neighbours
+from laserrec.methods.neighbours import Neighbours, multiplications
 from laserrec.util.memory import rows_at_once
 from laserrec.util.progress import Progress
 
 _FEWEST_USERS = 50
 """With fewer validation users nothing is chosen."""
 _WORK = 1.5e13
-"""Multiplications that may be spent on regressions: eight of 12,000 items, none of more than 24,000."""
+"""Multiplications that may be spent on regressions: eight of 12,000 items, none of more than 100,000."""
 
 
 @torch.no_grad()
@@ -131,8 +131,8 @@ class _Parts:
 
     def _regressions(self, given: Neighbours, count: int) -> Iterator[Neighbours]:
         """Others, one setting changed at a time from what has proved best so far."""
-        left = min(count, int(_WORK / max(1, len(given.items)) ** 3))
         self.settled, text = given, self.task.text_vectors()
+        left = min(count, int(_WORK / multiplications(len(given.items), given.config, text.shape[1])))
         changes: list[tuple[str, float]] = [("text_weight", 4.0), ("text_weight", 0.25), ("text_weight", 0.0),
                                             ("l2", 4.0), ("l2", 0.25), ("length_power", 1.0), ("length_power", 0.0)]
         for name, value in changes[:left]:

@@ -51,7 +51,7 @@ class Head(nn.Module):
 
     def whiten(self, outputs: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_white"]:
         """The part of the head that is not trained."""
-        return outputs if self.white is None else self.white(outputs)
+        return outputs.nan_to_num(0.0) if self.white is None else self.white(outputs)
 
     def project(self, white: Float[Tensor, "*batch d_white"]) -> Float[Tensor, "*batch d_white"]:
         """The part that is trained."""

@@ -42,6 +42,27 @@ def item_contrast(
     return _ItemContrast.apply(scaled_users, items, targets, seen, offsets, columns)
 
 
+def batch_contrast(
+    users: Float[Tensor, "batch d"], items: Float[Tensor, "some d"], targets: Int[Tensor, "batch"],
+    temperature: float | Float[Tensor, ""], log_share: Float[Tensor, "some"], seen: Pairs | None = None,
+    seen_offset: Float[Tensor, ""] | None = None,
+) -> Float[Tensor, ""]:
+    """As `item_contrast`, with a few items alone, those that are the batch's targets (not in the paper).
+
+    log_share: logarithm of each item's share of all targets, subtracted from its logits, since a popular item is among
+    a batch's items more often (Yi et al. 2019, "Sampling-Bias-Corrected Neural Modeling"). seen: pairs (user, place
+    among these items).
+    """
+    logits = F.normalize(users, dim=-1) @ F.normalize(items, dim=-1).T / temperature - log_share
+    if seen is not None and seen_offset is not None:
+        logits = logits.index_put((seen.users, seen.items), (seen_offset / temperature).expand(len(seen.users)), True)
+    elif seen is not None:
+        others = seen.items != targets[seen.users]
+        logits = logits.index_put((seen.users, seen.items),
+                                  logits.new_zeros(len(others)).masked_fill(others, -torch.inf), True)
+    return F.cross_entropy(logits, targets)
+
+
 class _ItemContrast(torch.autograd.Function):
     """No boolean indexing: on a GPU each would wait for the device."""
 

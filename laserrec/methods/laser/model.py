@@ -68,6 +68,9 @@ class Laser(nn.Module):
         """The items', of unit length."""
         self.n_known = 0
         """Items that were there when the model was fitted; later ones have text alone."""
+        self.carried: Float[Tensor, "n_items d_text"] | None = None
+        """Where its weights are an earlier fit's, whose whitening is then kept: that fit's text parts of the items, of
+        unit length, NaN for items that it did not know. After its second stage they are not what its head makes."""
 
     @property
     def device(self) -> torch.device:
@@ -149,6 +152,11 @@ class Laser(nn.Module):
         self.id_share = share
         self.set_items(self._with_ids(text, rows))
 
+    @torch.no_grad()
+    def set_text(self, text: Float[Tensor, "n_items d_text"]) -> None:
+        """Take these as the text part of the items' embeddings."""
+        self.set_items(self._with_ids(text, torch.arange(len(text), device=self.device)))
+
     def set_items(self, vectors: Float[Tensor, "n_items d_out"]) -> None:
         """Take these as the items' embeddings."""
         self.vectors = vectors
@@ -157,6 +165,15 @@ class Laser(nn.Module):
             self.user_side.vectors = text
         if self.neighbours is not None and self.n_known > 0:
             self.neighbours.inherit(*nearest_known(text[self.n_known :], text[: self.n_known]))
+
+    @torch.no_grad()
+    def scale_neighbours(self, some_users: Histories) -> None:
+        """Set the neighbours' scale by these users' cosines with the items that the model was fitted on."""
+        if self.neighbours is None or not len(some_users):
+            return
+        rows = torch.arange(len(some_users)).split(self.config.eval.batch_size)
+        users = torch.cat([self.users(some_users.take(part)) for part in rows])
+        self.neighbours.scale_to(users @ self.vectors[: self.n_known].T)
 
     def _joined(self, text: Float[Tensor, "some d_text"], id_part: Float[Tensor, "some d_id"] | None
                 ) -> Float[Tensor, "some d_out"]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from laserrec.config import Cuts
+from laserrec.config import Cuts, Negatives
 from laserrec.data.dataset import Dataset
-from laserrec.data.histories import Histories
+from laserrec.data.histories import Histories, Pairs
 from laserrec.llm.whitening import fit_whitening, whiten
-from laserrec.methods.laser.losses import item_contrast, load_balance
+from laserrec.methods.laser.losses import batch_contrast, item_contrast, load_balance
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.readers import Reader
 from laserrec.methods.laser.sides import MeanItems
@@ -84,6 +85,12 @@ def _targets(sequences: Histories, cuts: Cuts, seed: tuple[int, ...]) -> tuple[T
     return of, torch.arange(len(of)) - first + 1
 
 
+def scale_histories(dataset: Dataset) -> Histories:
+    """Some training sequences, by which the neighbours are scaled; the same in every process."""
+    sequences = dataset.train_sequences
+    return sequences.take(np.linspace(0, len(sequences) - 1, min(_SCALE_USERS, len(sequences))).astype(int))
+
+
 class LaserTask:
     """One stage; a `Trainable`. fixed: the items' embeddings stay as they are (stage 2)."""
 
@@ -103,14 +110,18 @@ class LaserTask:
         laser.eval()
         laser.n_known = self.dataset.n_items
         self.outputs = self._read_items()
-        if laser.head.white is not None:
+        if laser.head.white is not None and laser.carried is None:
             laser.head.white.fit(self.outputs)
-        if laser.added is not None and laser.reader is not None:
+        if laser.added is not None and laser.reader is not None and laser.carried is None:
             laser.added.white.fit(self._suffix_outputs(laser.reader))
         if laser.neighbours is not None:
             laser.neighbours.fit(self.dataset.train_sequences, self.text_vectors())
         self.world.follow(laser.state_dict().values())
         self._embed()
+        if laser.carried is not None:
+            text, old = laser.vectors[:, : laser.d_text], laser.carried
+            laser.set_text(torch.where(old.isnan(), text, old))
+            self.scale_neighbours()
 
     def end_epoch(self) -> None:
         """Encode the items anew, unless they are fixed."""
@@ -155,7 +166,7 @@ class LaserTask:
         laser = self.module
         if not isinstance(laser.item_side, MeanItems):
             return laser.features.vectors(self.dataset.items)
-        depths = max(1, len(laser.config.backbone.mean_layers))
+        depths = laser.features.parts(self.dataset.items)
         dims = min(_TEXT_DIMS, self.outputs.shape[1] // depths)
         return whiten(self.outputs, *fit_whitening(self.outputs, dims, depths), depths)
 
@@ -165,19 +176,12 @@ class LaserTask:
         self.scale_neighbours()
 
     def scale_histories(self) -> Histories:
-        """Some training sequences, by which the neighbours are scaled; the same in every process."""
-        sequences = self.dataset.train_sequences
-        return sequences.take(np.linspace(0, len(sequences) - 1, min(_SCALE_USERS, len(sequences))).astype(int))
+        """As the function of this name, of the data that is trained on."""
+        return scale_histories(self.dataset)
 
-    @torch.no_grad()
     def scale_neighbours(self) -> None:
         """Set the neighbours' scale by the cosines of those users."""
-        laser, some = self.module, self.scale_histories()
-        if laser.neighbours is None or not len(some):
-            return
-        size = laser.config.eval.batch_size
-        users = torch.cat([laser.users(some.take(rows)) for rows in torch.arange(len(some)).split(size)])
-        laser.neighbours.scale_to(users @ laser.vectors.T)
+        self.module.scale_neighbours(self.scale_histories())
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -205,9 +209,13 @@ class LaserTask:
         histories, hide = batch.histories.take(rows), batch.hide[torch.as_tensor(rows)]
         users, route = laser.user_side.text(histories, hide)
         offset = None if laser.seen is None else laser.seen.offset
-        seen = histories.distinct().to(laser.device) if offset is not None or not train.history_negatives else None
-        targets = move(batch.targets[torch.as_tensor(rows)], laser.device)
-        contrast = item_contrast(users, self._items_to_learn_from(), targets, laser.temperature, seen, offset)
+        seen = histories.distinct() if offset is not None or not train.history_negatives else None
+        if train.negatives == Negatives.BATCH and not self.fixed:
+            contrast = self._batch_contrast(users, batch, rows, seen, offset)
+        else:
+            targets = move(batch.targets[torch.as_tensor(rows)], laser.device)
+            there = None if seen is None else seen.to(laser.device)
+            contrast = item_contrast(users, self._items_to_learn_from(), targets, laser.temperature, there, offset)
         share = len(rows) / len(batch.targets)
         contrast = contrast * share
         told = {"contrast": contrast} | ({} if offset is None else {"seen_offset": offset.detach() * share})
@@ -219,6 +227,26 @@ class LaserTask:
         balance = load_balance(route) * shown
         loss = contrast + train.balance_weight * balance
         return {"loss": loss, **told, "balance": balance, "experts": route.users_per_expert()}
+
+    def _batch_contrast(self, users: Float[Tensor, "some d_text"], batch: Batch, rows: Int[np.ndarray, "some"],
+                        seen: Pairs | None, offset: Tensor | None) -> Tensor:
+        """With all targets of the whole batch, embedded anew."""
+        laser = self.module
+        items, place = torch.unique(batch.targets, return_inverse=True)
+        fresh = laser.head(laser.item_side.outputs(move(items, laser.device)))
+        if seen is not None:
+            own = torch.searchsorted(items, seen.items).clamp(max=len(items) - 1)
+            there = items[own] == seen.items
+            seen = Pairs(seen.users[there], own[there]).to(laser.device)
+        targets, share = place[torch.as_tensor(rows)], self._log_shares[items]
+        return batch_contrast(users, fresh, move(targets, laser.device), laser.temperature, move(share, laser.device),
+                              seen, offset)
+
+    @cached_property
+    def _log_shares(self) -> Float[Tensor, "n_items"]:
+        """Logarithm of each item's share of the training interactions."""
+        counts = torch.bincount(self.dataset.train_sequences.items, minlength=self.dataset.n_items).clamp(min=1)
+        return (counts / counts.sum()).log()
 
     def _items_to_learn_from(self) -> Float[Tensor, "n_items d_text"]:
         """The text part of the epoch's item embeddings (paper), or with train.item_gradient the same with gradient to

@@ -154,3 +154,39 @@ def test_who_follows_whom_is_learnt(llm, walk, tmp_path, prefix, layout):
     assert llm().tensor_hash() == before
     popular = evaluate("popularity", Popularity(10).fit(data), data, "test", k=1).plain
     assert evaluate("laser", fit.phase.task.scorer(), data, "test", k=1).plain.recall > popular.recall + 0.4
+
+
+@pytest.mark.parametrize("more", [{}, {"history_negatives": False}], ids=["plain", "no history negatives"])
+def test_targets_of_the_batch_alone_are_learnt_from_and_teach_the_items_too(llm, more):
+    data = tiny.planted(N, 20)
+    laser = tiny.laser(llm(), n=N, prompt=tiny.QUICK, train={"negatives": "batch", **more},
+                       mformer={"dropout": 0.0, "prefix": "learned"})
+    task = LaserTask(laser, data, tiny.World(), fixed=False)
+    task.start(lambda: None)
+    given = task.begin_epoch(1)
+    batch = given.batch(np.arange(12))
+    whole, gradients = 0.0, []
+    for parts in ([np.arange(12)], [np.arange(5), np.arange(5, 12)]):
+        laser.zero_grad()
+        whole = sum(task.loss(batch, rows)["loss"] for rows in parts)
+        whole.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in laser.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    items = torch.unique(batch.targets)
+    fresh = laser.head(laser.item_side.outputs(items))
+    users, _ = laser.user_side.text(batch.histories)
+    counts = torch.bincount(data.train_sequences.items, minlength=N)
+    logits = torch.nn.functional.normalize(users, dim=-1) @ torch.nn.functional.normalize(fresh, dim=-1).T
+    logits = logits / laser.temperature - (counts / counts.sum()).log()[items]
+    losses = []
+    for row, (history, target) in enumerate(zip(batch.histories.lists(), batch.targets.tolist(), strict=True)):
+        allowed = [i for i, item in enumerate(items.tolist()) if not more or item == target or item not in history]
+        losses.append(torch.logsumexp(logits[row, allowed], 0) - logits[row, items.tolist().index(target)])
+    assert float(whole.detach()) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+    fixed = LaserTask(laser, data, tiny.World(), fixed=True)
+    assert float(fixed.loss(batch, np.arange(12))["loss"]) != pytest.approx(float(whole.detach()), rel=1e-3)
+
+
+def test_batch_negatives_need_items_that_are_trained():
+    with pytest.raises(ValueError, match=r"train.negatives batch .* needs prompt.item_side trained"):
+        tiny.config("x", train={"negatives": "batch"}, prompt={"item_side": "plain"})

@@ -1,0 +1,133 @@
+"""`laserrec reproduce table1 ... figure4, all`: the paper's tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from laserrec.cli.options import ConfigFile, Device, Flags, JsonFile, Quiet, finish, given, say
+from laserrec.cli.output import print_table
+from laserrec.util.errors import UserError
+
+TITLES = {"table1": "statistics of the data", "table2": "Laser and the rivals", "table3": "trained parameters",
+          "table4": "Laser without its parts", "table5": "how an embedding is taken from the LLM",
+          "table6": "wording of the prompt", "table7": "number of experts and queries",
+          "figure4": "Laser on other ID models"}
+Names = Annotated[list[str] | None, Parameter(consume_multiple=True)]
+
+
+def add_paper(app: App) -> None:
+    """Give `laserrec reproduce` a command for each table and figure, and `all`."""
+    for name, title in TITLES.items():
+        app.command(_command(name, title), name=name)
+    app.command(_command("all", "all tables and figures"), name="all")
+
+
+def _command(name: str, title: str) -> Callable[..., None]:
+    def command(out: Path = Path("runs/paper"), *, data: Names = None, bases: Names = None, seeds: int = 1,
+                budget: float | None = None, workers: int = 1, device: Device = "auto", config: ConfigFile = None,
+                quiet: Quiet = False, json_file: JsonFile = None, flags: Flags = None) -> None:
+        told = [_one(each, out, data, bases, seeds, budget, workers, device, config, quiet, flags)
+                for each in (TITLES if name == "all" else [name])]
+        finish(told if name == "all" else told[0], json_file)
+
+    command.__name__ = name
+    command.__doc__ = f"""The paper's {name if name != 'all' else 'tables and figures'}: {title}. Run again to resume.
+
+    The result is OUT/{name if name != 'all' else 'NAME'}.json, .md and .png, the paper's own figures beside ours.
+
+    Example: laserrec reproduce {name} --data amazon-scientific amazon-office-2014 --seeds 3 --budget 60
+
+    Parameters
+    ----------
+    out
+        Everything is kept here; what several tables share is fitted once.
+    data
+        Names of data sets that come with the source tree, or data folders; else amazon-scientific.
+    bases
+        Presets to start from; else paper-small and small.
+    seeds
+        Seeds 0, 1, ... of every model in which something is random.
+    budget
+        Minutes after which nothing new is begun.
+    workers
+        Processes that fit side by side.
+    """
+    return command
+
+
+def _one(name: str, out: Path, data: list[str] | None, bases: list[str] | None, seeds: int, budget: float | None,
+         workers: int, device: str, file: Path | None, quiet: bool, flags: Any) -> dict[str, Any]:
+    from laserrec.config import load_config
+    from laserrec.experiments.machine import describe
+    from laserrec.experiments.paper import counts
+    from laserrec.experiments.paper.run import Setup, reproduce
+    from laserrec.experiments.paper.show import cells, groups, heads, write
+    from laserrec.util.io import write_json
+
+    for what, value in (("seeds", seeds), ("workers", workers)):
+        if value < 1:
+            raise UserError(f"{what} is {value}; it must be at least 1")
+    if budget is not None and not budget > 0:
+        raise UserError(f"budget is {budget} minutes; it must be above 0")
+    if name == "table3":
+        return _counted(name, out, counts.table3(), ("llm", "tuning", "trained", "share_percent"))
+    folders = _folders(data or ["amazon-scientific"], out)
+    if name == "table1":
+        return _counted(name, out, counts.table1(folders),
+                        ("data", "users", "items", "interactions", "mean_history", "density", "published"))
+    wanted = bases or ["paper-small", "small"]
+    setup = Setup(folders, {base: load_config(base, file, given(flags)) for base in wanted}, out, device, not quiet)
+    found_now = reproduce(name, setup, range(seeds), None if budget is None else 60 * budget, workers)
+    result: dict[str, Any] = {"machine": describe(), **found_now}
+    write_json(out / f"{name}.json", result)
+    k = next(iter(setup.bases.values())).eval.k
+    found = groups(result["rows"], k)
+    for place in dict.fromkeys((line["data"], line["base"]) for line in found):
+        print_table(f"{result['title']}: {place[0]}, preset {place[1]}, {result['split']} split, all items ranked",
+                    ("model", *heads(k)), ((line["model"], *cells(line, k)) for line in found
+                                           if (line["data"], line["base"]) == place), folded="model")
+    missing: list[dict[str, Any]] = result["missing"]
+    for row in missing:
+        say(f"not measured: {row['data']}, {row['base']}, {row['model']}: {row['why']}")
+    say(f"written: {', '.join(map(str, [out / f'{name}.json', *write(result, out, k)]))}")
+    return result
+
+
+def _counted(name: str, out: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> dict[str, Any]:
+    from laserrec.experiments.machine import describe
+    from laserrec.util.io import write_json
+
+    result = {"machine": describe(), "experiment": name, "title": TITLES[name], "rows": rows}
+    write_json(out / f"{name}.json", result)
+    print_table(TITLES[name], columns, ([_shown(row[column]) for column in columns] for row in rows),
+                folded=columns[1])
+    say(f"written: {out / f'{name}.json'}")
+    return result
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _folders(data: list[str], out: Path) -> dict[str, Path]:
+    """Name -> data folder; those that come with the source tree are prepared in OUT/data/NAME."""
+    from laserrec.config import DataConfig
+    from laserrec.data.prepare import prepare_source
+    from laserrec.data.sources import BUNDLED
+
+    folders: dict[str, Path] = {}
+    for name in data:
+        if name in BUNDLED:
+            folders[name] = out / "data" / name
+            prepare_source(name, folders[name], DataConfig())
+        else:
+            folders[Path(name).resolve().name] = Path(name)
+    if len(folders) < len(data):
+        raise UserError("two of the data folders have the same name; rename one")
+    return folders

@@ -1,0 +1,128 @@
+"""What an item may have beside title, brand and category: further columns of text, and a vector of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float
+
+from laserrec.data.clean import ids, texts, why_no_id
+from laserrec.data.files import Table
+from laserrec.util.errors import UserError
+
+VECTOR = "vector"
+"""The column that holds an item's vector, pl.Array(pl.Float32, d); null where an item has none."""
+RESERVED = ("item", "item_id", "title", "brand", "category", VECTOR)
+"""Columns of the items' table that have a meaning of their own."""
+
+
+def extra_names(items: pl.DataFrame) -> list[str]:
+    """Its further columns of text."""
+    return [name for name in items.columns if name not in RESERVED]
+
+
+def read_texts(table: Table, names: Sequence[str]) -> list[pl.Series]:
+    """Further columns as cleaned text; null where the table lacks them."""
+    have = table.frame.columns
+    return [texts(table.frame[name]) if name in have else pl.Series(name, [None] * table.frame.height, dtype=pl.String)
+            for name in names]
+
+
+def with_vectors(items: pl.DataFrame, given: Table) -> pl.DataFrame:
+    """`items` with the column `vector` of a table of item_id and vector: a column of lists, or one number per column.
+    Items that it lacks have null; ids that are no items' are left out.
+
+    Raises UserError, with the row, for an unreadable or repeated id, for vectors of unequal length or with values that
+    are no finite numbers, and if no item has a vector.
+    """
+    found = _vectors(given)
+    out = items.drop(VECTOR, strict=False).join(found, "item_id", "left", maintain_order="left")
+    if out[VECTOR].null_count() == out.height:
+        raise UserError(f"{given.name}: none of its {found.height:,} ids is among the items; ids look like "
+                        f"{found['item_id'].head(3).to_list()}, the items' like {items['item_id'].head(3).to_list()}")
+    return out
+
+
+def _vectors(given: Table) -> pl.DataFrame:
+    frame = given.frame
+    if "item_id" not in frame.columns or frame.width < 2:
+        raise UserError(f"{given.name}: a table of item vectors has the column item_id and a column vector (or one "
+                        f"number per column); there are: {', '.join(frame.columns) or 'none'}")
+    names = ids(frame["item_id"])
+    for bad, what in ((names.is_null(), "no id"), (names.is_duplicated(), "an id that stands in more than one row")):
+        if bad.any():
+            row = int(bad.arg_max() or 0)
+            told = why_no_id(frame["item_id"][row]) if what == "no id" else what
+            raise UserError(f"{given.where(row)}, column item_id: {told} (found {str(frame['item_id'][row])[:80]!r})")
+    width, column = _as_lists(given)
+    values = column.explode().to_numpy()
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0]) // width
+        raise UserError(f"{given.where(row)}: its vector holds a value that is no finite number")
+    return pl.DataFrame([names, column.cast(pl.Array(pl.Float32, width)).alias(VECTOR)])
+
+
+def _as_lists(given: Table) -> tuple[int, pl.Series]:
+    """Width, and a column of lists of so many float32."""
+    frame = given.frame.drop("item_id")
+    lists = [name for name in frame.columns if isinstance(frame[name].dtype, pl.List | pl.Array)]
+    if VECTOR in lists:
+        lists = [VECTOR]
+    if not lists:
+        frame = frame.with_columns(pl.col(pl.String).cast(pl.Float64, strict=False))  # of delimited text
+        if not all(dtype.is_numeric() for dtype in frame.dtypes):
+            wrong = next(name for name in frame.columns if not frame[name].dtype.is_numeric())
+            raise UserError(f"{given.name}: column {wrong} holds no numbers; give a column vector with lists of "
+                            "numbers, or numbers in all columns but item_id")
+        numbers = pl.all().cast(pl.Float32).fill_null(float("nan"))
+        column = frame.select(pl.concat_list(numbers).alias(VECTOR)).to_series()
+    elif len(lists) > 1:
+        raise UserError(f"{given.name}: several columns hold lists ({', '.join(lists)}); name the one with the vectors "
+                        "vector")
+    else:
+        try:
+            column = frame[lists[0]].cast(pl.List(pl.Float32))
+        except pl.exceptions.PolarsError:
+            raise UserError(f"{given.name}: column {lists[0]} holds lists of something else than numbers") from None
+    lengths = column.list.len()
+    wrong = (lengths != lengths[0]).fill_null(True) | (lengths == 0).fill_null(True)
+    if wrong.any():
+        row = int(wrong.arg_max() or 0)
+        raise UserError(f"{given.where(row)}: its vector has {lengths[row] or 0} numbers and the first row's "
+                        f"{lengths[0] or 0}; all must have as many")
+    return int(lengths[0]), column
+
+
+def vectors_of(items: pl.DataFrame) -> Float[np.ndarray, "n_items d_own"] | None:
+    """The items' own vectors, rows of NaN where an item has none; None where the table has no such column. Raises
+    UserError for a column of another type."""
+    if VECTOR not in items.columns:
+        return None
+    kind = items[VECTOR].dtype
+    if not isinstance(kind, pl.Array) or kind.inner != pl.Float32 or len(kind.shape) != 1:
+        raise UserError(f"the items' column {VECTOR} is {kind}, not vectors of float32 of one length; prepare the data "
+                        "again")
+    out = np.full((items.height, kind.shape[0]), np.nan, dtype=np.float32)
+    known = items[VECTOR].is_not_null()
+    out[known.to_numpy()] = items[VECTOR].drop_nulls().to_numpy()
+    return out
+
+
+def like(new: pl.DataFrame, table: Table, items: pl.DataFrame) -> pl.DataFrame:
+    """`new` with the further columns that a catalogue `items` has, from a caller's table of new items; null where that
+    table lacks them. Raises UserError for a vector of another length."""
+    out = new.with_columns(read_texts(table, extra_names(items)))
+    if VECTOR not in items.columns:
+        return out
+    kind = items[VECTOR].dtype
+    if VECTOR not in table.frame.columns or table.frame[VECTOR].null_count() == table.frame.height:
+        return out.with_columns(pl.lit(None, kind).alias(VECTOR))
+    given = Table(pl.DataFrame([new["item_id"], table.frame[VECTOR]]).drop_nulls(VECTOR), table.name, table.locate)
+    found = with_vectors(new, given)
+    own, wanted = (frame[VECTOR].dtype for frame in (found, items))
+    if isinstance(own, pl.Array) and isinstance(wanted, pl.Array) and own != wanted:
+        raise UserError(f"{table.name}: vectors of new items have {own.shape[0]} numbers and those of the catalogue "
+                        f"{wanted.shape[0]}")
+    return out.with_columns(found[VECTOR])

@@ -1,0 +1,185 @@
+"""Run a table of the paper on data sets, for one or more base presets and seeds: resumable, within a budget of time,
+in several processes if asked to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from laserrec.config import Config, merge
+from laserrec.data.dataset import Dataset
+from laserrec.evaluation.evaluate import Scorer, evaluate
+from laserrec.experiments.paper.spec import EXPERIMENTS, Experiment, published_of, table7_rows
+from laserrec.experiments.table import Measured, Row, Table, rank_test
+from laserrec.util.device import choose
+from laserrec.util.errors import UserError
+from laserrec.util.io import write_json
+from laserrec.util.progress import Progress
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how; the same for all rows of a call."""
+
+    data: Mapping[str, Path]
+    """Name -> data folder."""
+    bases: Mapping[str, Config]
+    """Preset -> its settings with the caller's own laid over them."""
+    out: Path
+    """OUT/DATA/BASE holds the models, OUT/NAME.json the result."""
+    device: str = "auto"
+    progress: bool = True
+
+
+Job = tuple[str, str, str, int | None]
+"""Data set, base, row, seed."""
+
+
+def reproduce(name: str, setup: Setup, seeds: Sequence[int], budget_seconds: float | None = None, workers: int = 1
+              ) -> dict[str, Any]:
+    """Fit and measure what is not there yet, and collect. {experiment, title, split, rows, missing}: each row is
+    {data, base, model, kind, seed, recall@k, ndcg@k, mrr, train_seconds, seconds, published, fingerprint}; missing:
+    rows that the settings of a base rule out, with the reason, or that the budget left undone. Written to
+    OUT/NAME.json after each row.
+
+    budget_seconds: after this time nothing new is begun; the same call goes on. workers: processes; what several rows
+    share (item texts, ID models) is made first, in this one. Raises UserError for an unknown name.
+    """
+    if name not in EXPERIMENTS:
+        raise UserError(f"there is no {name!r}; there are: {', '.join(EXPERIMENTS)}")
+    until = None if budget_seconds is None else time.monotonic() + budget_seconds
+    experiment, found = EXPERIMENTS[name](), _Found(name, setup)
+    jobs: list[Job] = []
+    for data, base in ((data, base) for data in setup.data for base in setup.bases):
+        table = _table(experiment, setup, data, base)
+        for row in _wanted(experiment, setup.bases[base]):
+            if (why := _ruled_out(row, setup.bases[base])) is not None:
+                found.missing.append({"data": data, "base": base, "model": row.name, "why": why})
+                continue
+            wanted: Sequence[int | None] = seeds if row.seeded else [None]
+            for seed in wanted:
+                if (kept := table.kept(row.name, seed)) is not None:
+                    found.add((data, base, row.name, seed), kept, experiment)
+                else:
+                    jobs.append((data, base, row.name, seed))
+    done = set()
+    for job, measured in _run(name, setup, jobs, until, workers):
+        found.add(job, measured, experiment)
+        done.add(job)
+    found.missing += [{"data": data, "base": base, "model": row, "seed": seed, "why": "the budget was used up"}
+                      for data, base, row, seed in jobs if (data, base, row, seed) not in done]
+    return found.result(experiment)
+
+
+def _run(name: str, setup: Setup, jobs: Sequence[Job], until: float | None, workers: int
+         ) -> Iterator[tuple[Job, Measured]]:
+    experiment = EXPERIMENTS[name]()
+    tables: dict[tuple[str, str], Table] = {}
+    for job in jobs if workers == 1 else ():
+        if _late(until):
+            return
+        data, base, row, seed = job
+        if (data, base) not in tables:
+            tables = {(data, base): _table(experiment, setup, data, base)}  # one in memory at a time
+        yield job, tables[data, base].result(row, seed)
+    if workers > 1 and jobs:
+        for data, base in dict.fromkeys(job[:2] for job in jobs):
+            own = [job for job in jobs if job[:2] == (data, base)]
+            _table(experiment, setup, data, base).prepare([(row, seed) for _, _, row, seed in own])
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            quiet = Setup(setup.data, setup.bases, setup.out, setup.device, progress=False)
+            waiting = {pool.submit(_job, name, quiet, job, until, workers): job for job in jobs}
+            for future in as_completed(waiting):
+                if (measured := future.result()) is not None:
+                    yield waiting[future], measured
+
+
+def _late(until: float | None) -> bool:
+    return until is not None and time.monotonic() > until
+
+
+def _job(name: str, setup: Setup, job: Job, until: float | None, workers: int) -> Measured | None:
+    """One row in a process of its own; None where the time is over. time.monotonic is the machine's, for all."""
+    if _late(until):
+        return None
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    data, base, row, seed = job
+    return _table(EXPERIMENTS[name](), setup, data, base).result(row, seed)
+
+
+def _wanted(experiment: Experiment, base: Config) -> tuple[Row, ...]:
+    if experiment.name == "table7":
+        return table7_rows(base.mformer.experts, base.mformer.queries)
+    return experiment.rows
+
+
+def _table(experiment: Experiment, setup: Setup, data: str, base: str) -> Table:
+    """All experiments on one data set and base share a folder, so that what several have in common is fitted once."""
+    config, dataset = setup.bases[base], Dataset.load(setup.data[data])
+    others = [str(folder) for name, folder in setup.data.items() if name != data]
+    rows = [_with_other(row, others) for row in _wanted(experiment, config)]
+    measure = rank_test if experiment.split == "test" else rank_validation
+    return Table(rows, dataset, config, setup.out / data / base, choose(setup.device), setup.progress,
+                 measure=measure, measured_by=experiment.split)
+
+
+def _with_other(row: Row, others: Sequence[str]) -> Row:
+    """RecGURU learns from two data sets, if there is a second one."""
+    if row.method != "recguru" or not others:
+        return row
+    settings = merge(row.settings, {"recguru": {"other": others[0]}})
+    return Row(row.name, row.kind, row.method, settings, row.seeded, row.of, row.make, row.folder)
+
+
+def _ruled_out(row: Row, base: Config) -> str | None:
+    """Why a row can't be fitted on this base; None if it can."""
+    try:
+        Config.model_validate(merge(base.model_dump(), row.settings))
+    except ValidationError as error:
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return None
+
+
+def rank_validation(table: Table, name: str, scorer: Scorer, file: Path) -> Measured:
+    """As rank_test, of the validation split, and nothing is written beside the result."""
+    dataset, settings = table.dataset, table.config.eval
+    with Progress(f"{name}: validation", len(dataset.cases("validation")), table.progress) as bar:
+        return evaluate(name, scorer, dataset, "validation", settings.k, settings.batch_size, bar.advance).row()
+
+
+class _Found:
+    """Rows so far, on disk after each."""
+
+    def __init__(self, name: str, setup: Setup):
+        self.name, self.setup = name, setup
+        self.rows: list[dict[str, Any]] = []
+        self.missing: list[dict[str, Any]] = []
+
+    def add(self, job: Job, measured: Measured, experiment: Experiment) -> None:
+        data, base, row, _ = job
+        own = {key: value for key, value in measured.items() if key not in ("model", "ranks", "split", "users")}
+        self.rows.append({"data": data, "base": base, "model": row, **own, "published": published_of(experiment, row)})
+        write_json(self.setup.out / f"{self.name}.json", self.result(experiment))
+
+    def result(self, experiment: Experiment) -> dict[str, Any]:
+        return {"experiment": self.name, "title": experiment.title, "split": experiment.split,
+                "rows": sorted(self.rows, key=self._place(experiment)), "missing": self.missing}
+
+    def _place(self, experiment: Experiment) -> Any:
+        names = [row.name for row in experiment.rows]
+        data, bases = list(self.setup.data), list(self.setup.bases)
+
+        def key(row: dict[str, Any]) -> tuple[int, int, int, str, int]:
+            at = names.index(row["model"]) if row["model"] in names else len(names)
+            return data.index(row["data"]), bases.index(row["base"]), at, row["model"], row["seed"] or 0
+
+        return key
+

@@ -1,0 +1,67 @@
+"""Go on from a fitted model with new interactions, users and items, by a short training from its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from laserrec.config import Config, merge, valid
+from laserrec.data.dataset import Dataset
+from laserrec.data.extras import VECTOR
+from laserrec.llm.text_features import TextFeatures
+from laserrec.methods.all import find_method
+from laserrec.recommender.fitting import Fitted, fit, kept_texts
+from laserrec.util.errors import UserError
+
+_EPOCHS, _PATIENCE, _TRIALS = 10, 2, 100
+"""At most: epochs of a sequence model, validations without a better one, and blends that are tried."""
+_MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
+    "train": None, "blend": None, "eval": None, "neighbours": None,
+    "id_model": ("lr", "weight_decay", "dropout", "batch_size", "max_epochs", "patience", "eval_every", "shuffle",
+                 "mask_probability", "seed"),
+}
+"""Settings that the carried weights do not depend on, by section; None: all of it."""
+
+
+def refit(old: Fitted, dataset: Dataset, folder: Path | str, changes: dict[str, Any] | None = None,
+          progress: bool = True) -> Fitted:
+    """See `LaserRecommender.refit`."""
+    if old.config.student is not None:
+        raise UserError("a distilled model can't be refitted; refit the model that it was distilled from, and distil "
+                        "that again")
+    warm = find_method(old.method).carry is not None
+    config = settings(old.config, changes or {}) if warm else merged(old.config, changes or {})
+    return fit(old.method, dataset, config, folder, old.features.device, features=_features(old, dataset),
+               progress=progress, start=old if warm else None)
+
+
+def settings(config: Config, changes: dict[str, Any]) -> Config:
+    """The model's own, with a short training and search; then `changes`. Raises UserError for changes of what the
+    weights depend on."""
+    for section, values in changes.items():
+        allowed = _MAY_CHANGE.get(section, ())
+        wrong = [name for name in values if allowed is not None and name not in allowed]
+        if wrong:
+            raise UserError(f"{section}.{wrong[0]} can't change in a refit, which goes on with the model's weights; "
+                            "fit from nothing to change it")
+    own, train = config.id_model, config.train
+    short = {
+        "id_model": {"max_epochs": min(own.max_epochs, _EPOCHS), "patience": min(own.patience, _PATIENCE)},
+        "train": {"stage_one_epochs": min(train.stage_one_epochs, 1),
+                  "stage_two_epochs": 0 if train.stage_one_epochs else min(train.stage_two_epochs, 1)},
+        "blend": {"trials": min(config.blend.trials, _TRIALS), "regressions": 0, "shuffles": ()},
+    }
+    return merged(config, merge(short, changes))
+
+
+def merged(config: Config, changes: dict[str, Any]) -> Config:
+    """`changes` laid on the settings. Raises UserError for unknown names and values."""
+    return valid(Config, merge(config.model_dump(mode="json"), changes), "the model's settings with changes")
+
+
+def _features(old: Fitted, dataset: Dataset) -> TextFeatures:
+    """The model's own LLM. Texts that the model has read are not read again."""
+    means = getattr(old.model, "item_tensors", dict)().get("means")
+    if means is None or VECTOR in old.items.columns:  # with vectors beside them they are not the LLM's alone
+        return old.features.kept_in(kept_texts(dataset))
+    return old.features.knowing(old.items, means)

@@ -1,0 +1,183 @@
+"""One loaded model as it answers: rows and texts of its catalogue, and the answers that are kept.
+
+A server that takes a newer model has two of these for a while: each request is asked of, and answered with, the one
+that served when it came.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+
+from laserrec.methods.protocol import Growing, TwoTower
+from laserrec.recommender.folder import model_identity
+from laserrec.recommender.ranking import Ask, Ranked
+from laserrec.recommender.recommender import LaserRecommender
+from laserrec.server.cache import AnswerCache
+from laserrec.server.listing import Item, Listing, item_of
+from laserrec.server.settings import Limits
+from laserrec.server.state import Kept, State
+from laserrec.util.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`ranked`, and per item the nearest item of the history with the cosine of the two; nothing of this kind where the
+    method has no vectors."""
+
+    ranked: Ranked
+    near: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Similar:
+    """A request for the k items nearest to the one in this row."""
+
+    row: int
+    k: int
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How the models of one server are opened. device, backbone, trust_remote_code: as in
+    `LaserRecommender.from_pretrained`."""
+
+    state_folder: Path
+    limits: Limits
+    device: str = "auto"
+    backbone: Path | str | None = None
+    trust_remote_code: bool = False
+
+    def load(self, folder: Path, index: Path | None, name: str) -> Served:
+        """A model, an index of it if one is named, and the changes that callers made to the catalogue. Nothing is
+        written. Raises UserError for a folder that is no model, an index of another model and a damaged state."""
+        state = State(self.state_folder, model_identity(folder))
+        model = LaserRecommender.from_pretrained(folder, self.backbone, device=self.device,
+                                                 trust_remote_code=self.trust_remote_code)
+        model.use_index(index)  # before the changes: it is of the catalogue as it was fitted
+        return Served(model, state, self.limits, name, folder, index)
+
+
+class Served:
+    """A model with its listing. `answer` and all that changes the catalogue belong to the worker's thread.
+
+    `kept`: the changes that are on disk, or what becomes of them with this model; `stale`: whether the two differ.
+    """
+
+    def __init__(self, model: LaserRecommender, state: State, limits: Limits, name: str, folder: Path,
+                 index: Path | None = None):
+        self.model, self.state, self.name, self.folder, self.index = model, state, name, folder, index
+        self.fitted = frozenset(model.items["item_id"].to_list())
+        self.kept, self.stale = self._applied(state.read())
+        self.listing = Listing(self._live_items())
+        self.cache = AnswerCache(limits.cache)
+
+    def _applied(self, kept: Kept) -> tuple[Kept, bool]:
+        if gone := [i for i in kept.removed if i in self.fitted]:
+            self.model.remove_items(gone)
+        # What a newer model was fitted with is no longer an added item, unless it had been removed and added anew.
+        fitted_since = self.fitted.difference(gone) & kept.added.keys()
+        added = {name: item for name, item in kept.added.items() if name not in fitted_since}
+        if added and not isinstance(self.model.model, Growing):
+            _log.warning("%d items that were added to an earlier model are left out: method %s can't take new items",
+                         len(added), self.model.method)
+            return kept, False
+        known, other = [], []
+        for name, item in added.items():
+            (known if self._fits(kept.embeddings.get(name)) else other).append(item)
+        if known:
+            stored = np.stack([kept.embeddings[item["item_id"]] for item in known])
+            self.model.add_items(frame_of(known), torch.from_numpy(stored))
+        if other:  # added to an earlier model
+            self.model.add_items(frame_of(other))
+        if other or fitted_since:
+            return replace(kept, added=added, embeddings=self.embeddings(list(added))), True
+        return kept, False
+
+    def _fits(self, embedding: np.ndarray | None) -> bool:
+        return embedding is not None and embedding.shape == self.model.embeddings.shape[1:] \
+            and bool(np.isfinite(embedding).all())
+
+    def _live_items(self) -> list[tuple[int, Item]]:
+        names = list(Item.__annotations__)
+        texts = {row["item_id"]: item_of(row) for row in self.model.items.select(names).iter_rows(named=True)}
+        for gone in self.model.unknown_items(list(texts)):  # their rows stay in the model's table
+            del texts[gone]
+        return self.with_rows(list(texts.values()))
+
+    def with_rows(self, items: Sequence[Item]) -> list[tuple[int, Item]]:
+        """Each with its row in the model."""
+        rows = self.model.dense_items([item["item_id"] for item in items], "items")
+        return list(zip(rows.tolist(), items, strict=True))
+
+    def embeddings(self, names: list[str]) -> dict[str, np.ndarray]:
+        """To keep them, so that a restart does not read the texts again."""
+        if not names or not isinstance(self.model.model, TwoTower):
+            return {}
+        return dict(zip(names, self.model.encode_items(names), strict=True))
+
+    # -- answers ------------------------------------------------------------------------------------------------
+
+    def ask(self, history: Sequence[str], k: int, exclude_seen: bool, candidates: Sequence[str] | None = None,
+            exclude: Sequence[str] = ()) -> tuple[Ask, list[str]]:
+        """The request in the model's rows, and the history's unknown ids; unknown ids of `exclude` change nothing.
+        Raises UserError if nothing is left of the history, or for an unknown candidate."""
+        rows = [self.listing.row(item_id) for item_id in history]
+        known = [row for row in rows if row is not None]
+        if not known:
+            raise UserError("history: none of its items is in the catalogue; add them with POST /v1/items")
+        allowed = None if candidates is None else np.array(self._candidates(candidates), dtype=np.int64)
+        gone = sorted({row for item_id in exclude if (row := self.listing.row(item_id)) is not None})
+        unknown = [item_id for item_id, row in zip(history, rows, strict=True) if row is None]
+        hidden = np.array(gone, dtype=np.int64) if gone else None
+        return Ask(np.array(known, dtype=np.int64), k, exclude_seen, allowed, hidden), unknown
+
+    def _candidates(self, item_ids: Sequence[str]) -> list[int]:
+        rows = {item_id: self.listing.row(item_id) for item_id in item_ids}
+        if missing := [item_id for item_id, row in rows.items() if row is None]:
+            raise UserError(f"candidates: {len(missing)} unknown item ids, first {missing[:3]}; add them with "
+                            "POST /v1/items")
+        return [row for row in rows.values() if row is not None]
+
+    def cached(self, ask: Ask) -> Answer | None:
+        """The answer to the same request, if it is kept."""
+        return self.cache.get(_key(ask))
+
+    def answer(self, asks: Sequence[Ask | Similar]) -> list[Answer | Ranked]:
+        """An Answer to each Ask, a Ranked to each Similar."""
+        own = [ask for ask in asks if isinstance(ask, Ask)]
+        ranked = iter(self.model.rank(own) if own else ())
+        return [self.model.nearest(ask.row, ask.k) if isinstance(ask, Similar) else self._explained(ask, next(ranked))
+                for ask in asks]
+
+    def _explained(self, ask: Ask, ranked: Ranked) -> Answer:
+        answer = Answer(ranked, self._near(ask, ranked))
+        self.cache.put(_key(ask), answer)
+        return answer
+
+    def _near(self, ask: Ask, ranked: Ranked) -> tuple[tuple[int, float], ...]:
+        if not isinstance(self.model.model, TwoTower):
+            return ()
+        found, history = (F.normalize(self.model.model.items(torch.as_tensor(rows)), dim=-1)
+                          for rows in (ranked.items, ask.history))
+        values, places = (found @ history.T).max(dim=1)
+        return tuple(zip(ask.history[places.cpu().numpy()].tolist(), values.tolist(), strict=True))
+
+
+def _key(ask: Ask) -> tuple:
+    rows = (None if rows is None else tuple(rows.tolist()) for rows in (ask.history, ask.candidates, ask.exclude))
+    return *rows, ask.k, ask.exclude_seen
+
+
+def frame_of(items: Sequence[Item]) -> pl.DataFrame:
+    """As `LaserRecommender.add_items` takes them."""
+    return pl.DataFrame(list(items), schema=dict.fromkeys(Item.__annotations__, pl.String))

@@ -1,0 +1,153 @@
+"""The paper's tables: every row can be fitted or says why not, results are found again, counts are right."""
+
+import json
+import math
+
+import pytest
+import tiny
+
+from laserrec.config import load_config
+from laserrec.data.dataset import Dataset
+from laserrec.data.prepare import prepare
+from laserrec.data.raw import from_frames
+from laserrec.evaluation.evaluate import evaluate
+from laserrec.experiments.paper import counts, run, show
+from laserrec.experiments.paper.run import Setup, reproduce
+from laserrec.experiments.paper.spec import EXPERIMENTS, Experiment, published_of, table7_rows
+from laserrec.experiments.table import Row
+from laserrec.methods.all import METHODS
+from laserrec.recommender.recommender import LaserRecommender
+from laserrec.util.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    raw = from_frames(*tiny.planted_tables(15, 40))
+    folder = tmp_path_factory.mktemp("data") / "walks"
+    config = tiny.config("none", data={"min_user_interactions": 2, "min_item_interactions": 1}).data
+    prepare(raw.interactions, raw.items, config, folder)
+    return folder
+
+
+@pytest.fixture
+def setup(data, llm_folder, tmp_path):
+    base = tiny.config(llm_folder(), prompt=tiny.QUICK | {"template": "paper"},
+                       train={"stage_one_epochs": 1, "stage_two_epochs": 1, "batch_size": 32})
+    return Setup({"walks": data}, {"tiny": base}, tmp_path / "paper", progress=False)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_row_is_a_method_and_every_published_figure_a_row(name):
+    experiment = EXPERIMENTS[name]()
+    rows = experiment.rows or table7_rows(8, 32)
+    assert rows and all(row.method in METHODS for row in rows)
+    assert len({row.name for row in rows}) == len({row.slug for row in rows}) == len(rows)
+    for table in experiment.published.values():
+        missing = set(table) - {key for key in table for row in rows if key == row.name or row.name.endswith(key)}
+        assert all(METHODS.keys().isdisjoint({key.lower()}) for key in missing), missing
+    for base in experiment.bases:
+        possible = [row for row in rows if run._ruled_out(row, load_config(base)) is None]
+        assert len(possible) >= 2 and (base != "paper-small" or len(possible) == len(rows))
+
+
+def test_table_7_keeps_the_papers_proportions():
+    assert [row.settings["mformer"] for row in table7_rows(4, 8)] == [
+        {"experts": 4, "queries": 8}, {"experts": 2, "queries": 8}, {"experts": 6, "queries": 8},
+        {"experts": 4, "queries": 4}, {"experts": 4, "queries": 12}]
+    assert published_of(EXPERIMENTS["table7"](), table7_rows(4, 8)[4].name) == {"Scientific": (.0975, .0692, .0644)}
+
+
+def two_rows() -> Experiment:
+    return Experiment("two", "Two rows", (
+        Row("popularity", "id", "popularity", seeded=False), Row("Laser", "laser", "laser"),
+        Row("impossible", "laser", "laser", {"prompt": {"layout": "none"}})), {"Paper": {"Laser": (.3, .2, .1)}})
+
+
+def test_rows_are_measured_once_and_a_budget_leaves_the_rest(setup, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "two", two_rows)
+    nothing = reproduce("two", setup, range(2), budget_seconds=-1)
+    assert nothing["rows"] == [] and len(nothing["missing"]) == 4
+    result = reproduce("two", setup, range(2))
+    assert [(row["model"], row["seed"]) for row in result["rows"]] == [("popularity", None), ("Laser", 0), ("Laser", 1)]
+    assert [row["model"] for row in result["missing"]] == ["impossible"]
+    assert "needs prompt.item_side mean" in result["missing"][0]["why"]
+    written = json.loads((setup.out / "two.json").read_text())
+    assert written["rows"] == json.loads(json.dumps(result["rows"]))
+    assert result["rows"][1]["published"] == {"Paper": (.3, .2, .1)} and result["rows"][0]["published"] == {}
+    dataset = Dataset.load(setup.data["walks"])
+    model = LaserRecommender.from_pretrained(setup.out / "walks" / "tiny" / "seed-1" / "laser")
+    assert evaluate("m", model, dataset, "test").plain.ndcg == pytest.approx(result["rows"][2]["ndcg@10"])
+    monkeypatch.setattr("laserrec.experiments.table.fit", lambda *_: pytest.fail("it fits again"))
+    assert reproduce("two", setup, range(2))["rows"] == result["rows"]
+
+
+def test_processes_give_what_one_gives(setup, tmp_path):
+    one = reproduce("table5", setup, range(1))
+    other = Setup(setup.data, setup.bases, tmp_path / "other", progress=False)
+    several = reproduce("table5", other, range(1), workers=2)
+    assert len(one["rows"]) == 3 and one["missing"] == several["missing"] == []
+    assert [(row["model"], row["ndcg@10"], row["mrr"]) for row in one["rows"]] == [
+        (row["model"], row["ndcg@10"], row["mrr"]) for row in several["rows"]]
+    assert len(list((tmp_path / "other").rglob("id-model-*/model.json"))) == 1
+
+
+def test_table_7_ranks_the_validation_split(setup):
+    setup = Setup(setup.data, {"tiny": setup.bases["tiny"]}, setup.out, progress=False)
+    result = reproduce("table7", setup, range(1))
+    row, dataset = result["rows"][0], Dataset.load(setup.data["walks"])
+    folder = next((setup.out / "walks" / "tiny" / "seed-0").glob("k*/model.json")).parent
+    found = {evaluate("m", LaserRecommender.from_pretrained(folder), dataset, "validation").plain.ndcg}
+    assert result["split"] == "validation" and len(result["rows"]) == 5
+    assert any(each["ndcg@10"] == pytest.approx(value) for each in result["rows"] for value in found)
+    assert row["published"]
+
+
+def test_an_unknown_table(setup):
+    with pytest.raises(UserError, match="there is no 'table9'; there are: table2"):
+        reproduce("table9", setup, range(1))
+
+
+def test_means_and_the_papers_figures_stand_apart():
+    row = {"data": "d", "base": "b", "model": "m", "train_seconds": 2.0, "published": {"Scientific": (.3, .2, .1)}}
+    rows = [{**row, "seed": seed, "recall@10": value, "ndcg@10": value / 2, "mrr": 0.1}
+            for seed, value in ((0, 0.2), (1, 0.4))]
+    line = show.groups(rows, 10)[0]
+    assert line["recall@10"] == pytest.approx(0.3) and line["recall@10_sd"] == pytest.approx(math.sqrt(0.02))
+    assert show.cells(line, 10) == ["0.3000 ± 0.1414", "0.1500 ± 0.0707", "0.1000 ± 0.0000", "Scientific 0.2000", "2",
+                                    "2"]
+    text = show.markdown({"title": "T", "split": "test", "rows": rows, "missing": [
+        {"data": "d", "base": "b", "model": "x", "why": "no time"}]})
+    assert "| m | 0.3000 ± 0.1414 |" in text and "- d, b: x (no time)" in text
+
+
+def test_a_plot_and_a_page(tmp_path):
+    rows = [{"data": "d", "base": "b", "model": name, "seed": 0, "recall@10": .2, "ndcg@10": .1, "mrr": .1,
+             "train_seconds": 1.0, "published": {"Scientific": (.3, .2, .1)}} for name in ("Laser", "w/o prefix")]
+    files = show.write({"experiment": "t", "title": "T", "split": "test", "rows": rows, "missing": []}, tmp_path)
+    assert [file.name for file in files] == ["t.md", "t.png"] and files[1].stat().st_size > 5_000
+
+
+def test_statistics_of_the_data(data):
+    row, *published = counts.table1({"walks": data})
+    dataset = Dataset.load(data)
+    assert row == {"data": "walks", "users": dataset.n_users, "items": dataset.n_items,
+                   "interactions": dataset.interactions.height, "published": False,
+                   "mean_history": round(dataset.interactions.height / dataset.n_users, 2),
+                   "density": dataset.interactions.height / (dataset.n_users * dataset.n_items)}
+    assert [each["data"] for each in published] == ["Scientific", "Arts", "Pet"]
+    assert published[0]["density"] == pytest.approx(1.3e-3, rel=0.01)
+
+
+def test_trained_parameters_by_formula():
+    pytest.importorskip("peft")
+    trained = {(row["llm"], row["tuning"]): row["trained"] for row in counts.table3()}
+    llama = {tuning: count for (llm, tuning), count in trained.items() if llm == "Llama2-7B"}
+    assert llama["full"] == 6_738_415_616
+    assert llama["LoRA, rank 8, query and value"] == 32 * 2 * 8 * (4096 + 4096) == 4_194_304
+    assert llama["prefix tuning, 32 tokens in every layer"] == 32 * 32 * 2 * 4096
+    assert llama["Bi-Tuning: prefix and suffix as the LLM reads them"] == 33 * 4096 == 135_168
+    small = {tuning: count for (llm, tuning), count in trained.items() if llm == "SmolLM2-135M"}
+    assert small["full"] == 134_515_008
+    assert small["LoRA, rank 8, query and value"] == 30 * 8 * (576 + 576 + 576 + 192)
+    whole = [count for (_, tuning), count in trained.items() if tuning.startswith("Bi-Tuning: all")]
+    assert all(count > 135_000 for count in whole) and whole[0] > 50_000_000
