@@ -138,8 +138,8 @@ def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
 
 # -- rivals over sequences, one class each ----------------------------------------------------------------------------
 
-def _rival(name: str, kind: str, model: Any, reads_text: bool = True, phases: Callable[..., list[Phase]] | None = None,
-           reads: Callable[[Config], str] = lambda config: "") -> Method:
+def _rival(name: str, kind: str, model: Any, reads_text: Callable[[Config], bool] = lambda config: True,
+           phases: Callable[..., list[Phase]] | None = None, reads: Callable[[Config], str] = lambda config: "") -> Method:
     """model: a class with `fresh`, `restored` and `shapes`, whose settings are the section `name`."""
 
     def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> Any:
@@ -152,9 +152,11 @@ def _rival(name: str, kind: str, model: Any, reads_text: bool = True, phases: Ca
         return [Phase(name, SequenceTask(fresh, dataset), own.max_epochs, own.batch_size, own.lr, own.weight_decay,
                       patience=own.patience, eval_every=own.eval_every)]
 
-    return Method(kind, (name,), lambda config: reads_text,
-                  lambda given: model.fresh(given.config, given.items, given.features), phases or one_phase, restore,
-                  model.shapes, seed=lambda config: getattr(config, name).seed, reads=reads)
+    def make(given: Given) -> Any:
+        return model.fresh(given.config, given.items, given.features)
+
+    return Method(kind, (name,), reads_text, make, phases or one_phase, restore, model.shapes,
+                  seed=lambda config: getattr(config, name).seed, reads=reads)
 
 
 def _knowledge_sha256(config: Config) -> str:
@@ -245,9 +247,9 @@ METHODS: dict[str, Method] = {
     "nearest-text": _nearest(),
     "popularity": _popularity(),
     "fdsa": _rival("fdsa", "laser", FDSA),
-    "zesrec": _rival("zesrec", "text", ZESRec),
+    "zesrec": _rival("zesrec", "text", ZESRec, _llm_reads_items),
     "kar": _rival("kar", "laser", KAR, reads=_knowledge_sha256),
-    "recguru": _rival("recguru", "id", RecGURU, reads_text=False,
+    "recguru": _rival("recguru", "id", RecGURU, lambda config: False,
                       phases=lambda model, given, dataset: recguru_phases(model, dataset),
                       reads=_other_sha256),
 }

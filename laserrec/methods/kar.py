@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laserrec.config import KARConfig
@@ -60,10 +60,10 @@ class KAR(NextItemModel):
         self.config, self.n_items, self.pad = config, n_items, n_items
         self.item = nn.Embedding(n_items + 1, config.d_model, padding_idx=self.pad)
         self.body = CausalEncoder(config)
+        initialise(self)  # the experts keep PyTorch's start, as published: else facts drown in the trained vectors
         shared = nn.ModuleList(expert(config, d_text) for _ in range(config.shared_experts))
         self.facts = HybridExperts(config, shared, d_text)
         self.preferences = HybridExperts(config, shared, d_text) if n_texts else None
-        initialise(self)
         self.seen = seen_offset(config.seen_offset)
         self.register_buffer("keys", torch.zeros(n_texts, dtype=torch.long))
         self.register_buffer("texts", torch.zeros(n_texts, d_text))

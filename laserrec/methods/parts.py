@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from laserrec.config import SequenceRivalConfig
-from laserrec.llm.text_features import TextFeatures
+from laserrec.llm.text_features import TextFeatures, whitened
 from laserrec.methods.sequence import Block
 
 
@@ -70,13 +70,13 @@ class ItemVectors:
 def vectors_of_texts(features: TextFeatures, texts: Sequence[str | None]
                  ) -> tuple[Float[Tensor, "texts d_text"], Bool[Tensor, "texts"]]:
     """Whitened vectors of any texts from the frozen LLM, and which there are: those of None are zeros. Equal texts are
-    read, and counted in the whitening, once."""
+    read, and counted in the whitening, once. Raises ValueError where there is none at all."""
     column = pl.Series("title", texts, dtype=pl.String)
     distinct = column.drop_nulls().unique(maintain_order=True)
-    known = torch.tensor(column.is_not_null().to_list(), dtype=torch.bool, device=features.device)
     if not len(distinct):
-        return torch.zeros(len(column), features.backbone.d_means, device=features.device), known
-    vectors = features.vectors(distinct.to_frame())
+        raise ValueError("no texts")
+    known = torch.tensor(column.is_not_null().to_list(), dtype=torch.bool, device=features.device)
+    vectors = whitened(features.llm_means(distinct.to_frame()), max(1, len(features.config.mean_layers)))
     number = {text: row for row, text in enumerate(distinct)}
     rows = torch.tensor([number.get(text, 0) for text in column], dtype=torch.long, device=vectors.device)
     return vectors[rows] * known[:, None], known

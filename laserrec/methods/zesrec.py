@@ -21,6 +21,7 @@ from laserrec.llm.text_features import TextFeatures, text_whitening
 from laserrec.llm.whitening import whiten
 from laserrec.methods.parts import CausalEncoder, ItemVectors
 from laserrec.methods.sequence import WEIGHT_STD, NextItemModel, initialise, seen_offset
+from laserrec.util.errors import UserError
 
 
 class Recurrent(nn.Module):
@@ -43,13 +44,13 @@ class ZESRec(NextItemModel):
     mean: Float[Tensor, "d_means"]
     matrix: Float[Tensor, "d_means dims"]
 
-    def __init__(self, config: ZESRecConfig, n_items: int, features: TextFeatures, d_means: int, dims: int):
+    def __init__(self, config: ZESRecConfig, n_items: int, features: TextFeatures, d_means: int, dims: int,
+                 parts: int):
         super().__init__()
-        self.config, self.texts = config, features
-        self.depths = max(1, len(features.config.mean_layers))
+        self.config, self.texts, self.parts = config, features, parts
         self.register_buffer("mean", torch.zeros(d_means))
         self.register_buffer("matrix", torch.zeros(d_means, dims))
-        self.adaptor = nn.Linear(self.depths * dims, config.d_model)
+        self.adaptor = nn.Linear(parts * dims, config.d_model)
         self.body = Recurrent(config) if config.body == ZESRecBody.GRU else CausalEncoder(config)
         initialise(self)
         nn.init.normal_(self.adaptor.weight, std=WEIGHT_STD * self.adaptor.in_features**-0.5)
@@ -68,8 +69,13 @@ class ZESRec(NextItemModel):
     # -- other items --------------------------------------------------------------------------------------------
 
     def white(self, items: pl.DataFrame) -> Float[Tensor, "items d_text"]:
-        """Text vectors of any items, whitened as those that it was trained on."""
-        return whiten(self.texts.means(items), self.mean, self.matrix, self.depths)
+        """Text vectors of any items, whitened as those that it was trained on. Raises UserError where only one of the
+        two catalogues has vectors of its own, or theirs are of another length."""
+        means = self.texts.means(items)
+        if self.texts.parts(items) != self.parts or means.shape[1] != len(self.mean):
+            raise UserError("the model was fitted on items with other vectors of their own, or with none "
+                            "(backbone.item_vectors), than these items have; it can't compare them")
+        return whiten(means, self.mean, self.matrix, self.parts)
 
     def take_items(self, vectors: Float[Tensor, "items d_model"]) -> None:
         """Have these as the catalogue."""
@@ -104,8 +110,9 @@ class ZESRec(NextItemModel):
     @staticmethod
     def fresh(config: Any, items: pl.DataFrame, features: TextFeatures) -> ZESRec:
         """Over these items, untrained."""
-        mean, matrix = text_whitening(features.means(items), max(1, len(features.config.mean_layers)))
-        model = ZESRec(config.zesrec, items.height, features, *matrix.shape).to(features.device)
+        parts = features.parts(items)
+        mean, matrix = text_whitening(features.means(items), parts)
+        model = ZESRec(config.zesrec, items.height, features, *matrix.shape, parts).to(features.device)
         model.mean.copy_(mean)
         model.matrix.copy_(matrix)
         model.table = ItemVectors(model.adaptor, (model.white(items),))
@@ -117,7 +124,8 @@ class ZESRec(NextItemModel):
         """Ready for `weights`, with the item tensors. Raises RuntimeError where they don't fit."""
         if kept["vectors"].shape != (items.height, config.zesrec.d_model):
             raise RuntimeError(f"embeddings of shape {tuple(kept['vectors'].shape)} of {items.height} items")
-        model = ZESRec(config.zesrec, items.height, features, *weights["matrix"].shape)
+        d_means, dims = weights["matrix"].shape
+        model = ZESRec(config.zesrec, items.height, features, d_means, dims, weights["adaptor.weight"].shape[1] // dims)
         model.take_items(kept["vectors"])
         return model
 

@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from laserrec.config import IdModelKind, Layout
+from laserrec.config.rivals import FOLDERS
 from laserrec.llm.fetch import DEFAULT_NAME, LICENCE, ORIGINAL
 from laserrec.methods.all import find_method
 from laserrec.util.io import write_text
@@ -180,8 +181,9 @@ def _metrics(note: dict[str, Any]) -> str:
 def _settings(note: dict[str, Any]) -> list[tuple[str, Any]]:
     tree = note["config"]
     if note["method"] != "laser":
-        used = find_method(note["method"]).sections[0]
-        return [("method", note["method"]), *((f"`{used}.{key}`", _told(value)) for key, value in tree[used].items())]
+        own = [(section, *pair) for section in find_method(note["method"]).sections for pair in tree[section].items()]
+        return [("method", note["method"]), *((f"`{section}.{key}`", _told(section, key, value))
+                                              for section, key, value in own)]
     names = ["prompt.layout", "prompt.template", "prompt.item_side", "prompt.max_items", "prompt.max_item_tokens",
              "mformer.prefix", "mformer.experts", "mformer.queries", "mformer.blocks", "mformer.d_model",
              "head.whiten_dims", "head.projection", "head.id_share", "head.seen_offset", "id_model.kind",
@@ -191,9 +193,9 @@ def _settings(note: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(f"`{n}`", tree[section][key]) for n, section, key in pairs if key in tree.get(section, {})]
 
 
-def _told(value: Any) -> Any:
+def _told(section: str, key: str, value: Any) -> Any:
     """Of a folder on the author's machine, its name alone."""
-    return Path(value).name if isinstance(value, str) else value
+    return Path(value).name if value is not None and key in FOLDERS.get(section, ()) else value
 
 
 def _parameters(note: dict[str, Any]) -> list[tuple[str, Any]]:

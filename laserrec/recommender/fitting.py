@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from laserrec.config import BackboneConfig, Config, IdModelKind, Precision
+from laserrec.config.rivals import FOLDERS
 from laserrec.data.dataset import Dataset
 from laserrec.data.extras import extra_names
 from laserrec.llm.backbone import Backbone
@@ -269,7 +270,7 @@ def fit_fingerprint(name: str, method: Method, config: Config, dataset: Dataset,
     """Of all that a fit's result depends on: data, settings, the LLM's weights, the ID model's, and the model that it
     starts from."""
     tree = config.model_dump(mode="json")
-    for section, names in _PACE.items():
+    for section, names in (_PACE | FOLDERS).items():
         for setting in names:
             tree[section].pop(setting)
     wanted = {*method.sections, *(("backbone", "prompt") if method.reads_text(config) else ())}
@@ -277,9 +278,9 @@ def fit_fingerprint(name: str, method: Method, config: Config, dataset: Dataset,
              "validation_users": config.train.validation_users,
              "llm": features.sha256 if method.reads_text(config) else None,
              **{section: tree[section] for section in sorted(wanted)}}
+    facts |= {"reads": read} if (read := method.reads(config)) else {}
     if start is not None:
         facts["warm_start"] = start.facts.get("fingerprint")
-    facts |= {"reads": read} if (read := method.reads(config)) else {}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for tensor_name, tensor in sorted(below.state_dict().items()) if below is not None else ():
         digest.update(tensor_name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -3,6 +3,7 @@
 import json
 
 import planted_texts
+import polars as pl
 import pytest
 import tiny
 import torch
@@ -88,13 +89,12 @@ def folder(tmp_path):
 
 def test_texts_of_a_folder_are_what_it_reads(folder):
     """Titles that tell nothing, and texts of the folder that tell the class: the planted case is learnt from them."""
-    config = tiny.config("x", kar=tiny.RIVALS["kar"] | {"dropout": 0.0, "knowledge": str(folder)})
-    frame = planted_texts.items()
-    blank = frame.with_columns(title="thing")
-    torch.manual_seed(0)
+    config = tiny.config("x", kar=tiny.RIVALS["kar"] | {"knowledge": str(folder)})
+    blank = planted_texts.items().with_columns(title=pl.lit(f"thing {planted_texts.WORDS[0]}"))
     made = METHODS["kar"].make(Given(config, blank, planted_texts.N, planted_texts.Texts()))
     assert made.keys.tolist() == [_key([0, 1])]
-    assert planted_texts.share_right(planted_texts.trained(made, epochs=25)) == 1.0
+    assert planted_texts.learnt("kar", blank, knowledge=str(folder)) > 0.5
+    assert planted_texts.learnt("kar", blank, seeds=2) < 0.4
 
 
 def test_other_texts_are_another_fit(folder):

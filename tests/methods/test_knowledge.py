@@ -68,7 +68,7 @@ def test_it_goes_on_where_it_was_stopped_and_adds_to_what_is_there(write, tmp_pa
 
 
 @pytest.mark.parametrize(("name", "line", "said"), [
-    ("items.jsonl", "{", "line 2, is no JSON"), ("items.jsonl", '{"item_id": 3, "text": "x"}', "needs item_id"),
+    ("items.jsonl", "{", "is no JSON"), ("items.jsonl", '{"item_id": 3, "text": "x"}', "needs item_id"),
     ("items.jsonl", '{"item_id": "3"}', "and text"), ("histories.jsonl", '{"history": [], "text": "x"}', "1 to 10"),
     ("histories.jsonl", json.dumps({"history": ["a"] * 11, "text": "x"}), "1 to 10 item ids"),
     ("histories.jsonl", '{"history": [1], "text": "x"}', "list of 1 to 10"), ("items.jsonl", "[" * 9999, "no JSON"),

@@ -79,9 +79,8 @@ def test_new_items_are_taken_and_dropped(fitted):
 
 
 def test_a_transformer_may_stand_in_place_of_the_gru():
-    config = tiny.config("x", zesrec=tiny.RIVALS["zesrec"] | {"dropout": 0.0, "body": "transformer"})
-    torch.manual_seed(0)
+    config = tiny.config("x", zesrec=tiny.RIVALS["zesrec"] | {"body": "transformer"})
     made = METHODS["zesrec"].make(Given(config, planted_texts.items(), planted_texts.N, planted_texts.Texts()))
     weights = made.state_dict()
     assert all(tuple(weights[name].shape) == shape for name, shape in METHODS["zesrec"].shapes(config, 1).items())
-    assert planted_texts.share_right(planted_texts.trained(made, epochs=25)) == 1.0
+    assert planted_texts.learnt("zesrec", planted_texts.items(), seeds=1, body="transformer") > 0.9
