@@ -367,7 +367,7 @@ class SequenceTask:
     def end_epoch(self) -> None:
         """Nothing."""
 
-    def scorer(self) -> SequenceModel:
+    def scorer(self) -> NextItemModel:
         """The model, without dropout."""
         return self.module.eval()
 

@@ -31,11 +31,12 @@ class Recurrent(nn.Module):
         super().__init__()
         d, between = config.d_model, config.dropout if config.blocks > 1 else 0.0
         self.norm, self.dropout = nn.LayerNorm(d), nn.Dropout(config.dropout)
-        self.gru = nn.GRU(d, d, config.blocks, batch_first=True, dropout=between)
+        self.gru = nn.GRU(d, d, config.blocks, dropout=between)
 
     def forward(self, x: Float[Tensor, "batch seq d"]) -> Float[Tensor, "batch seq d"]:
         """A state per vector, of those up to it."""
-        return self.gru(self.dropout(self.norm(x)))[0]
+        steps = self.dropout(self.norm(x)).transpose(0, 1).contiguous()
+        return self.gru(steps)[0].transpose(0, 1)
 
 
 class ZESRec(NextItemModel):
