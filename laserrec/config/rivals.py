@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from laserrec.config.section import Section
 
-
 FOLDERS = {"kar": ("knowledge",), "recguru": ("other",)}
 """By section: settings that are folders on this machine. A result depends on what they hold, not on where they are."""
 

@@ -139,7 +139,8 @@ def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
 # -- rivals over sequences, one class each ----------------------------------------------------------------------------
 
 def _rival(name: str, kind: str, model: Any, reads_text: Callable[[Config], bool] = lambda config: True,
-           phases: Callable[..., list[Phase]] | None = None, reads: Callable[[Config], str] = lambda config: "") -> Method:
+           phases: Callable[..., list[Phase]] | None = None,
+           reads: Callable[[Config], str] = lambda config: "") -> Method:
     """model: a class with `fresh`, `restored` and `shapes`, whose settings are the section `name`."""
 
     def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> Any:

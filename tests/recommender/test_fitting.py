@@ -116,6 +116,19 @@ def test_settings_of_pace_are_no_other_settings(whole, fit, no_training):
     fit(DATA, whole("laser")[0], train={**OFTEN["train"], "tokens_per_pass": 77})
 
 
+def test_what_a_folder_of_texts_holds_is_a_setting_and_not_where_it_is(fit, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "items.jsonl").write_text('{"item_id": "i1", "text": "a saw"}\n')
+    model = fit(DATA, tmp_path / "m", "kar", kar={"knowledge": str(texts)})
+    moved = texts.rename(tmp_path / "moved")
+    same(fit(DATA, tmp_path / "m", "kar", kar={"knowledge": str(moved)}), model)
+    (moved / "items.jsonl").write_text('{"item_id": "i1", "text": "a drill"}\n')
+    for knowledge in (str(moved), None):
+        with pytest.raises(UserError, match="other settings"):
+            fit(DATA, tmp_path / "m", "kar", kar={"knowledge": knowledge})
+
+
 @pytest.mark.parametrize("name", ["popularity", "laser"])
 def test_it_goes_into_no_folder_that_holds_something_else(fit, tmp_path, no_training, name):
     """It would be gone when the finished model takes the folder's place."""
