@@ -62,10 +62,10 @@ _SMALL: dict[str, Any] = {
     "head": {"suffix_from_eos": True, "whiten_dims": 512, "projection": True, "dropout": 0.1, "id_share": 0.3,
              "seen_offset": True},
     "neighbours": {"count": 100, "temperature": 0.14, "share": 2.0},
-    "blend": {"trials": 300},
+    "blend": {"trials": 300, "shuffles": (0.0,)},
     "train": {"lr": 1e-3, "weight_decay": 0.5, "batch_size": 128, "stage_one_epochs": 2, "stage_two_epochs": 1,
-              "warmup_fraction": 0.05, "cosine_decay": True, "epoch_examples": 50_000, "item_gradient": True,
-              "history_negatives": False, "temperature": 0.07},
+              "warmup_fraction": 0.05, "cosine_decay": True, "epoch_examples": 50_000, "epoch_items": 300_000,
+              "item_gradient": True, "history_negatives": False, "temperature": 0.07},
     "eval": {"batch_size": 64},
 }
 

@@ -177,6 +177,9 @@ class TrainConfig(Section):
     epoch_examples: int | None = Field(None, ge=1)
     """Train on at most this many targets per epoch, drawn anew for each epoch; none: all of `cuts`. Keeps the cost of
     an epoch the same however many interactions there are."""
+    epoch_items: int | None = Field(None, ge=1)
+    """Train on at most as many targets per epoch as have about this many history items that are read; none: no such
+    bound. Keeps the cost of an epoch the same however long the histories are."""
     item_gradient: bool = False
     """Stage 1 only: recompute the item embeddings from their LLM outputs at every step, so that the head gets gradients
     from the items too (not in the paper, where item embeddings are fixed within an epoch)."""

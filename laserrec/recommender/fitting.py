@@ -230,7 +230,10 @@ def _best_id_model(dataset: Dataset, config: Config, folder: Path, device: torch
     found = [fit(kind, dataset, tree, own, device, features=features, progress=progress, start=start)
              for tree, own in zip(tries, folders_of, strict=True)]
     best = max(range(len(found)), key=lambda at: _validation_ndcg(found[at], config.eval.k))
-    shutil.copytree(folders_of[best], place, dirs_exist_ok=True)
+    world = join()
+    if world.is_main:
+        shutil.copytree(folders_of[best], place, dirs_exist_ok=True)
+    world.wait()
     return found[best]
 
 

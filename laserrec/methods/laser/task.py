@@ -63,11 +63,16 @@ class LaserExamples:
         return Batch(histories, whole.items[whole.starts + cut], torch.rand(len(index)) < self.state_dropout)
 
 
-def epoch_examples(sequences: Histories, cuts: Cuts, seed: tuple[int, ...], limit: int | None = None
+def epoch_examples(sequences: Histories, cuts: Cuts, seed: tuple[int, ...], limit: int | None = None,
+                   items: int | None = None, window: int = 1
                    ) -> tuple[Int[Tensor, "examples"], Int[Tensor, "examples"]]:
     """Sequences and places of this epoch's targets: every place that has a history (all), or one random such place per
-    sequence; of these at most `limit`, drawn at random."""
+    sequence; of these at most `limit`, and as many as have about `items` items in the newest `window` of each history,
+    drawn at random."""
     of, cut = _targets(sequences, cuts, seed)
+    if items is not None and len(cut):
+        most = max(1, int(items / float(cut.clamp(max=window).double().mean())))
+        limit = most if limit is None else min(limit, most)
     if limit is None or len(of) <= limit:
         return of, cut
     some = torch.from_numpy(np.random.default_rng((*seed, 1)).choice(len(of), limit, replace=False)).sort().values
@@ -190,7 +195,8 @@ class LaserTask:
         self.module.train()
         train, sequences = self.module.config.train, self.dataset.train_sequences
         seed = train.seed, 2 if self.fixed else 1, number
-        of, cut = epoch_examples(sequences, train.cuts, seed, train.epoch_examples)
+        of, cut = epoch_examples(sequences, train.cuts, seed, train.epoch_examples, train.epoch_items,
+                                 self.module.config.prompt.max_items)
         return LaserExamples(sequences, of, cut, self._tokens(sequences, of, cut),
                              self.module.config.mformer.state_dropout)
 

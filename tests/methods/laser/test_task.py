@@ -50,6 +50,15 @@ def test_an_epoch_has_at_most_so_many_examples_drawn_anew(cuts):
     assert len(epoch_examples(sequences, cuts, (0, 1), 1000)[0]) == (160 if cuts == Cuts.ALL else 20)
 
 
+@pytest.mark.parametrize("cuts", Cuts)
+def test_an_epoch_reads_about_so_many_items(cuts):
+    sequences = tiny.histories(*(list(range(9)) for _ in range(50)))
+    _, cut = epoch_examples(sequences, cuts, (0, 1), None, 60, 4)
+    assert abs(int(cut.clamp(max=4).sum()) - 60) <= 15
+    assert len(epoch_examples(sequences, cuts, (0, 1), 10, 60, 4)[0]) == 10  # both bounds hold
+    assert len(epoch_examples(sequences, cuts, (0, 1), None, 10_000, 4)[0]) == (400 if cuts == Cuts.ALL else 50)
+
+
 def test_lengths_are_what_the_llm_reads(llm):
     laser, data = tiny.laser(llm(), n=N, prompt={"max_items": 3}), tiny.planted(N, 20)
     given = LaserTask(laser, data, tiny.World(), fixed=False).begin_epoch(1)
