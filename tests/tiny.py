@@ -20,6 +20,8 @@ from laserrec.util.distributed import World
 NATIVE = ("llama", "mistral", "qwen2", "qwen3")
 WORDS = ("red", "blue", "saw", "hammer", "drill", "paint", "glue", "nail", "wood", "steel")
 ID_MODEL = IdModelConfig(d_id=16, blocks=1, heads=2, dropout=0.2, max_history=6)
+_RIVAL = {"d_model": 16, "blocks": 1, "d_inner": 16, "dropout": 0.2, "max_history": 6, "max_epochs": 2, "lr": 1e-2,
+          "batch_size": 16}
 RIVALS = {
     "lrurec": {"d_id": 16, "blocks": 1, "dropout": 0.2, "max_history": 6, "max_epochs": 2, "lr": 1e-2, "batch_size": 16,
                "eval_every": 1},
@@ -29,6 +31,8 @@ RIVALS = {
                   "attribute_tokens": 4, "lr": 1e-2, "batch_size": 8, "max_epochs": 2, "stage_two_epochs": 1,
                   "eval_every": 1},
     "llm4rec": {"max_history": 6, "max_epochs": 2, "lr": 1e-3, "batch_size": 16},
+    "fdsa": _RIVAL, "zesrec": _RIVAL, "kar": {**_RIVAL, "own_experts": 2, "d_expert": 8},
+    "recguru": {**_RIVAL, "autoencoder_epochs": 1, "negatives": 4},
 }
 """Settings of a few neurons for the rivals that have a section of their own."""
 

@@ -116,7 +116,7 @@ def _value(value: Any) -> str:
     return f"`{value}`"
 
 
-_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "none"}
+_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path", type(None): "none"}
 
 
 def _kind(info: FieldInfo) -> str:

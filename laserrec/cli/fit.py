@@ -49,8 +49,8 @@ def fit(data: Data, out: ModelOut, *, method: str = "laser", id_model: Path | No
     Parameters
     ----------
     method
-        laser, sasrec, bert4rec, gru4rec, ease, ease-text, nearest-text, popularity, lrurec, llamarec, recformer or
-        llm4rec.
+        laser, sasrec, bert4rec, gru4rec, ease, ease-text, nearest-text, popularity, lrurec, llamarec, recformer,
+        llm4rec, fdsa, zesrec, kar or recguru.
     id_model
         Of laser: the model folder of a sasrec, bert4rec or gru4rec fitted on DATA.
     """

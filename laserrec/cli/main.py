@@ -21,6 +21,7 @@ from laserrec.cli.data import prepare
 from laserrec.cli.fit import distil, fit, pretrain, quickstart, refit
 from laserrec.cli.index import index_app
 from laserrec.cli.inspect import inspect
+from laserrec.cli.knowledge import knowledge
 from laserrec.cli.report import report_app
 from laserrec.cli.reproduce import reproduce_app
 from laserrec.cli.serve import serve_app
@@ -32,7 +33,7 @@ app = App(name="laserrec", version=laserrec.__version__, suppress_keyboard_inter
           help_format="plaintext", default_parameter=Parameter(negative_iterable=()),
           help="Sequential recommendation with a frozen LLM, tuned by a prefix and a suffix. The usual way: prepare, "
           "fit, evaluate, recommend.")
-for command in (prepare, fit, refit, pretrain, distil, evaluate, inspect, recommend, quickstart, push, card,
+for command in (prepare, fit, refit, pretrain, distil, evaluate, inspect, recommend, quickstart, knowledge, push, card,
                 backbone_app, batch_app, index_app, report_app, reproduce_app, serve_app):
     app.command(command)
 

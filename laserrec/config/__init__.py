@@ -40,16 +40,28 @@ from laserrec.config.llm import (
     Quantization,
     Template,
 )
-from laserrec.config.rivals import LlamaRecConfig, LLM4RecConfig, LruRecConfig, RecFormerConfig
+from laserrec.config.rivals import (
+    FDSAConfig,
+    KARConfig,
+    LlamaRecConfig,
+    LLM4RecConfig,
+    LruRecConfig,
+    RecFormerConfig,
+    RecGURUConfig,
+    SequenceRivalConfig,
+    ZESRecBody,
+    ZESRecConfig,
+)
 from laserrec.config.section import Section
 from laserrec.util.errors import UserError, reading
 
 __all__ = [
-    "BackboneConfig", "BlendConfig", "Config", "Cuts", "DataConfig", "Engine", "EvalConfig", "HeadConfig", "IdLoss",
-    "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "ItemVectors", "LLM4RecConfig", "Layout",
-    "LlamaRecConfig", "LruRecConfig", "MFormerConfig", "Negatives", "NeighboursConfig", "Pooling", "Precision",
-    "Prefix", "PromptConfig", "Quantization", "RecFormerConfig", "RegressionForm", "Routing", "Split",
-    "StudentConfig", "Template", "TrainConfig", "load_config", "merge", "valid",
+    "BackboneConfig", "BlendConfig", "Config", "Cuts", "DataConfig", "Engine", "EvalConfig", "FDSAConfig", "HeadConfig",
+    "IdLoss", "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "ItemVectors", "KARConfig", "LLM4RecConfig",
+    "Layout", "LlamaRecConfig", "LruRecConfig", "MFormerConfig", "Negatives", "NeighboursConfig", "Pooling",
+    "Precision", "Prefix", "PromptConfig", "Quantization", "RecFormerConfig", "RecGURUConfig", "RegressionForm",
+    "Routing", "SequenceRivalConfig", "Split", "StudentConfig", "Template", "TrainConfig", "ZESRecBody",
+    "ZESRecConfig", "load_config", "merge", "valid",
 ]
 
 _S = TypeVar("_S", bound=BaseModel)
@@ -74,6 +86,10 @@ class Config(Section):
     llm4rec: LLM4RecConfig = LLM4RecConfig()
     student: StudentConfig | None = None
     """Settings of the student; only in distilled models, set by `laserrec distil`."""
+    fdsa: FDSAConfig = FDSAConfig()
+    zesrec: ZESRecConfig = ZESRecConfig()
+    kar: KARConfig = KARConfig()
+    recguru: RecGURUConfig = RecGURUConfig()
 
     @model_validator(mode="after")
     def _layout_fits(self) -> Config:

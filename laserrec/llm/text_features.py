@@ -319,13 +319,19 @@ def mean_outputs(
     return out
 
 
+def text_whitening(
+    outputs: Float[Tensor, "rows d_means"], layers: int
+) -> tuple[Float[Tensor, "d_means"], Float[Tensor, "d_means dims"]]:
+    """Mean and matrix of `whitened`, fitted on these rows, for `laserrec.llm.whitening.whiten`."""
+    return fit_whitening(outputs, min(_DIMS, outputs.shape[1] // layers), layers)
+
+
 def whitened(
     outputs: Float[Tensor, "n_items d_means"], layers: int, by: int | None = None
 ) -> Float[Tensor, "n_items d_text"]:
     """Each of the `layers` that stand side by side centred and whitened with the mean and covariance of the first `by`
     rows (None: all), the directions of largest variance first; at most 512 wide."""
-    dims = min(_DIMS, outputs.shape[1] // layers)
-    return whiten(outputs, *fit_whitening(outputs[:by], dims, layers), layers)
+    return whiten(outputs, *text_whitening(outputs[:by], layers), layers)
 
 
 def text_vectors(

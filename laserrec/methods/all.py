@@ -23,14 +23,20 @@ from laserrec.methods.closed_form import (
     Popularity,
     regression_width,
 )
+from laserrec.methods.fdsa import FDSA
 from laserrec.methods.gru4rec import GRU4Rec
+from laserrec.methods.kar import KAR
+from laserrec.methods.knowledge import read_knowledge
 from laserrec.methods.laser import build as laser
 from laserrec.methods.laser.finish import choose_blend
 from laserrec.methods.neighbours import check_size
 from laserrec.methods.protocol import Phase
+from laserrec.methods.recguru import RecGURU
+from laserrec.methods.recguru import phases as recguru_phases
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.sequence import SequenceModel, SequenceTask
 from laserrec.methods.warm_start import carry_laser, carry_sequence_model
+from laserrec.methods.zesrec import ZESRec
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
 
@@ -131,6 +137,38 @@ def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
 
     return Method("id", ("id_model",), reads_text, make, phases, restore, shapes, carry=carry,
                   seed=lambda config: config.id_model.seed)
+
+
+# -- rivals over sequences, one class each ----------------------------------------------------------------------------
+
+def _rival(name: str, kind: str, model: Any, reads_text: Callable[[Config], bool] = lambda config: True,
+           phases: Callable[..., list[Phase]] | None = None,
+           reads: Callable[[Config], str] = lambda config: "") -> Method:
+    """model: a class with `fresh`, `restored` and `shapes`, whose settings are the section `name`."""
+
+    def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> Any:
+        kept = {key: tensor.to(given.features.device) for key, tensor in kept.items()}
+        ready = model.restored(given.config, given.items, given.n_known, given.features, weights, kept)
+        return _filled(ready, weights, given)
+
+    def one_phase(fresh: Any, given: Given, dataset: Dataset) -> list[Phase]:
+        own = getattr(given.config, name)
+        return [Phase(name, SequenceTask(fresh, dataset), own.max_epochs, own.batch_size, own.lr, own.weight_decay,
+                      patience=own.patience, eval_every=own.eval_every)]
+
+    def make(given: Given) -> Any:
+        return model.fresh(given.config, given.items, given.features)
+
+    return Method(kind, (name,), reads_text, make, phases or one_phase, restore, model.shapes,
+                  seed=lambda config: getattr(config, name).seed, reads=reads)
+
+
+def _knowledge_sha256(config: Config) -> str:
+    return "" if config.kar.knowledge is None else read_knowledge(config.kar.knowledge).sha256
+
+
+def _other_sha256(config: Config) -> str:
+    return "" if config.recguru.other is None else Dataset.load(config.recguru.other).fingerprint
 
 
 # -- closed forms -----------------------------------------------------------------------------------------------------
@@ -271,6 +309,12 @@ METHODS: dict[str, Method] = {
     "llamarec": _llamarec(),
     "recformer": _recformer(),
     "llm4rec": _llm4rec(),
+    "fdsa": _rival("fdsa", "laser", FDSA),
+    "zesrec": _rival("zesrec", "text", ZESRec, _llm_reads_items),
+    "kar": _rival("kar", "laser", KAR, reads=_knowledge_sha256),
+    "recguru": _rival("recguru", "id", RecGURU, lambda config: False,
+                      phases=lambda model, given, dataset: recguru_phases(model, dataset),
+                      reads=_other_sha256),
 }
 
 

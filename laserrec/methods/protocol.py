@@ -15,7 +15,8 @@ from torch import Tensor
 from laserrec.data.histories import Histories
 from laserrec.evaluation.evaluate import Scorer
 
-__all__ = ["AppliedTerm", "Examples", "Growing", "Phase", "ScoreTerm", "Scorer", "Trainable", "TwoTower"]
+__all__ = ["AppliedTerm", "Examples", "Growing", "Phase", "ScoreTerm", "Scorer", "Trainable", "Transferable",
+           "TwoTower"]
 
 
 @runtime_checkable
@@ -78,6 +79,15 @@ class Growing(Protocol):
 
     def drop_items(self, count: int) -> None:
         """Forget the items behind the first `count`."""
+        ...
+
+
+@runtime_checkable
+class Transferable(Protocol):
+    """A model that knows items by their texts alone, so that it can score a whole other catalogue."""
+
+    def transferred(self, items: pl.DataFrame) -> Scorer:
+        """The same weights over these items (columns title and the attributes)."""
         ...
 
 

@@ -7,10 +7,10 @@ last position of a short training sequence would be trained at places that are n
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from laserrec.methods.sequence import SequenceModel, Targets, make_targets
+from laserrec.methods.sequence import SequenceModel
 
 
 class SASRec(SequenceModel):
@@ -20,19 +20,3 @@ class SASRec(SequenceModel):
 
     def _positions(self, real: Bool[Tensor, "batch seq"]) -> Int[Tensor, "one seq"]:
         return torch.arange(real.shape[1], device=real.device)[None]
-
-    def next_item_state(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch d_id"]:
-        """The newest item's."""
-        newest = (items != self.pad).sum(dim=1) - 1
-        return self.states(items)[torch.arange(len(items), device=items.device), newest]
-
-    def targets(self, items: Int[Tensor, "batch seq"]) -> Targets:
-        """All positions that have a next item; a sequence's last item is a target only."""
-        targets = items[:, 1:]
-        inputs = items[:, :-1].masked_fill(targets == self.pad, self.pad)
-        place = torch.arange(inputs.shape[1])
-
-        def visible(row: Tensor, column: Tensor) -> Tensor:
-            return inputs[row].masked_fill(place > column[:, None], self.pad)
-
-        return make_targets(inputs, targets, visible, self.pad, self.seen is not None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,27 +24,27 @@ from laserrec.methods.terms import SeenOffset
 from laserrec.util.device import move
 from laserrec.util.errors import UserError
 
-_ITEM_STD = 0.02
+WEIGHT_STD = 0.02
 """Standard deviation of fresh weights."""
 _SEEN_OFFSET_START = -2.0
 """Where a learnt seen offset starts, in logits: most people buy something new."""
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward (d_id wide inside for SASRec, 4 d_id for BERT4Rec, as published), both residual.
+    """Attention, then a feed-forward of width `inner`, both residual.
 
-    SASRec normalises behind the sum (on amazon-scientific: fewer epochs than in front of it, and a better validation
-    NDCG); BERT4Rec in front, since behind the sum its cloze task hardly gets off the ground.
+    Normalised behind the sum, or with pre_norm in front of it. SASRec normalises behind it (on amazon-scientific: fewer
+    epochs than in front of it, and a better validation NDCG); BERT4Rec in front, since behind the sum its cloze task
+    hardly gets off the ground.
     """
 
-    def __init__(self, config: IdModelConfig, pre_norm: bool):
+    def __init__(self, d: int, inner: int, heads: int, dropout: float, pre_norm: bool = False):
         super().__init__()
-        d, inner = config.d_id, config.d_id * (4 if pre_norm else 1)
-        self.heads, self.rate, self.pre_norm = config.heads, config.dropout, pre_norm
+        self.heads, self.rate, self.pre_norm = heads, dropout, pre_norm
         self.attention_norm, self.feed_norm = nn.LayerNorm(d), nn.LayerNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.feed = nn.Sequential(nn.Linear(d, inner), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(inner, d))
-        self.dropout = nn.Dropout(config.dropout)
+        self.feed = nn.Sequential(nn.Linear(d, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, d))
+        self.dropout = nn.Dropout(dropout)
 
     def _attend(self, x: Tensor, mask: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -105,8 +106,114 @@ def make_targets(inputs: Tensor, targets: Tensor, visible: Callable[[Tensor, Ten
     return Targets(inputs, row * inputs.shape[1] + column, targets[row, column], seen)
 
 
-class SequenceModel(nn.Module):
-    """Histories in, a state per item and scores of all items out. A two-tower model: the bias is a dimension.
+def initialise(model: nn.Module) -> None:
+    """Small normal weights of tables and linear layers, no biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=WEIGHT_STD)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+def seen_offset(wanted: bool) -> SeenOffset | None:
+    """A learnt one that starts where the loss can use it, if one is wanted."""
+    return SeenOffset(_SEEN_OFFSET_START) if wanted else None
+
+
+class NextItemModel(nn.Module):
+    """Histories in, a state for the next item and scores of all items out: a two-tower model, for `SequenceTask`.
+
+    A causal model, whose every state predicts the next item, brings `states` and `item_embeddings`; others bring their
+    own `next_item_state` and `targets` too.
+    """
+
+    config: Any
+    """Of its settings, max_history, shuffle and seed are read here and in `SequenceTask`."""
+    n_items: int
+    pad: int
+    """The row that stands for no item."""
+    seen: SeenOffset | None
+    """A learnt number that is added to the logits of the items that a state has seen."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def terms(self) -> list[SeenOffset]:
+        """The learnt seen offset, if there is one."""
+        return [] if self.seen is None else [self.seen]
+
+    @abstractmethod
+    def item_embeddings(self) -> Float[Tensor, "n_items d"]:
+        """Vectors of all items, with which states are compared."""
+
+    @abstractmethod
+    def states(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d"]:
+        """One state per item of each history, which is padded on the right."""
+
+    def next_item_state(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch d"]:
+        """The state that predicts the item after each history: a causal model's newest."""
+        newest = (items != self.pad).sum(dim=1) - 1
+        return self.states(items)[torch.arange(len(items), device=items.device), newest]
+
+    def targets(self, items: Int[Tensor, "batch seq"]) -> Targets:
+        """Training sequences (on the CPU) -> inputs and targets of one step. A causal model's: all positions that have
+        a next item; a sequence's last item is a target only."""
+        targets = items[:, 1:]
+        inputs = items[:, :-1].masked_fill(targets == self.pad, self.pad)
+        place = torch.arange(inputs.shape[1])
+
+        def visible(row: Tensor, column: Tensor) -> Tensor:
+            return inputs[row].masked_fill(place > column[:, None], self.pad)
+
+        return make_targets(inputs, targets, visible, self.pad, self.seen is not None)
+
+    def note_trained(self, items: Int[Tensor, "total"]) -> None:
+        """Items of the training sequences, before the first epoch."""
+
+    def pad_histories(self, histories: Histories) -> Int[Tensor, "batch seq"]:
+        """The newest max_history items of each, on the model's device. Raises UserError for an empty history."""
+        if len(histories) and int(histories.lengths.min()) == 0:
+            row = int(histories.lengths.argmin())
+            raise UserError(f"history {row} (counted from 0) is empty; a sequence model needs at least one item")
+        return move(histories.last(self.config.max_history).padded(self.pad), self.device)
+
+    def users(self, histories: Histories) -> Float[Tensor, "users d_out"]:
+        """The state for the next item."""
+        return self.next_item_state(self.pad_histories(histories))
+
+    def items(self, rows: Int[Tensor, "some"] | None = None) -> Float[Tensor, "items d_out"]:
+        """Embeddings."""
+        table = self.item_embeddings()
+        return table if rows is None else table[rows]
+
+    @torch.no_grad()
+    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
+        """Logits of the next item."""
+        scores = self.users(histories) @ self.items().T
+        for term in self.terms:
+            scores = term.on(histories).to_all(scores)
+        return scores
+
+    def logits(self, states: Float[Tensor, "some d"]) -> Float[Tensor, "some n_items"]:
+        """Of all items, without the seen offset."""
+        return states @ self.item_embeddings().T
+
+    def loss(self, part: Targets) -> Float[Tensor, ""]:
+        """The sum of the targets' cross-entropies over all items."""
+        part = part.to(self.device)
+        logits = self.logits(self.states(part.inputs).flatten(0, 1)[part.places])
+        if self.seen is not None:
+            at = part.seen.users * self.n_items + part.seen.items
+            logits = logits.flatten().index_add(0, at, self.seen.offset.expand(len(at))).view_as(logits)
+        return F.cross_entropy(logits, part.items, reduction="sum")
+
+
+class SequenceModel(NextItemModel):
+    """SASRec and BERT4Rec: a table of items, a transformer over it, and a bias of each item, which is a dimension of
+    the vectors.
 
     `known`: Bool[n_items], the items that it can tell something of. An item that stands in no training sequence has an
     embedding too, which training has only pushed away from other items' users.
@@ -127,17 +234,15 @@ class SequenceModel(nn.Module):
         self.item = nn.Embedding(n_items + 2, config.d_id, padding_idx=self.pad)
         self.position = nn.Embedding(config.max_history + 1, config.d_id)
         self.embedding_dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, pre_norm=not self.causal) for _ in range(config.blocks))
+        inner = config.d_id * (1 if self.causal else 4)  # as published
+        self.blocks = nn.ModuleList(Block(config.d_id, inner, config.heads, config.dropout, pre_norm=not self.causal)
+                                    for _ in range(config.blocks))
         self.norm = nn.Identity() if self.causal else nn.LayerNorm(config.d_id)
         self.bias = nn.Parameter(torch.zeros(n_items))
         self.register_buffer("known", torch.ones(n_items, dtype=torch.bool))
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=_ITEM_STD)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        initialise(self)
         self.adaptor = None
-        self.seen = SeenOffset(_SEEN_OFFSET_START) if config.seen_offset else None
+        self.seen = seen_offset(config.seen_offset)
         with torch.no_grad():
             self.item.weight[self.pad].zero_()
         if text is not None and config.items == ItemTable.LLM_START:
@@ -145,28 +250,18 @@ class SequenceModel(nn.Module):
         elif text is not None and config.items == ItemTable.TEXT:
             self.register_buffer("text", text.clone())
             self.adaptor = nn.Linear(text.shape[1], config.d_id, bias=False)
-            nn.init.normal_(self.adaptor.weight, std=_ITEM_STD / text.shape[1] ** 0.5)
+            nn.init.normal_(self.adaptor.weight, std=WEIGHT_STD / text.shape[1] ** 0.5)
 
     @torch.no_grad()
     def _start_from(self, text: Float[Tensor, "n_items d_text"]) -> None:
         dims = min(self.d_id, text.shape[1])
-        self.item.weight[: self.n_items, :dims] = text[:, :dims] / text[:, :dims].std().clamp(min=1e-8) * _ITEM_STD
+        self.item.weight[: self.n_items, :dims] = text[:, :dims] / text[:, :dims].std().clamp(min=1e-8) * WEIGHT_STD
 
     @classmethod
     def shapes(cls, config: IdModelConfig, n_known: int) -> dict[str, tuple[int, ...]]:
         """Of the largest weights, as the settings claim them."""
         return {"item.weight": (n_known + 2, config.d_id), "position.weight": (config.max_history + 1, config.d_id),
                 f"blocks.{config.blocks - 1}.out.weight": (config.d_id, config.d_id)}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.bias.device
-
-    @property
-    def terms(self) -> list[SeenOffset]:
-        """The learnt seen offset, if there is one."""
-        return [] if self.seen is None else [self.seen]
 
     def item_embeddings(self) -> Float[Tensor, "n_items d_id"]:
         """Without padding and mask token."""
@@ -193,24 +288,15 @@ class SequenceModel(nn.Module):
     def _positions(self, real: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch_or_one seq"]:
         """Rows of the position table."""
 
-    @abstractmethod
-    def next_item_state(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch d_id"]:
-        """The state that predicts the item after each history (padded on the right)."""
 
-    @abstractmethod
-    def targets(self, items: Int[Tensor, "batch seq"]) -> Targets:
-        """Training sequences (on the CPU) -> inputs and targets of one step."""
-
-    def pad_histories(self, histories: Histories) -> Int[Tensor, "batch seq"]:
-        """The newest max_history items of each, on the model's device. Raises UserError for an empty history."""
-        if len(histories) and int(histories.lengths.min()) == 0:
-            row = int(histories.lengths.argmin())
-            raise UserError(f"history {row} (counted from 0) is empty; a sequence model needs at least one item")
-        return move(histories.last(self.max_history).padded(self.pad), self.device)
+    def note_trained(self, items: Int[Tensor, "total"]) -> None:
+        """With an item table made of text alone, all items are known."""
+        if self.adaptor is None:
+            self.known.zero_()[items.to(self.device)] = True
 
     def users(self, histories: Histories) -> Float[Tensor, "users d_out"]:
         """The state for the next item, and a one that takes the item's bias."""
-        state = self.next_item_state(self.pad_histories(histories))
+        state = super().users(histories)
         return torch.cat([state, state.new_ones(len(state), 1)], dim=1)
 
     def items(self, rows: Int[Tensor, "some"] | None = None) -> Float[Tensor, "items d_out"]:
@@ -218,27 +304,19 @@ class SequenceModel(nn.Module):
         table = torch.cat([self.item_embeddings(), self.bias[:, None]], dim=1)
         return table if rows is None else table[rows]
 
-    @torch.no_grad()
-    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
-        """Logits of the next item."""
-        scores = self.users(histories) @ self.items().T
-        for term in self.terms:
-            scores = term.on(histories).to_all(scores)
-        return scores
+    def logits(self, states: Float[Tensor, "some d_id"]) -> Float[Tensor, "some n_items"]:
+        """Of all items, without the seen offset."""
+        return super().logits(states) + self.bias
 
     def loss(self, part: Targets) -> Float[Tensor, ""]:
         """The sum of the targets' losses."""
+        if self.config.loss != IdLoss.BCE:
+            return super().loss(part)
         part = part.to(self.device)
         states = self.states(part.inputs).flatten(0, 1)[part.places]
-        if self.config.loss == IdLoss.BCE:
-            negatives = torch.randint(0, self.n_items, part.items.shape, device=states.device)
-            positive, negative = (self._pair_logits(states, i) for i in (part.items, negatives))
-            return F.softplus(-positive).sum() + F.softplus(negative).sum()
-        logits = states @ self.item_embeddings().T + self.bias
-        if self.seen is not None:
-            at = part.seen.users * self.n_items + part.seen.items
-            logits = logits.flatten().index_add(0, at, self.seen.offset.expand(len(at))).view_as(logits)
-        return F.cross_entropy(logits, part.items, reduction="sum")
+        negatives = torch.randint(0, self.n_items, part.items.shape, device=states.device)
+        positive, negative = (self._pair_logits(states, i) for i in (part.items, negatives))
+        return F.softplus(-positive).sum() + F.softplus(negative).sum()
 
     def _pair_logits(self, states: Tensor, items: Tensor) -> Tensor:
         return (states * self.embed(items)).sum(dim=-1) + self.bias[items]
@@ -247,7 +325,7 @@ class SequenceModel(nn.Module):
 class SequenceTask:
     """Training a sequence model on whole sequences; a `Trainable`."""
 
-    def __init__(self, model: SequenceModel, dataset: Dataset):
+    def __init__(self, model: NextItemModel, dataset: Dataset):
         """Raises UserError where no sequence has a next item."""
         self.module = model
         long = (dataset.train_sequences.lengths > 1).nonzero()[:, 0]
@@ -256,9 +334,8 @@ class SequenceTask:
         self.sequences = dataset.train_sequences.take(long)
 
     def start(self, pause: Callable[[], None]) -> None:
-        """Note which items the model will know: those of its sequences, or with an item table made of text all."""
-        if self.module.adaptor is None:
-            self.module.known.zero_()[self.sequences.items.to(self.module.device)] = True
+        """Tell the model which items it will know."""
+        self.module.note_trained(self.sequences.items)
 
     def decayed(self) -> Iterable[nn.Parameter]:
         """All but the seen offset."""
@@ -290,7 +367,7 @@ class SequenceTask:
     def end_epoch(self) -> None:
         """Nothing."""
 
-    def scorer(self) -> SequenceModel:
+    def scorer(self) -> NextItemModel:
         """The model, without dropout."""
         return self.module.eval()
 
@@ -308,7 +385,7 @@ class SequenceExamples:
     """One epoch's sequences."""
 
     sequences: Histories
-    model: SequenceModel
+    model: NextItemModel
 
     @property
     def lengths(self) -> Int[np.ndarray, "examples"]:

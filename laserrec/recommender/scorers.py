@@ -17,6 +17,7 @@ from laserrec.evaluation.evaluate import Scorer
 from laserrec.llm.backbone import Backbone
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import Given, find_method
+from laserrec.methods.protocol import Transferable
 from laserrec.recommender.hub import is_repo
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.util.errors import UserError
@@ -43,7 +44,8 @@ def load_scorer(name: str, dataset: Dataset, device: torch.device, backbone: Bac
 
     name: a model folder, ORG/NAME[@REVISION] on the Hugging Face Hub, or popularity or ease, which are fitted here.
     backbone, trust_remote_code: see `LaserRecommender.from_pretrained`. Raises UserError for anything else, and for a
-    model of another catalogue; warns of one that was fitted on other data.
+    model of another catalogue, unless it knows items by their texts alone (laserrec.methods.protocol.Transferable):
+    that one reads them, with a warning. Warns of one that was fitted on other data, too.
     """
     if name in IN_MEMORY and not (Path(name) / "model.json").is_file():
         return _fitted(name, dataset, device)
@@ -52,6 +54,10 @@ def load_scorer(name: str, dataset: Dataset, device: torch.device, backbone: Bac
                         f"that need no folder: {', '.join(IN_MEMORY)}")
     model = LaserRecommender.from_pretrained(name, backbone, device=str(device), trust_remote_code=trust_remote_code)
     if not model.items["item_id"].head(dataset.n_items).equals(dataset.items["item_id"]):
+        if isinstance(model.model, Transferable):
+            warnings.warn(f"{name} was fitted on another catalogue; it scores these items by their texts, with nothing "
+                          "learnt from these data (zero-shot)", UserWarning, stacklevel=2)
+            return model.model.transferred(dataset.items), model.batch_size
         raise UserError(f"{name} has another catalogue than the data folder; evaluate it on its own data")
     if model.facts.get("data", {}).get("sha256", dataset.fingerprint) != dataset.fingerprint:
         warnings.warn(f"{name} was fitted on other data, which have the same items: what is asked here may have been "

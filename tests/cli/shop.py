@@ -55,6 +55,19 @@ max_epochs = 2
 stage_two_epochs = 1
 [llm4rec]
 max_epochs = 2
+[fdsa]
+d_model = 16
+max_epochs = 2
+[zesrec]
+d_model = 16
+max_epochs = 2
+[kar]
+d_model = 16
+max_epochs = 2
+[recguru]
+d_model = 16
+max_epochs = 2
+autoencoder_epochs = 1
 """
 
 

@@ -11,7 +11,7 @@ from laserrec.util.device import CPU
 BASE = {"prompt": {"template": "no_instruction", "max_items": 3, "max_item_tokens": 6},
         "id_model": {**tiny.ID_MODEL.model_dump(), "max_epochs": 2, "lr": 1e-2, "batch_size": 16},
         "train": {"lr": 1e-2, "stage_one_epochs": 1, "stage_two_epochs": 1, "batch_size": 32},
-        "neighbours": {"l2": 1.0}}
+        "neighbours": {"l2": 1.0}, **tiny.RIVALS}
 
 
 @pytest.fixture(scope="session")

@@ -29,9 +29,9 @@ ROWS = tiny.histories([0, 1, 2], [6], [3, 8, 1, 4, 7], [10, 11])
 ASK = {"anna": ["i1", "i2"], "bob": ["i9"]}
 TRAINED = tuple(name for name, method in METHODS.items() if method.sections != ("neighbours",))
 """Methods that are trained in steps; the others are closed forms."""
-GROWING = ("laser", "recformer")
+GROWING = ("laser", "recformer", "zesrec")
 """Methods that take new items."""
-PHASED = ("laser", "llamarec", "recformer")
+PHASED = ("laser", "llamarec", "recformer", "recguru")
 """Methods of several phases."""
 OFTEN = {"train": {"checkpoint_minutes": 1e-9, "lr": 1e-2, "stage_one_epochs": 1, "stage_two_epochs": 1,
                    "batch_size": 32}}
@@ -92,7 +92,9 @@ def test_a_finished_folder_is_loaded(whole, fit, name, no_training):
 
 
 OTHERS = {"laser": {"train": {"seed": 5}}, "sasrec": {"id_model": {"dropout": 0.3}},
-          "bert4rec": {"id_model": {"mask_probability": 0.5}}, "gru4rec": {"id_model": {"dropout": 0.4}}}
+          "bert4rec": {"id_model": {"mask_probability": 0.5}}, "gru4rec": {"id_model": {"dropout": 0.4}},
+          "fdsa": {"fdsa": {"dropout": 0.3}}, "zesrec": {"zesrec": {"body": "transformer"}},
+          "kar": {"kar": {"own_experts": 3}}, "recguru": {"recguru": {"negatives": 7}}}
 
 
 def own_other(name: str) -> dict:
@@ -122,6 +124,19 @@ def test_other_settings_of_the_id_model_are_other_settings(whole, fit, no_traini
 
 def test_settings_of_pace_are_no_other_settings(whole, fit, no_training):
     fit(DATA, whole("laser")[0], train={**OFTEN["train"], "tokens_per_pass": 77})
+
+
+def test_what_a_folder_of_texts_holds_is_a_setting_and_not_where_it_is(fit, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "items.jsonl").write_text('{"item_id": "i1", "text": "a saw"}\n')
+    model = fit(DATA, tmp_path / "m", "kar", kar={"knowledge": str(texts)})
+    moved = texts.rename(tmp_path / "moved")
+    same(fit(DATA, tmp_path / "m", "kar", kar={"knowledge": str(moved)}), model)
+    (moved / "items.jsonl").write_text('{"item_id": "i1", "text": "a drill"}\n')
+    for knowledge in (str(moved), None):
+        with pytest.raises(UserError, match="other settings"):
+            fit(DATA, tmp_path / "m", "kar", kar={"knowledge": knowledge})
 
 
 @pytest.mark.parametrize("name", ["popularity", "laser"])

@@ -71,3 +71,18 @@ def test_other_data_with_the_same_items_are_told(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_scorer(str(folder), tiny.planted(N), CPU)
+
+
+def test_a_model_of_texts_alone_scores_another_catalogue(llm, llm_folder, tmp_path):
+    """Zero-shot; the data folder's own items are ranked."""
+    config = tiny.config(llm_folder(), **tiny.RIVALS)
+    model = LaserRecommender.fit_dataset(tiny.planted(N), config, tmp_path / "zesrec", "zesrec", progress=False)
+    other = tiny.planted(N + 5)
+    with pytest.warns(UserWarning, match="zesrec was fitted on another catalogue; it scores these items by their"):
+        scorer, _ = load_scorer(str(tmp_path / "zesrec"), other, CPU)
+    asked = tiny.histories([0, 14], [2])
+    assert scorer.score(asked).shape == (2, N + 5)
+    assert evaluate("zero-shot", scorer, other, "test").plain.ndcg >= 0
+    added = other.items.tail(5).drop("item")
+    model.add_items(added)  # the same items one by one have the same vectors
+    assert scorer.items().allclose(model.embeddings, atol=1e-4)
