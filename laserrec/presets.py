@@ -68,7 +68,7 @@ _SMALL: dict[str, Any] = {
     "mformer": {"experts": 4, "queries": 4, "blocks": 2, "d_model": 128, "heads": 4, "zero_init": True,
                 "routing": "gate_scaled", "state_dropout": 0.05},
     "head": {"suffix_from_eos": True, "whiten_dims": 512, "projection": True, "dropout": 0.1, "id_share": 0.3,
-             "seen_offset": True},
+             "id_product": True, "seen_offset": True},
     "neighbours": {"count": 100, "temperature": 0.14, "share": 2.0},
     "blend": {"trials": 300, "shuffles": (0.0,)},
     "train": {"lr": 1e-3, "weight_decay": 0.5, "batch_size": 128, "stage_one_epochs": 2, "stage_two_epochs": 1,

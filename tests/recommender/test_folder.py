@@ -20,7 +20,7 @@ ASK = [["i1", "i2"], ["i9"]]
 @pytest.fixture(scope="module")
 def model(fit, tmp_path_factory):
     return fit(tiny.planted(N, users=16), tmp_path_factory.mktemp("model") / "model",
-               head={"id_share": 0.3, "whiten_dims": 8, "projection": True})
+               head={"id_share": 0.3, "id_product": True, "whiten_dims": 8, "projection": True})
 
 
 @pytest.fixture

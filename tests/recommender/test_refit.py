@@ -28,7 +28,7 @@ STILL = {"id_model": {"lr": 1e-30, "weight_decay": 0.0}, "train": {"stage_one_ep
 """Nothing is trained."""
 MEAN = {"prompt": {"layout": "text_first", "item_side": "mean", "template": "no_instruction", "max_items": 3,
                    "max_item_tokens": 6},
-        "head": {"id_share": 0.3, "whiten_dims": 8, "projection": True, "seen_offset": True}}
+        "head": {"id_share": 0.3, "id_product": True, "whiten_dims": 8, "projection": True, "seen_offset": True}}
 
 
 def renumbered(data: Dataset, seed: int = 0) -> Dataset:

@@ -45,7 +45,7 @@ def full_grid(ids: bool, neighbours: bool, seen: bool) -> Grid:
         shares, temperatures = (0.001, 0.03, 0.1, 0.3, 0.7, 1.0, 2.0, 4.0, 8.0), (0.03, 0.05, 0.07, 0.1, 0.14, 0.2)
         grid["share", "temperature"] = [(None, temperatures[0]), *itertools.product(shares, temperatures)]
     if ids:
-        grid["id_share",] = [(tenth / 10,) for tenth in range(10)]
+        grid["id_share",] = [*((tenth / 10,) for tenth in range(10)), (0.95,)]
     if seen:
         sizes = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 3.0)
         grid["seen_offset",] = [(0.0,), *((sign * size,) for size in sizes for sign in (-1, 1))]

@@ -36,7 +36,7 @@ def compose(
     means: what the LLM's mean outputs over the items' texts are, if they are known. The LLM is loaded only where a part
     needs it: to read histories, or texts whose means are not given. Raises UserError where settings and LLM don't fit.
     """
-    ids, settings, decay = IdStates(id_model, features.device), config.head, config.prompt.decay
+    ids, settings, decay = IdStates(id_model, features.device, config.head.id_product), config.head, config.prompt.decay
     added = student = mean_items = None
     if config.prompt.item_side == ItemSide.MEAN:
         mean_items = MeanItems(features.means(items) if means is None else means)

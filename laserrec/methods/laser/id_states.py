@@ -15,11 +15,11 @@ class IdStates:
     """States of histories and items under a frozen sequence model; under none, nothing is known of anything.
 
     Items that it does not know are left out of histories: those added since, and those that stand in none of its
-    training sequences, as many do after a temporal split.
+    training sequences, as many do after a temporal split. product: see `HeadConfig.id_product`.
     """
 
-    def __init__(self, model: SequenceModel | None, device: torch.device):
-        self.model, self.device = model, device
+    def __init__(self, model: SequenceModel | None, device: torch.device, product: bool = False):
+        self.model, self.device, self.product = model, device, product
         if model is not None:
             self.model = model.to(device).eval().requires_grad_(False)
             self._known = model.known.cpu()
@@ -79,3 +79,33 @@ class IdStates:
             return torch.zeros(len(rows), self.d_id, device=self.device)
         own = self.model.item_embeddings()[rows.clamp(max=self.model.n_items - 1)]
         return torch.where(self.knows(rows)[:, None], own, 0.0)
+
+    # -- the ID part of embeddings ------------------------------------------------------------------------------
+
+    @property
+    def d_part(self) -> int:
+        """Its width."""
+        return self.d_id + 2 if self.product else self.d_id
+
+    @torch.no_grad()
+    def user_part(self, histories: Histories) -> Float[Tensor, "batch d_part"]:
+        """Of any length; zeros for a history without known items."""
+        state = self.user(histories)
+        if not self.product:
+            return state
+        some = state.any(dim=1, keepdim=True).float()
+        return torch.cat([state, some, torch.zeros_like(some)], dim=1)
+
+    @torch.no_grad()
+    def item_part(self, rows: Int[Tensor, "items"]) -> Float[Tensor, "items d_part"]:
+        """Of any length, with `product` of length one; zeros for items that the model does not know. The cosine with a
+        user's part is then, but for a factor of each user, the ID model's own logit."""
+        own = self.item(rows)
+        if not self.product or self.model is None:
+            return torch.zeros(len(rows), self.d_part, device=self.device) if self.model is None else own
+        known, last = self.knows(rows), self.model.n_items - 1
+        every = torch.cat([self.model.item_embeddings(), self.model.bias[:, None]], dim=1)
+        longest = every[self._known.to(every.device)].norm(dim=1).max().clamp(min=1e-12)
+        scaled = torch.cat([own, self.model.bias[rows.clamp(max=last)][:, None]], dim=1) / longest
+        rest = (1 - scaled.square().sum(dim=1, keepdim=True)).clamp(min=0).sqrt()
+        return torch.where(known[:, None], torch.cat([scaled, rest], dim=1), 0.0)

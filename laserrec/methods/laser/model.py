@@ -85,7 +85,7 @@ class Laser(nn.Module):
     @property
     def d_out(self) -> int:
         """Width of the embeddings."""
-        return self.d_text + (self.ids.d_id if self.id_share else 0)
+        return self.d_text + (self.ids.d_part if self.id_share else 0)
 
     @property
     def terms(self) -> Sequence[ScoreTerm]:
@@ -103,7 +103,7 @@ class Laser(nn.Module):
     def read(self, histories: Histories) -> tuple[Float[Tensor, "users d_out"], Route | None]:
         """Users' embeddings, of unit length, and how their prefixes were routed."""
         text, route = self.user_side.text(histories)
-        return self._joined(text, self.ids.user(histories) if self.id_share else None), route
+        return self._joined(text, self.ids.user_part(histories) if self.id_share else None), route
 
     def users(self, histories: Histories) -> Float[Tensor, "users d_out"]:
         """Users' embeddings, of unit length."""
@@ -139,10 +139,10 @@ class Laser(nn.Module):
                   parents: Float[Tensor, "parents d_out"] | None = None) -> Float[Tensor, "items d_out"]:
         if not self.id_share:
             return self._joined(text, None)
-        vectors, known = self._joined(text, self.ids.item(rows)), self.ids.knows(rows)
+        vectors, known = self._joined(text, self.ids.item_part(rows)), self.ids.knows(rows)
         parents = vectors[known] if parents is None else parents
         if len(parents) and not known.all():
-            vectors[~known] = F.normalize(inherit_id_part(vectors[~known], parents, self.ids.d_id), dim=-1)
+            vectors[~known] = F.normalize(inherit_id_part(vectors[~known], parents, self.ids.d_part), dim=-1)
         return vectors
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ def walks(users: int) -> Dataset:
 
 DATA = walks(70)
 SMALL = {"prompt": {"layout": "text_first", "item_side": "mean", "max_item_tokens": 8},
-         "head": {"projection": True, "whiten_dims": 8, "seen_offset": True, "id_share": 0.3},
+         "head": {"projection": True, "whiten_dims": 8, "seen_offset": True, "id_share": 0.3, "id_product": True},
          "neighbours": {"count": 6, "l2": 1.0}, "blend": {"trials": 200, "regressions": 3}}
 INSTANT = {"prompt": {"layout": "none", "item_side": "mean"}, "head": {"whiten_dims": 8, "seen_offset": True},
            "neighbours": {"count": 6, "l2": 1.0}, "train": {"stage_one_epochs": 0, "stage_two_epochs": 0},

@@ -56,6 +56,32 @@ def test_what_it_does_not_know_is_left_out():
     assert not ids.item(torch.tensor([9, 12])).any() and ids.item(torch.tensor([3])).any()
 
 
+@torch.no_grad()
+def test_the_product_orders_items_as_the_id_model_does():
+    torch.manual_seed(1)
+    model = trained(tiny.id_model(N), temporal())
+    model.item.weight.mul_(1 + 3 * torch.rand(len(model.item.weight), 1))
+    model.bias.normal_()
+    ids, asked = IdStates(model, CPU, product=True), tiny.histories([0, 3], [10], [3])
+    known = ids.knows(torch.arange(N))
+    items, users = ids.item_part(torch.arange(N)), ids.user_part(asked)
+    assert items.shape[1] == users.shape[1] == ids.d_part == model.d_id + 2
+    torch.testing.assert_close(items[known].norm(dim=1), torch.ones(int(known.sum())))
+    logits = model.users(asked) @ model.items()[known].T
+    ratio = users @ items[known].T / logits
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-3, atol=1e-6)
+    assert (ratio > 0).all() and not torch.equal(logits.argsort(), (ids.user(asked) @ F.normalize(
+        ids.item(torch.arange(N))[known], dim=1).T).argsort())  # where cosines would order them otherwise
+    unknown = ids.user_part(tiny.histories([9]))
+    assert not unknown.any() and not items[~known].any() and (~known).any()
+
+
+def test_without_an_id_model_parts_are_empty():
+    ids = IdStates(None, CPU, product=True)
+    assert ids.item_part(torch.arange(3)).shape == ids.user_part(tiny.histories([1], [2], [0])).shape == (3, ids.d_part)
+    assert not ids.item_part(torch.arange(3)).any()
+
+
 @pytest.mark.parametrize("sections", [{"head": {"id_share": 0.3}}, {"prompt": {"item_side": "plain"}}])
 @torch.no_grad()
 def test_what_was_never_trained_changes_no_score(llm, sections):
