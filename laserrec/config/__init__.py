@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, model_validator
 
 from laserrec.config.data import DataConfig, EvalConfig, Split
-from laserrec.config.id_model import IdLoss, IdModelConfig, IdModelKind, ItemTable
+from laserrec.config.id_model import IdLoss, IdModelConfig, IdModelKind, ItemTable, Softmax
 from laserrec.config.laser import (
     BlendConfig,
     Cuts,
@@ -47,8 +47,7 @@ __all__ = [
     "BackboneConfig", "BlendConfig", "Config", "Cuts", "DataConfig", "Engine", "EvalConfig", "HeadConfig", "IdLoss",
     "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "ItemVectors", "Layout", "MFormerConfig", "Negatives",
     "NeighboursConfig", "Pooling", "Precision", "Prefix", "PromptConfig", "Quantization", "RegressionForm",
-    "Routing", "Split",
-    "StudentConfig", "Template", "TrainConfig", "load_config", "merge", "valid",
+    "Routing", "Softmax", "Split", "StudentConfig", "Template", "TrainConfig", "load_config", "merge", "valid",
 ]
 
 _S = TypeVar("_S", bound=BaseModel)
