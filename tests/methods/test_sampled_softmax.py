@@ -57,6 +57,7 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
 def test_the_loss_is_that_of_a_naive_loop(kind):
     model, rows = make(kind, negatives=7, seen_offset=True), sequences()
     model.seen.offset.data.fill_(-1.3)
@@ -65,7 +66,7 @@ def test_the_loss_is_that_of_a_naive_loop(kind):
     taken = rows if kind == "bert4rec" else [row[1:] for row in rows]
     counts = np.bincount(np.concatenate(taken), minlength=N)
     share = counts / counts.sum()
-    states = model.states(batch.inputs).flatten(0, 1)
+    states = model.states(batch.inputs).flatten(0, 1).detach()
     sequence_of = (batch.places // batch.inputs.shape[1]).tolist()
     expected = 0.0
     for target, (place, item) in enumerate(zip(batch.places.tolist(), batch.items.tolist(), strict=True)):
@@ -145,9 +146,9 @@ def test_the_sum_of_a_softmax_is_estimated_without_bias():
         found = sampler.draw(torch.from_numpy(rng.choice(n, 10, p=share)))
         correction = found.log_probability(torch.zeros(1, dtype=torch.long))[0]
         sums.append([float(torch.exp(logits[found.items] - c).sum()) for c in (correction, 0.0)])
-    mean, plain = np.mean(sums, axis=0)
+    (mean, plain), error = np.mean(sums, axis=0), np.std(sums, axis=0)[0] / len(sums) ** 0.5
     full = float(logits.exp().sum())
-    assert mean == pytest.approx(full, rel=0.02) and plain < 0.5 * full
+    assert abs(mean - full) < 3 * error and error < 0.02 * full and plain < 0.5 * full
 
 
 def test_negatives_are_drawn_once_each_step_and_differ():
@@ -223,10 +224,10 @@ def test_nothing_is_as_large_as_the_item_table(kind, items):
 def test_a_planted_order_is_learnt(tmp_path):
     """Item i is followed by i + 1, in a catalogue ten times larger than a step's candidates; by the trainer."""
     def ndcg(softmax: str) -> float:
-        data = tiny.planted(300, 600)
+        data = tiny.planted(100, 200)
         torch.manual_seed(0)
         config = IdModelConfig(**SETTINGS | {"d_id": 32, "softmax": softmax, "negatives": 8})
-        phase = Phase("sasrec", SequenceTask(SASRec(config, 300), data), 30, 8, 1e-2)
+        phase = Phase("sasrec", SequenceTask(SASRec(config, 100), data), 15, 16, 1e-2)
         fit = Trainer([phase], data, tmp_path / softmax, "planted", Pace(progress=False))
         fit.run()
         return fit.place.best
