@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from laserrec.config import DataConfig, Split
@@ -193,13 +194,24 @@ def _clean(given: _Numbered, config: DataConfig) -> tuple[pl.DataFrame, pl.DataF
         # Without timestamps the source's place takes their part, else a repeat purchase would count as a duplicate.
         when = "order" if acts["timestamp"].null_count() else "timestamp"
         acts = drop(f"same user, item and {when.replace('order', 'position')} as another interaction",
-                    acts.unique(["user_id", "item_id", when], keep="first", maintain_order=True))
+                    _without_repeats(acts, when))
     acts = drop(f"k-core (user >= {config.min_user_interactions}, item >= {config.min_item_interactions})",
                 k_core(acts, config.min_user_interactions, config.min_item_interactions))
     if acts.is_empty():
         raise UserError(f"nothing is left after cleaning: {_why_nothing(steps, given)}")
     # A left join: an item without metadata (kept when drop_untitled is off) has null texts.
     return acts, acts.select(pl.col("item_id").unique()).join(items, "item_id", "left"), steps
+
+
+def _without_repeats(acts: pl.DataFrame, when: str) -> pl.DataFrame:
+    """The first of rows with the same user, item and `when`. acts: sorted by user and `when`, so that only neighbours
+    can be alike; to look at those alone saves most of the memory."""
+    same = pl.all_horizontal(pl.col(name) == pl.col(name).shift() for name in ("user_id", when)).fill_null(False)
+    tied = acts.select(same | same.shift(-1, fill_value=False)).to_series()
+    first = acts.filter(tied).select(pl.struct("user_id", "item_id", when).is_first_distinct()).to_series()
+    kept = np.ones(acts.height, dtype=bool)
+    kept[tied.to_numpy()] = first.to_numpy()
+    return acts.filter(kept)
 
 
 def _why_nothing(steps: list[dict], given: _Numbered) -> str:
