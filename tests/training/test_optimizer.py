@@ -43,12 +43,12 @@ def test_with_all_rows_in_each_step_it_is_adamw():
 
 
 def test_rows_without_a_gradient_stay_and_the_others_are_stepped_as_if_alone():
-    """Row 2 has the trajectory that it has in a table of its own: nothing of the steps between counts."""
+    """Without weight decay row 2 has the trajectory that it has in a table of its own."""
     net = model(True)
     before = net[0].weight.detach().clone()
-    optimizer = RowAdamW([net[0].weight], **SETTINGS)
+    optimizer = RowAdamW([net[0].weight], lr=0.05, weight_decay=0.0)
     alone = nn.Parameter(before[2:3].clone())
-    dense = torch.optim.AdamW([alone], **SETTINGS)
+    dense = torch.optim.AdamW([alone], lr=0.05, weight_decay=0.0)
     for rows in ([2], [0], [0, 4], [2], [4], [2]):
         step(net, optimizer, rows)
         if rows == [2]:
@@ -57,6 +57,24 @@ def test_rows_without_a_gradient_stay_and_the_others_are_stepped_as_if_alone():
     now = net[0].weight.detach()
     assert torch.equal(now[[1, 3, 5]], before[[1, 3, 5]]) and not torch.equal(now[[0, 2, 4]], before[[0, 2, 4]])
     torch.testing.assert_close(now[2:3], alone.detach())
+
+
+def test_the_weight_decay_of_steps_between_is_made_up_for():
+    """Row 3 is met in the first and in the fifth step; AdamW without the gradients of the others decays as much."""
+    found = []
+    for weight_decay in (0.1, 0.0):
+        net = model(True)
+        optimizer = RowAdamW([net[0].weight], lr=0.05, weight_decay=weight_decay)
+        rows = [net[0].weight.detach()[3].clone()]
+        for met in ([3], [0], [1], [0], [3]):
+            step(net, optimizer, met)
+            rows.append(net[0].weight.detach()[3].clone())
+        found.append(rows)
+    decayed, plain = found
+    first, second = plain[1] - plain[0], plain[5] - plain[4]  # what the gradients add: they don't depend on the table
+    expected = (decayed[0] * 0.995 + first) * 0.995**4 + second
+    torch.testing.assert_close(decayed[5], expected)
+    assert torch.equal(decayed[4], decayed[1])
 
 
 def test_it_goes_on_from_its_saved_state():
