@@ -169,6 +169,8 @@ class Trainer:
                 self.watch.step(place.steps, len(index), phase=phase.name, epoch=place.epoch, lr=lr)
                 bar.advance(1, **({} if place.step % _SHOWN_EVERY else {"loss": float(self._loss) / place.step}))
                 self._pause()
+        assert self.optimizer is not None  # as in _set_rate
+        self.optimizer.catch_up()
         phase.task.end_epoch()
         looks = place.epoch % phase.eval_every == 0 or place.epoch == phase.epochs
         self._note(float(self._loss) / max(1, len(plan)), self._validate(phase) if looks else None,
