@@ -67,12 +67,13 @@ class RowAdamW(torch.optim.AdamW):
         """Rows to the end of step `now`, without gradients since they were met."""
         state, (first, second) = self.state[table], group["betas"]
         met, mean, square = (state[name][rows] for name in ("met", "exp_avg", "exp_avg_sq"))
-        gap = (now - met)[:, None]
+        gap, decay = (now - met)[:, None], 1 - group["lr"] * group["weight_decay"]
         since = torch.arange(1, 1 + math.ceil(math.log(_FORGOTTEN) / math.log(first)), device=table.device)
         then = met[:, None] + since
-        steps = first**since / (1 - first**then) * ((1 - second**then) / second**since).sqrt() * (since <= gap)
-        moved = steps.sum(dim=1, keepdim=True) * mean / (square.sqrt() + group["eps"])
-        table[rows] = table[rows] * (1 - group["lr"] * group["weight_decay"]) ** gap - group["lr"] * moved
+        steps = first**since / (1 - first**then) * ((1 - second**then) / second**since).sqrt()
+        steps = (steps * decay ** (gap - since) * (since <= gap)).sum(dim=1, keepdim=True)
+        moved = steps * mean / (square.sqrt() + group["eps"])
+        table[rows] = table[rows] * decay**gap - group["lr"] * moved
         state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean * first**gap, square * second**gap
         state["met"][rows] = now
 
