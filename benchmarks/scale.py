@@ -65,6 +65,7 @@ def _measure(part: str, items: int, interactions: int, out: Path, notes: dict) -
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     row = {**key, **json.loads(done.stdout.splitlines()[-1]), "cores": os.cpu_count(), **notes}
     print(json.dumps(row), flush=True)
+    found = json.loads(out.read_text("utf-8")) if out.is_file() else []  # others may have been measured meanwhile
     temporary = out.with_suffix(".tmp")
     temporary.write_text(json.dumps([*found, row], indent=1) + "\n", "utf-8")
     temporary.replace(out)
