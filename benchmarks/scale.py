@@ -65,6 +65,7 @@ def _measure(part: str, items: int, interactions: int, out: Path, notes: dict) -
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     row = {**key, **json.loads(done.stdout.splitlines()[-1]), "cores": os.cpu_count(), **notes}
     print(json.dumps(row), flush=True)
+    found = json.loads(out.read_text("utf-8")) if out.is_file() else []  # others may have been measured meanwhile
     temporary = out.with_suffix(".tmp")
     temporary.write_text(json.dumps([*found, row], indent=1) + "\n", "utf-8")
     temporary.replace(out)
@@ -121,6 +122,20 @@ def _histories(items: int, interactions: int):
     return Histories(torch.from_numpy(rows.ravel()).long(), ends)
 
 
+def _dataset(items: int, interactions: int):
+    import polars as pl
+
+    from laserrec.data.dataset import Dataset
+
+    rows = planted(items, interactions)
+    split = pl.Series(["train"] * (LENGTH - 2) + ["validation", "test"])
+    acts = pl.DataFrame({"user": np.repeat(np.arange(len(rows), dtype=np.int32), LENGTH), "item": rows.ravel(),
+                         "position": np.tile(np.arange(LENGTH, dtype=np.int32), len(rows))})
+    acts = acts.with_columns(split=split.gather(acts["position"]), timestamp=pl.col("position").cast(pl.Int64))
+    goods, users = pl.DataFrame({"item": np.arange(items)}), pl.DataFrame({"user": np.arange(len(rows))})
+    return Dataset(goods, users, acts, {"sha256": f"planted {items} {interactions}"})
+
+
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
@@ -174,11 +189,38 @@ def prepare(items: int, interactions: int, folder: Path) -> Work:
     return work
 
 
+def sasrec(items: int, interactions: int, folder: Path, softmax: str = "auto") -> Work:
+    """One epoch of SASRec, and the validation of a thousand users."""
+    import torch
+
+    from laserrec.config import IdModelConfig
+    from laserrec.methods.protocol import Phase
+    from laserrec.methods.sampled_softmax import is_sampled
+    from laserrec.methods.sasrec import SASRec
+    from laserrec.methods.sequence import SequenceTask
+    from laserrec.training.trainer import Pace, Trainer
+
+    config, dataset = IdModelConfig(softmax=softmax, dropout=0.2), _dataset(items, interactions)
+    torch.manual_seed(0)
+    phase = Phase("sasrec", SequenceTask(SASRec(config, items), dataset), epochs=1)
+    fit = Trainer([phase], dataset, folder, "planted", Pace(progress=False, validation_users=1000))
+
+    def work() -> Facts:
+        fit.run()
+        return lambda: {"softmax": "sampled" if is_sampled(config, items) else "full",
+                        "ndcg@10": round(fit.place.best, 4)}
+
+    return work
+
+
 PARTS: dict[str, Callable[[int, int, Path], Work]] = {
     "neighbours": neighbours,
     "neighbours, exact": lambda *size: neighbours(*size, form="exact"),
     "neighbours, local": lambda *size: neighbours(*size, form="local"),
     "prepare": prepare,
+    "sasrec": sasrec,
+    "sasrec, full": lambda *size: sasrec(*size, softmax="full"),
+    "sasrec, sampled": lambda *size: sasrec(*size, softmax="sampled"),
 }
 """(items, interactions, an empty folder) -> the work, which returns what tells its facts afterwards."""
 

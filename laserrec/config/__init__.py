@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, model_validator
 
 from laserrec.config.data import DataConfig, EvalConfig, Split
-from laserrec.config.id_model import IdLoss, IdModelConfig, IdModelKind, ItemTable
+from laserrec.config.id_model import IdLoss, IdModelConfig, IdModelKind, ItemTable, Softmax
 from laserrec.config.laser import (
     BlendConfig,
     Cuts,
@@ -60,7 +60,7 @@ __all__ = [
     "IdLoss", "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "ItemVectors", "KARConfig", "LLM4RecConfig",
     "Layout", "LlamaRecConfig", "LruRecConfig", "MFormerConfig", "Negatives", "NeighboursConfig", "Pooling",
     "Precision", "Prefix", "PromptConfig", "Quantization", "RecFormerConfig", "RecGURUConfig", "RegressionForm",
-    "Routing", "SequenceRivalConfig", "Split", "StudentConfig", "Template", "TrainConfig", "ZESRecBody",
+    "Routing", "SequenceRivalConfig", "Softmax", "Split", "StudentConfig", "Template", "TrainConfig", "ZESRecBody",
     "ZESRecConfig", "load_config", "merge", "valid",
 ]
 

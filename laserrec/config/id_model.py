@@ -25,6 +25,14 @@ class IdLoss(StrEnum):
     BCE = "bce"
 
 
+class Softmax(StrEnum):
+    """Items that the cross-entropy goes over."""
+
+    AUTO = "auto"
+    FULL = "full"
+    SAMPLED = "sampled"
+
+
 class ItemTable(StrEnum):
     """Where the ID model's item embeddings come from."""
 
@@ -50,7 +58,13 @@ class IdModelConfig(Section):
     max_history: int = Field(50, ge=2)
     """Number of most recent items that the model reads."""
     loss: IdLoss = IdLoss.CROSS_ENTROPY
-    """cross_entropy: full softmax over all items. bce: one sampled negative per positive (sasrec only)."""
+    """cross_entropy: softmax over the items (see `softmax`). bce: one sampled negative per positive (sasrec only)."""
+    softmax: Softmax = Softmax.AUTO
+    """loss cross_entropy only. full: over all items (paper). sampled: over the batch's own targets and items drawn at
+    each step, corrected for how likely each is to be among them; a step then costs the same however large the catalogue
+    is. auto: full up to 50,000 items, sampled above."""
+    negatives: int = Field(4096, ge=1)
+    """softmax sampled only: items drawn at each step."""
     items: ItemTable = ItemTable.IDS
     """ids: one trained vector per item, random at first (paper). llm_start: one trained vector per item that starts as
     the item's embedding from the frozen LLM, whitened to d_id dimensions. text: no trained vectors, only a trained
@@ -83,6 +97,8 @@ class IdModelConfig(Section):
             raise ValueError(f"d_id {self.d_id} is not a multiple of heads {self.heads}")
         if self.loss == IdLoss.BCE and self.kind != IdModelKind.SASREC:
             raise ValueError("loss 'bce' is for kind 'sasrec'; bert4rec's cloze task uses 'cross_entropy'")
+        if self.loss == IdLoss.BCE and self.softmax == Softmax.SAMPLED:
+            raise ValueError("softmax 'sampled' needs loss 'cross_entropy': 'bce' has no softmax")
         if self.loss == IdLoss.BCE and self.seen_offset:
             raise ValueError("seen_offset needs loss 'cross_entropy': 'bce' compares two items at a time")
         return self

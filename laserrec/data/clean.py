@@ -84,7 +84,8 @@ def ids(column: pl.Series) -> pl.Series:
         return column.cast(pl.String)
     if kind in (pl.String, pl.Categorical, pl.Enum):
         name = column.cast(pl.String).str.strip_chars(SPACE)
-        name = name.str.replace(_WHOLE, "$1").str.replace(_ZERO, "0")
+        if name.str.contains(".", literal=True).any():  # looking is much faster than replacing
+            name = name.str.replace(_WHOLE, "$1").str.replace(_ZERO, "0")
         return name.set((name == "").fill_null(False), None)
     if kind in (pl.Binary, pl.Object) or kind.is_decimal():
         return _each(column, as_id)

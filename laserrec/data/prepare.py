@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from laserrec.config import DataConfig, Split
 from laserrec.data.dataset import FORMAT, NEW_ITEMS
 from laserrec.data.extras import VECTOR, extra_names
 from laserrec.data.files import FileOptions, read_table
+from laserrec.data.ids import Ids, ranks
 from laserrec.data.losses import LOUD, mismatch
-from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, join_vectors
+from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, Raw, join_vectors
 from laserrec.data.sources import Source, read_source
 from laserrec.data.summary import warn_of_losses
 from laserrec.util.errors import UserError
@@ -38,9 +42,12 @@ def prepare_source(source: Source, out: Path | str, config: DataConfig | None = 
     `extras.with_vectors`."""
     _check_free(Path(out))
     config, options = config or DataConfig(), FileOptions(on_error, separator, encoding)
-    raw = read_source(source, format, columns, options, config.item_columns)
-    raw = raw if vectors is None else join_vectors(raw, read_table(vectors, options))
-    return prepare(raw.interactions, raw.items, config, out, overwrite=overwrite, notes=raw.notes)
+
+    def read() -> Raw:
+        raw = read_source(source, format, columns, options, config.item_columns)
+        return raw if vectors is None else join_vectors(raw, read_table(vectors, options))
+
+    return _prepare(_Numbered.of(read()), config, Path(out), overwrite)  # nothing holds the raw frames by then
 
 
 def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig, out: Path | str, *,
@@ -58,29 +65,73 @@ def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig,
     empty, when `out` holds something else (without `overwrite` always, with it unless that is a data folder), and when
     it can't be written.
     """
-    _check_frames(interactions, items)
-    acts, goods, steps = _clean(interactions, items, config)
+    return _prepare(_Numbered.of(Raw(interactions, items, dict(notes or {}))), config, Path(out), overwrite)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """Raw frames with numbers in place of ids."""
+
+    ids: Ids
+    acts: pl.DataFrame
+    """Sorted by user and time, so that "the first of several duplicates" does not depend on the rows' order."""
+    items: pl.DataFrame
+    notes: dict[str, int]
+
+    @staticmethod
+    def of(raw: Raw) -> _Numbered:
+        _check_frames(raw.interactions, raw.items)
+        ids = Ids.of(raw.interactions, raw.items)
+        acts = ids.numbered(raw.interactions).sort("user_id", "timestamp", "order", "item_id")
+        return _Numbered(ids, acts, ids.numbered(raw.items), raw.notes)
+
+    @cached_property
+    def bought(self) -> pl.DataFrame:
+        """item_id of all interactions, ascending."""
+        return self.acts.select(pl.col("item_id").unique().sort())
+
+    @cached_property
+    def unmatched(self) -> pl.DataFrame:
+        """Those that are not among the items."""
+        return self.bought.join(self.items, "item_id", "anti", maintain_order="left")
+
+    def why_unmatched(self) -> str:
+        """As far as it can be guessed, with examples."""
+        theirs, ours = (self.ids.named(side.select("item_id").sort("item_id"))["item_id"]
+                        for side in (self.unmatched, self.items))
+        return mismatch(theirs, ours)
+
+
+def _prepare(given: _Numbered, config: DataConfig, out: Path, overwrite: bool) -> dict:
+    acts, goods, steps = _clean(given, config)
+    new, counts = _new_items(given, goods)
     acts, facts = _split(_with_positions(acts), config)
-    tables = _number(acts, goods)
-    new, counts = _new_items(interactions, items, goods)
-    report = {**dict(notes or {}), "steps": steps, "split": facts, **_statistics(*tables), **counts}
+    tables = _number(acts, goods, given.ids)
+    report = {**given.notes, "steps": steps, "split": facts, **_statistics(*tables), **counts}
     files = {f"{name}.parquet": parquet_bytes(table) for name, table in zip(_TABLES, tables, strict=True)}
-    sha256 = hashlib.sha256(b"".join(files.values())).hexdigest()
+    sha256 = _sha256(*files.values())
     told = config.model_dump(mode="json", exclude=None if config.item_columns else {"item_columns"})
     meta = {"format": FORMAT, "sha256": sha256, "settings": told,
             "table1": report["table1"]}
     if new.height:
         files[NEW_ITEMS] = parquet_bytes(new)
-        meta["new_items_sha256"] = hashlib.sha256(files[NEW_ITEMS]).hexdigest()
+        meta["new_items_sha256"] = _sha256(files[NEW_ITEMS])
     files["meta.json"] = json_text(meta).encode("utf-8")
     files["report.json"] = json_text(report).encode("utf-8")
-    reused = _holds(Path(out), files, overwrite)
+    reused = _holds(out, files, overwrite)
     if not reused:
         with new_folder(out, replace=("meta.json",)) as folder:
             for name, data in files.items():
                 write_bytes(folder / name, data)
     warn_of_losses(report)
     return {**report, "sha256": sha256, "folder": str(out), "reused": reused}
+
+
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _holds(out: Path, files: dict[str, bytes], overwrite: bool) -> bool:
@@ -124,9 +175,9 @@ def _check_frames(interactions: pl.DataFrame, items: pl.DataFrame) -> None:
 # -- cleaning -----------------------------------------------------------------------------------------------------
 
 
-def _clean(acts: pl.DataFrame, items: pl.DataFrame,
-           config: DataConfig) -> tuple[pl.DataFrame, pl.DataFrame, list[dict]]:
-    """What is kept, sorted by user and time, and one record per step: what was dropped and why."""
+def _clean(given: _Numbered, config: DataConfig) -> tuple[pl.DataFrame, pl.DataFrame, list[dict]]:
+    """Interactions and items that are kept, and one record per step: what was dropped and why."""
+    acts, items = given.acts, given.items
     steps = [{"step": "read", **_sizes(acts), "items_in_metadata": items.height}]
 
     def drop(why: str, kept: pl.DataFrame) -> pl.DataFrame:
@@ -134,9 +185,6 @@ def _clean(acts: pl.DataFrame, items: pl.DataFrame,
         steps.append({"step": why, **after, "dropped": {key: before[key] - after[key] for key in after}})
         return kept
 
-    ids = acts.select("item_id")
-    # Sorted first, so that "the first of several duplicates" does not depend on the rows' order.
-    acts = acts.sort("user_id", "timestamp", "order", "item_id")
     if config.drop_untitled:
         acts = drop("item has no row in the metadata (untitled)", acts.join(items, "item_id", "semi",
                                                                             maintain_order="left"))
@@ -146,40 +194,49 @@ def _clean(acts: pl.DataFrame, items: pl.DataFrame,
         # Without timestamps the source's place takes their part, else a repeat purchase would count as a duplicate.
         when = "order" if acts["timestamp"].null_count() else "timestamp"
         acts = drop(f"same user, item and {when.replace('order', 'position')} as another interaction",
-                    acts.unique(["user_id", "item_id", when], keep="first", maintain_order=True))
+                    _without_repeats(acts, when))
     acts = drop(f"k-core (user >= {config.min_user_interactions}, item >= {config.min_item_interactions})",
                 k_core(acts, config.min_user_interactions, config.min_item_interactions))
     if acts.is_empty():
-        raise UserError(f"nothing is left after cleaning: {_why_nothing(steps, ids, items)}")
+        raise UserError(f"nothing is left after cleaning: {_why_nothing(steps, given)}")
     # A left join: an item without metadata (kept when drop_untitled is off) has null texts.
     return acts, acts.select(pl.col("item_id").unique()).join(items, "item_id", "left"), steps
 
 
-def _why_nothing(steps: list[dict], ids: pl.DataFrame, items: pl.DataFrame) -> str:
+def _without_repeats(acts: pl.DataFrame, when: str) -> pl.DataFrame:
+    """The first of rows with the same user, item and `when`. acts: sorted by user and `when`, so that only neighbours
+    can be alike; to look at those alone saves most of the memory."""
+    same = pl.all_horizontal(pl.col(name) == pl.col(name).shift() for name in ("user_id", when)).fill_null(False)
+    tied = acts.select(same | same.shift(-1, fill_value=False)).to_series()
+    first = acts.filter(tied).select(pl.struct("user_id", "item_id", when).is_first_distinct()).to_series()
+    kept = np.ones(acts.height, dtype=bool)
+    kept[tied.to_numpy()] = first.to_numpy()
+    return acts.filter(kept)
+
+
+def _why_nothing(steps: list[dict], given: _Numbered) -> str:
     """The step that took the most, and what to do."""
     worst = max(steps[1:], key=lambda step: step["dropped"]["interactions"])
     share = f"{worst['dropped']['interactions']:,} of {steps[0]['interactions']:,} interactions"
     if worst["step"].startswith("k-core"):
         return (f"{worst['step']} took the last {share}; lower data.min_user_interactions and "
                 "data.min_item_interactions, or bring more data")
-    if unmatched := ids.join(items, "item_id", "anti")["item_id"].unique().sort().to_list():
-        return f"{share} have an item that is not among the items: {mismatch(unmatched, items['item_id'].sort())}"
+    if given.unmatched.height:
+        return f"{share} have an item that is not among the items: {given.why_unmatched()}"
     return f"{share} went: {worst['step']}"
 
 
-def _new_items(acts: pl.DataFrame, items: pl.DataFrame, kept: pl.DataFrame) -> tuple[pl.DataFrame, dict]:
+def _new_items(given: _Numbered, kept: pl.DataFrame) -> tuple[pl.DataFrame, dict]:
     """Titled items that are not kept with their interactions, and the report's counts of items."""
-    left = items.join(kept, "item_id", "anti").sort("item_id")
+    left = given.items.join(kept, "item_id", "anti").sort("item_id")
     new = left.filter(pl.col("title").is_not_null())
-    rare = new.join(acts, "item_id", "semi").height
-    given = acts.select(pl.col("item_id").unique()).sort("item_id")
-    unmatched = given.join(items, "item_id", "anti")
-    lost: dict[str, Any] = {"items": unmatched.height}
-    if unmatched.height > LOUD * given.height:
-        lost["why"] = mismatch(unmatched["item_id"], items["item_id"].sort())
+    rare = new.join(given.bought, "item_id", "semi").height
+    lost: dict[str, Any] = {"items": given.unmatched.height}
+    if given.unmatched.height > LOUD * given.bought.height:
+        lost["why"] = given.why_unmatched()
     counts = {"new_items": {"never_bought": new.height - rare, "too_few_interactions": rare},
-              "untitled_items": items["title"].null_count(), "unmatched": lost}
-    return new, counts
+              "untitled_items": given.items["title"].null_count(), "unmatched": lost}
+    return given.ids.named(new), counts
 
 
 def _sizes(acts: pl.DataFrame) -> dict[str, int]:
@@ -197,7 +254,6 @@ def k_core(acts: pl.DataFrame, min_user: int, min_item: int) -> pl.DataFrame:
 
 
 def _with_positions(acts: pl.DataFrame) -> pl.DataFrame:
-    acts = acts.sort("user_id", "timestamp", "order", "item_id")
     return acts.with_columns(pl.int_range(pl.len()).over("user_id").cast(pl.Int32).alias("position"))
 
 
@@ -251,14 +307,14 @@ def _temporal(acts: pl.DataFrame, config: DataConfig) -> tuple[pl.DataFrame, dic
 # -- numbering and statistics ---------------------------------------------------------------------------------------
 
 
-def _number(acts: pl.DataFrame, items: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+def _number(acts: pl.DataFrame, items: pl.DataFrame, ids: Ids) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     """items, users, interactions of the folder. Rows from 0 in the order of the sorted ids (by bytes)."""
     items = items.sort("item_id").with_row_index("item").with_columns(pl.col("item").cast(pl.Int32))
-    users = acts.select("user_id").unique().sort("user_id").with_row_index("user")
+    users = acts.select(pl.col("user_id").unique().sort()).with_row_index("user")
     users = users.with_columns(pl.col("user").cast(pl.Int32))
-    numbered = acts.join(items.select("item_id", "item"), on="item_id").join(users, on="user_id")
-    numbered = numbered.select("user", "item", "position", "timestamp", "split").sort("user", "position")
-    return items, users.select("user", "user_id"), numbered
+    user, item = (ranks(acts[name], kept[name]) for name, kept in (("user_id", users), ("item_id", items)))
+    numbered = acts.select(user.alias("user"), item.alias("item"), "position", "timestamp", "split")
+    return ids.named(items), ids.named(users), numbered
 
 
 def _statistics(items: pl.DataFrame, users: pl.DataFrame, acts: pl.DataFrame) -> dict:

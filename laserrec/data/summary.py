@@ -46,7 +46,7 @@ def warn_of_losses(report: dict[str, Any]) -> None:
     skipped = report.get("skipped_lines", 0)
     shares.append(skipped / (skipped + read["interactions"]))
     if max(shares) > LOUD or not report["interactions_per_split"]["validation"]:
-        warnings.warn(" ".join(summary_lines(report)), LossWarning, stacklevel=3)
+        warnings.warn(" ".join(summary_lines(report)), LossWarning, stacklevel=4)
 
 
 def _count(count: int, what: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from laserrec.config import IdLoss, IdModelConfig, ItemTable
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories, Pairs
+from laserrec.methods.sampled_softmax import Candidates, Sampler, is_sampled, sampled_loss
 from laserrec.methods.terms import SeenOffset
 from laserrec.util.device import move
 from laserrec.util.errors import UserError
@@ -72,6 +73,8 @@ class Targets:
     """The items there."""
     seen: Pairs
     """(target, item): items that the target's state may see."""
+    candidates: Candidates | None = None
+    """Of the whole batch; None: all items."""
 
     def rows(self, rows: Int[Tensor, "some"]) -> Targets:
         """Some rows of the batch."""
@@ -84,12 +87,12 @@ class Targets:
         number = torch.full((len(of),), -1).index_copy_(0, kept.nonzero()[:, 0][order], torch.arange(len(places)))
         users = number[self.seen.users]
         return Targets(self.inputs[rows], places, self.items[kept][order],
-                       Pairs(users[users >= 0], self.seen.items[users >= 0]))
+                       Pairs(users[users >= 0], self.seen.items[users >= 0]), self.candidates)
 
     def to(self, device: torch.device) -> Targets:
         """The same on another device."""
         moved = (move(x, device) for x in (self.inputs, self.places, self.items))
-        return Targets(*moved, self.seen.to(device))
+        return Targets(*moved, self.seen.to(device), None if self.candidates is None else self.candidates.to(device))
 
 
 def make_targets(inputs: Tensor, targets: Tensor, visible: Callable[[Tensor, Tensor], Tensor], pad: int,
@@ -173,6 +176,10 @@ class NextItemModel(nn.Module):
     def note_trained(self, items: Int[Tensor, "total"]) -> None:
         """Items of the training sequences, before the first epoch."""
 
+    def sampler(self, sequences: Histories) -> Sampler | None:
+        """Of the items in the loss of these training sequences; None: the loss goes over all items."""
+        return None
+
     def pad_histories(self, histories: Histories) -> Int[Tensor, "batch seq"]:
         """The newest max_history items of each, on the model's device. Raises UserError for an empty history."""
         if len(histories) and int(histories.lengths.min()) == 0:
@@ -231,7 +238,7 @@ class SequenceModel(NextItemModel):
             raise ValueError(f"item table {config.items!r} is made from text vectors")
         self.config, self.n_items, self.pad, self.mask_token = config, n_items, n_items, n_items + 1
         self.max_history, self.d_id = config.max_history, config.d_id
-        self.item = nn.Embedding(n_items + 2, config.d_id, padding_idx=self.pad)
+        self.item = nn.Embedding(n_items + 2, config.d_id, padding_idx=self.pad, sparse=is_sampled(config, n_items))
         self.position = nn.Embedding(config.max_history + 1, config.d_id)
         self.embedding_dropout = nn.Dropout(config.dropout)
         inner = config.d_id * (1 if self.causal else 4)  # as published
@@ -271,6 +278,10 @@ class SequenceModel(NextItemModel):
         """Vectors of items, padding and mask tokens."""
         if self.adaptor is None:
             return self.item(items)
+        if self.item.sparse:  # the catalogue is too large to go through the adaptor at each step
+            rows, place = torch.unique(items, return_inverse=True)
+            text = self.adaptor(self.text[rows.clamp(max=self.n_items - 1)])
+            return F.embedding(place, torch.where((rows < self.n_items)[:, None], text, self.item(rows)))
         return F.embedding(items, torch.cat([self.item_embeddings(), self.item.weight[self.n_items :]]))
 
     def states(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_id"]:
@@ -288,6 +299,13 @@ class SequenceModel(NextItemModel):
     def _positions(self, real: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch_or_one seq"]:
         """Rows of the position table."""
 
+    def sampler(self, sequences: Histories) -> Sampler | None:
+        """Of the items in the loss of these training sequences; None: the loss goes over all items."""
+        if not is_sampled(self.config, self.n_items):
+            return None
+        oldest = sequences.lengths[sequences.users] - 1  # never a target of a causal model
+        targets = sequences.where(sequences.ages < oldest) if self.causal else sequences
+        return Sampler(targets, self.n_items, self.config.negatives)
 
     def note_trained(self, items: Int[Tensor, "total"]) -> None:
         """With an item table made of text alone, all items are known."""
@@ -310,13 +328,21 @@ class SequenceModel(NextItemModel):
 
     def loss(self, part: Targets) -> Float[Tensor, ""]:
         """The sum of the targets' losses."""
-        if self.config.loss != IdLoss.BCE:
+        if self.config.loss != IdLoss.BCE and part.candidates is None:
             return super().loss(part)
         part = part.to(self.device)
         states = self.states(part.inputs).flatten(0, 1)[part.places]
+        if part.candidates is not None:
+            offset = None if self.seen is None else self.seen.offset
+            return sampled_loss(self._logits_of(states, part.candidates.items), part, offset)
         negatives = torch.randint(0, self.n_items, part.items.shape, device=states.device)
         positive, negative = (self._pair_logits(states, i) for i in (part.items, negatives))
         return F.softplus(-positive).sum() + F.softplus(negative).sum()
+
+    def _logits_of(self, states: Float[Tensor, "targets d_id"], rows: Int[Tensor, "some"]
+                   ) -> Float[Tensor, "targets some"]:
+        vectors = self.item(rows) if self.adaptor is None else self.adaptor(self.text[rows])
+        return torch.addmm(self.bias[rows], states, vectors.T)
 
     def _pair_logits(self, states: Tensor, items: Tensor) -> Tensor:
         return (states * self.embed(items)).sum(dim=-1) + self.bias[items]
@@ -332,6 +358,7 @@ class SequenceTask:
         if not len(long):
             raise UserError("no user has two training interactions; there is nothing to learn a sequence from")
         self.sequences = dataset.train_sequences.take(long)
+        self.sampler = model.sampler(self.sequences)
 
     def start(self, pause: Callable[[], None]) -> None:
         """Tell the model which items it will know."""
@@ -355,7 +382,7 @@ class SequenceTask:
             sequences = Histories(sequences.items[order], sequences.ends)
         length = max(2, config.max_history)
         shift = np.random.default_rng((config.seed, number - 1, 2)).integers(0, max(1, length - 1), len(sequences))
-        return SequenceExamples(sequences.windows(length, torch.from_numpy(shift)), self.module)
+        return SequenceExamples(sequences.windows(length, torch.from_numpy(shift)), self.module, self.sampler)
 
     def loss(self, batch: Targets, rows: np.ndarray) -> dict[str, Tensor]:
         """The rows' share of the mean over all targets of the batch."""
@@ -386,6 +413,7 @@ class SequenceExamples:
 
     sequences: Histories
     model: NextItemModel
+    sampler: Sampler | None = None
 
     @property
     def lengths(self) -> Int[np.ndarray, "examples"]:
@@ -394,4 +422,5 @@ class SequenceExamples:
 
     def batch(self, index: Int[np.ndarray, "batch"]) -> Targets:
         """Padded, with targets."""
-        return self.model.targets(self.sequences.take(index).padded(self.model.pad))
+        targets = self.model.targets(self.sequences.take(index).padded(self.model.pad))
+        return targets if self.sampler is None else replace(targets, candidates=self.sampler.draw(targets.items))

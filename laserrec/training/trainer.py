@@ -24,6 +24,7 @@ from laserrec.evaluation.evaluate import rank_cases
 from laserrec.evaluation.metrics import Metrics
 from laserrec.methods.protocol import Phase
 from laserrec.training.batching import batches, split_by_tokens
+from laserrec.training.optimizer import RowAdamW, clip_gradients
 from laserrec.training.watch import Watch
 from laserrec.util import checkpoint
 from laserrec.util.distributed import World
@@ -127,7 +128,7 @@ class Trainer:
         decayed = {id(p) for p in task.decayed()}
         groups = [[p for p in self._trained() if (id(p) in decayed) == wanted] for wanted in (True, False)]
         groups = [{"params": g, "weight_decay": phase.weight_decay * (i == 0)} for i, g in enumerate(groups) if g]
-        self.optimizer = torch.optim.AdamW(groups, lr=phase.lr) if groups else None
+        self.optimizer = RowAdamW(groups, lr=phase.lr) if groups else None
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.phase.task.module.parameters() if p.requires_grad]
@@ -168,6 +169,8 @@ class Trainer:
                 self.watch.step(place.steps, len(index), phase=phase.name, epoch=place.epoch, lr=lr)
                 bar.advance(1, **({} if place.step % _SHOWN_EVERY else {"loss": float(self._loss) / place.step}))
                 self._pause()
+        assert self.optimizer is not None  # as in _set_rate
+        self.optimizer.catch_up()
         phase.task.end_epoch()
         looks = place.epoch % phase.eval_every == 0 or place.epoch == phase.epochs
         self._note(float(self._loss) / max(1, len(plan)), self._validate(phase) if looks else None,
@@ -187,7 +190,7 @@ class Trainer:
                 (own["loss"] * weight).backward()
                 parts = {name: parts.get(name, 0.0) + weight * part.detach() for name, part in own.items()}
         parts = self._summed(trained, parts)
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.phase.max_grad_norm or math.inf)
+        norm = clip_gradients(trained, self.phase.max_grad_norm)
         self.optimizer.step()
         self._loss = self._loss + parts["loss"]
         self.watch.add(**parts, grad_norm=norm)

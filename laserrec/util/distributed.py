@@ -74,22 +74,24 @@ class World:
     # -- agreeing -----------------------------------------------------------------------------------------------
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], numbers: Tensor) -> Tensor:
-        """Replace every gradient by its sum over the processes, and return the sum of `numbers` [n].
+        """Replace every gradient by its sum over the processes, and return the sum of `numbers` [n]. Sparse gradients
+        travel as dense ones and are sparse again afterwards.
 
         `numbers` are on the parameters' device. A parameter whose gradient is None in all processes keeps None, so that
         the optimiser does not update it.
         """
         if self.size == 1:
             return numbers
-        given = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)  # on the CPU: no GPU waits
-        flat = torch.cat([*(p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters),
-                          numbers.float()])
+        # On the CPU, so that no GPU waits: 0 none, 1 dense, 2 sparse.
+        given = torch.tensor([0 if p.grad is None else 1 + p.grad.is_sparse for p in parameters], dtype=torch.uint8)
+        flat = torch.cat([*(p.new_zeros(p.numel()) if p.grad is None else p.grad.to_dense().flatten()
+                            for p in parameters), numbers.float()])
         with self._together():
             dist.all_reduce(given, dist.ReduceOp.MAX, group=self.group)
             dist.all_reduce(flat, group=self.group)
         *parts, numbers = flat.split([*(p.numel() for p in parameters), len(numbers)])
-        for p, part, some in zip(parameters, parts, given.tolist(), strict=True):
-            p.grad = part.view_as(p) if some else None
+        for p, part, kind in zip(parameters, parts, given.tolist(), strict=True):
+            p.grad = None if kind == 0 else part.view_as(p) if kind == 1 else part.view_as(p).to_sparse(1)
         return numbers
 
     def most(self, number: int) -> int:

@@ -407,3 +407,58 @@ def test_prepare_source_counts_skipped_lines_and_needs_a_known_way_to_skip(tmp_p
     assert (report["skipped_lines"], report["table1"]["interactions"]) == (1, 2)
     with pytest.raises(UserError, match="on_error"):
         prepare_source(tmp_path, tmp_path / "out", LOOSE, on_error="no")
+
+
+# -- the whole against Python lists -------------------------------------------------------------------------------
+
+
+def naive(rows, titles, at_least):
+    """items, users and (user_id, item_id, position, split) that are kept, by loops over the ids themselves."""
+    rows = sorted({(u, t, n, i) for n, (u, i, t) in enumerate(rows) if titles.get(i)},
+                  key=lambda r: (r[0].encode(), r[1], r[2], r[3].encode()))
+    first = {}
+    for u, t, n, i in rows:
+        first.setdefault((u, i, t), (u, t, n, i))
+    kept = list(first.values())
+    while True:
+        users, items = Counter(r[0] for r in kept), Counter(r[3] for r in kept)
+        fewer = [r for r in kept if users[r[0]] >= at_least and items[r[3]] >= at_least]
+        if len(fewer) == len(kept):
+            break
+        kept = fewer
+    order = sorted(kept, key=lambda r: (r[0].encode(), r[1], r[2], r[3].encode()))
+    found, count = [], Counter(r[0] for r in order)
+    place = Counter()
+    for u, _, _, i in order:
+        p, n = place[u], count[u]
+        place[u] += 1
+        found.append((u, i, p, "train" if n < 3 or p < n - 2 else "validation" if p == n - 2 else "test"))
+    return (sorted({r[3] for r in kept}, key=str.encode), sorted({r[0] for r in kept}, key=str.encode), found)
+
+
+NAMES = ["10", "9", "Z", "a", "é", "e", "a very long id that is written on its own", "\U0001f600", "\uffee", "_"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES), st.integers(0, 5)), min_size=1,
+                     max_size=80), untitled=st.sets(st.sampled_from(NAMES), max_size=3), at_least=st.integers(1, 3))
+def test_the_folder_is_that_of_python_lists(tmp_path_factory, rows, untitled, at_least):
+    """Ids that sort by bytes otherwise than by letters or as numbers, with repeats, ties and untitled items."""
+    titles = {name: None if name in untitled else f"Title {name}" for name in NAMES if name != "_"}
+    items = pl.DataFrame([(k, v, None, None) for k, v in titles.items()], schema=ITEM_SCHEMA, orient="row")
+    config = loose(min_user_interactions=at_least, min_item_interactions=at_least)
+    goods_, users, found = naive(rows, titles, at_least)
+    out = tmp_path_factory.mktemp("data") / "out"
+    if not found:
+        with pytest.raises(UserError, match="nothing is left"):
+            prepare(acts(*rows), items, config, out)
+        return
+    prepare(acts(*rows), items, config, out)
+    data = Dataset.load(out)
+    assert data.items["item_id"].to_list() == goods_ and data.users["user_id"].to_list() == users
+    assert data.items["title"].to_list() == [titles[i] for i in goods_]
+    told = data.interactions.join(data.users, on="user").join(data.items, on="item").sort("user", "position")
+    assert told.select("user_id", "item_id", "position", "split").rows() == found
+    assert data.interactions.equals(data.interactions.sort("user", "position"))
+    new = [i for i in sorted(titles, key=str.encode) if titles[i] and i not in goods_]
+    assert data.new_items["item_id"].to_list() == new

@@ -22,11 +22,11 @@ LAYOUTS = ["prefix_first", "text_first"]
 SMALL = IdModelConfig(d_id=16, blocks=1, heads=2, dropout=0.2, max_history=6, batch_size=8, lr=1e-2, seen_offset=True)
 
 
-def sequence_trainer(folder, epochs: int = 3, data: Dataset | None = None, pace: Pace | None = None, **settings
-                     ) -> Trainer:
+def sequence_trainer(folder, epochs: int = 3, data: Dataset | None = None, pace: Pace | None = None,
+                     softmax: str = "full", **settings) -> Trainer:
     data = data or tiny.planted(25, 40)
     torch.manual_seed(0)
-    model = SASRec(SMALL, data.n_items)
+    model = SASRec(SMALL.model_copy(update={"softmax": softmax, "negatives": 5}), data.n_items)
     phase = Phase("sasrec", SequenceTask(model, data), epochs, 8, 1e-2, **settings)
     return Trainer([phase], data, folder, "planted", pace or Pace(progress=False))
 
@@ -212,19 +212,20 @@ def test_stop_and_resume_is_the_uninterrupted_run(llm, tmp_path, monkeypatch, wh
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError])
+@pytest.mark.parametrize("softmax", ["full", "sampled"])
 @pytest.mark.parametrize("at", [2, 7, 12])
-def test_a_sequence_model_too(tmp_path, monkeypatch, error, at):
+def test_a_sequence_model_too(tmp_path, monkeypatch, error, at, softmax):
     """Ctrl-C, and a crash, after which the last timed checkpoint is all there is."""
     pace = Pace(progress=False, checkpoint_minutes=0.0)
-    whole = sequence_trainer(tmp_path / "whole", pace=pace)
+    whole = sequence_trainer(tmp_path / "whole", pace=pace, softmax=softmax)
     log = whole.run()
     stop = Stop(SASRec.loss, at, error)
     with monkeypatch.context() as patch:
         patch.setattr(SASRec, "loss", lambda *a: stop(*a))
         with pytest.raises(error or KeyboardInterrupt):
-            sequence_trainer(tmp_path / "cut", pace=pace).run()
+            sequence_trainer(tmp_path / "cut", pace=pace, softmax=softmax).run()
     assert (tmp_path / "cut" / "checkpoint.safetensors").is_file()
-    second = sequence_trainer(tmp_path / "cut", pace=pace)
+    second = sequence_trainer(tmp_path / "cut", pace=pace, softmax=softmax)
     torch.manual_seed(99)
     assert without_seconds(second.run()) == without_seconds(log)
     tiny.assert_same(tiny.result(second), tiny.result(whole))

@@ -73,14 +73,17 @@ from laserrec.util.distributed import join
 
 world = join()
 p, never = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))
+table = torch.nn.Parameter(torch.zeros(4, 2))
+table.grad = torch.sparse_coo_tensor([[world.rank, 2, 2]], [[1.0, 0.0]] * 3, (4, 2))
 if world.rank == 1:  # the other has no gradient at all
     p.grad = torch.tensor([1.0, 2.0])
-numbers = world.sum_gradients([p, never], torch.tensor([0.5 + world.rank, 3.0]))
+numbers = world.sum_gradients([p, never, table], torch.tensor([0.5 + world.rank, 3.0]))
 tensors, value = world.from_main(lambda: ({"half": torch.ones(2, dtype=torch.bfloat16), "none": torch.empty(0, 3)}, 7))
 rows = torch.tensor([[float(i)] for i in world.even_share(5)])
 print(json.dumps([p.grad.tolist(), never.grad is None, numbers.tolist(), value,
                   {n: [str(t.dtype), list(t.shape), str(t.device)] for n, t in tensors.items()},
-                  world.gather_rows(rows, 5).tolist()]))
+                  world.gather_rows(rows, 5).tolist(),
+                  table.grad.coalesce().indices().tolist(), table.grad.to_dense().tolist()]))
 """
 
 
@@ -95,4 +98,5 @@ def test_two_processes_sum_send_and_gather():
     found = [json.loads(process.communicate(timeout=240)[0]) for process in both]
     assert found[0] == found[1] == [
         [1.0, 2.0], True, [2.0, 6.0], 7,
-        {"half": ["torch.bfloat16", [2], "cpu"], "none": ["torch.float32", [0, 3], "cpu"]}, [[0.0], [1], [2], [3], [4]]]
+        {"half": ["torch.bfloat16", [2], "cpu"], "none": ["torch.float32", [0, 3], "cpu"]}, [[0.0], [1], [2], [3], [4]],
+        [[0, 1, 2]], [[1.0, 0.0], [1.0, 0.0], [4.0, 0.0], [0.0, 0.0]]]

@@ -1,0 +1,95 @@
+"""Softmax over a sample of the items, for catalogues over which the full one takes too much time and memory.
+
+A step's candidates are the same for all its targets: items drawn uniformly without replacement, and the batch's own
+targets, among which popular items are frequent (Yang et al. 2020, "Mixed Negative Sampling for Learning Two-tower
+Neural Networks in Recommendations"). A candidate counts 1 / probability of being one (the logQ correction: Bengio &
+Senecal 2008; Yi et al. 2019). The targets of a state's own sequence are candidates for certain and count once, so that
+the sum in the softmax is estimated without bias (for the target alone: Khrylchenko et al. 2025, "Correcting the LogQ
+Correction"). With all items drawn it is the full softmax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from laserrec.config import IdLoss, IdModelConfig, Softmax
+from laserrec.data.histories import Histories
+from laserrec.util.device import move
+
+if TYPE_CHECKING:
+    from laserrec.methods.sequence import Targets
+
+FULL_ITEMS = 50_000
+"""Items up to which `auto` means the full softmax."""
+
+
+def is_sampled(config: IdModelConfig, n_items: int) -> bool:
+    """Whether a model of so many items is trained with a sample of them."""
+    if config.loss != IdLoss.CROSS_ENTROPY:
+        return False
+    return config.softmax == Softmax.SAMPLED or (config.softmax == Softmax.AUTO and n_items > FULL_ITEMS)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The items that one batch's targets are told from."""
+
+    items: Int[Tensor, "candidates"]
+    """Rows, each once, ascending; all targets of the batch are among them."""
+    share: Float[Tensor, "candidates"]
+    """How often each is a target in the training data; the shares of all items add up to 1."""
+    drawn: float
+    """Share of the catalogue that was drawn."""
+    targets: int
+    """Of the whole batch."""
+
+    def to(self, device: torch.device) -> Candidates:
+        """The same on another device."""
+        return replace(self, items=move(self.items, device), share=move(self.share, device))
+
+    def log_probability(self, own: Int[Tensor, "rows"]) -> Float[Tensor, "rows candidates"]:
+        """Of being drawn, or a target of another sequence in the batch. own: targets of the row's own sequence."""
+        others = (self.targets - own)[:, None]
+        return torch.log1p(-(1 - self.drawn) * (1 - self.share) ** others)
+
+
+class Sampler:
+    """Draws the candidates of each batch. `targets`: the training sequences without what is never a target."""
+
+    def __init__(self, targets: Histories, n_items: int, negatives: int):
+        counts = torch.bincount(targets.items.cpu(), minlength=n_items).double()
+        self.share = (counts / counts.sum().clamp(min=1)).float()
+        self.n_items, self.negatives = n_items, min(negatives, n_items)
+
+    def draw(self, targets: Int[Tensor, "targets"]) -> Candidates:
+        """For a batch with these targets (on the CPU). Uses torch's random numbers."""
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))  # numpy draws without a permutation of all items
+        drawn = rng.choice(self.n_items, self.negatives, replace=False, shuffle=False)
+        items = torch.unique(torch.cat([torch.from_numpy(drawn), targets]))
+        return Candidates(items, self.share[items], self.negatives / self.n_items, len(targets))
+
+
+def sampled_loss(logits: Float[Tensor, "targets candidates"], part: Targets, offset: Float[Tensor, ""] | None
+                 ) -> Float[Tensor, ""]:
+    """The sum of the targets' cross-entropies over `part.candidates`. logits: changed in place. offset: is added to the
+    logits of what a target's state has seen."""
+    candidates = part.candidates
+    assert candidates is not None
+    row = part.places // part.inputs.shape[1]
+    column = torch.searchsorted(candidates.items, part.items)
+    correction = candidates.log_probability(torch.bincount(row, minlength=len(part.inputs)))
+    correction[row, column] = 0.0  # the targets of a row's own sequence
+    logits -= correction[row]
+    if offset is not None:
+        place = torch.searchsorted(candidates.items, part.seen.items).clamp(max=len(candidates.items) - 1)
+        found = candidates.items[place] == part.seen.items
+        at = part.seen.users[found] * len(candidates.items) + place[found]
+        logits = logits.flatten().index_add(0, at, offset.expand(len(at))).view_as(logits)
+    return F.cross_entropy(logits, column, reduction="sum")
