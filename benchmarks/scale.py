@@ -197,7 +197,7 @@ def sasrec(items: int, interactions: int, folder: Path, softmax: str = "auto") -
     from laserrec.methods.protocol import Phase
     from laserrec.methods.sampled_softmax import is_sampled
     from laserrec.methods.sasrec import SASRec
-    from laserrec.methods.sequence import SequenceTask
+    from laserrec.methods.sequence_task import SequenceTask
     from laserrec.training.trainer import Pace, Trainer
 
     config, dataset = IdModelConfig(softmax=softmax, dropout=0.2), _dataset(items, interactions)

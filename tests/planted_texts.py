@@ -12,7 +12,7 @@ from laserrec.config import BackboneConfig, PromptConfig
 from laserrec.data.dataset import Dataset
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import METHODS, Given
-from laserrec.methods.sequence import SequenceTask
+from laserrec.methods.sequence_task import SequenceTask
 from laserrec.util.device import CPU
 
 WORDS = tiny.WORDS[:5]

@@ -41,6 +41,7 @@ class Ids:
 
 def ranks(column: pl.Series, kept: pl.Series) -> pl.Series:
     """Of each of a column's numbers its row (Int32, from 0) among those kept, which ascend and are all of them."""
-    rows = np.zeros(int(kept.max() or 0) + 1, np.int32)  # type: ignore[arg-type]
-    rows[kept.to_numpy()] = np.arange(len(kept), dtype=np.int32)
+    old = kept.to_numpy()
+    rows = np.zeros(int(old.max(initial=0)) + 1, np.int32)
+    rows[old] = np.arange(len(old), dtype=np.int32)
     return pl.Series(column.name, rows[column.to_numpy()])

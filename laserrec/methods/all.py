@@ -34,7 +34,8 @@ from laserrec.methods.protocol import Phase
 from laserrec.methods.recguru import RecGURU
 from laserrec.methods.recguru import phases as recguru_phases
 from laserrec.methods.sasrec import SASRec
-from laserrec.methods.sequence import SequenceModel, SequenceTask
+from laserrec.methods.sequence import SequenceModel
+from laserrec.methods.sequence_task import SequenceTask
 from laserrec.methods.warm_start import carry_laser, carry_sequence_model
 from laserrec.methods.zesrec import ZESRec
 from laserrec.util.distributed import World

@@ -30,7 +30,7 @@ from laserrec.methods.laser.task import cut_histories, epoch_examples
 from laserrec.methods.lrurec import LRURec, retriever_phase
 from laserrec.methods.lrurec import shapes as retriever_shapes
 from laserrec.methods.protocol import Phase, ScoreTerm
-from laserrec.methods.sequence import SequenceTask
+from laserrec.methods.sequence_task import SequenceTask
 from laserrec.methods.terms import AtPairs
 from laserrec.util.device import move
 from laserrec.util.errors import UserError

@@ -18,7 +18,7 @@ from laserrec.config import IdModelConfig, LruRecConfig
 from laserrec.data.dataset import Dataset
 from laserrec.methods.protocol import Phase
 from laserrec.methods.sasrec import SASRec
-from laserrec.methods.sequence import SequenceTask
+from laserrec.methods.sequence_task import SequenceTask
 
 _STD = 0.02
 """Standard deviation of fresh weights."""

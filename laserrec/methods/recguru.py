@@ -29,7 +29,8 @@ from laserrec.data.dataset import Dataset
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.parts import CausalEncoder, causal_mask
 from laserrec.methods.protocol import Phase
-from laserrec.methods.sequence import NextItemModel, SequenceTask, Targets, initialise, seen_offset
+from laserrec.methods.sequence import NextItemModel, Targets, initialise, seen_offset
+from laserrec.methods.sequence_task import SequenceTask
 from laserrec.util import checkpoint
 from laserrec.util.device import move
 

@@ -8,7 +8,7 @@ from laserrec.data.dataset import Dataset
 from laserrec.experiments import table as tables
 from laserrec.experiments.table import Row, Table, compare, summarise
 from laserrec.methods.closed_form import Popularity
-from laserrec.methods.sequence import SequenceTask
+from laserrec.methods.sequence_task import SequenceTask
 from laserrec.recommender.folder import read_note
 from laserrec.util.device import CPU
 from laserrec.util.errors import UserError

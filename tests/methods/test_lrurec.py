@@ -8,7 +8,7 @@ import torch
 from laserrec.config import LruRecConfig
 from laserrec.methods import lrurec
 from laserrec.methods.lrurec import LinearRecurrence, LRURec
-from laserrec.methods.sequence import SequenceTask
+from laserrec.methods.sequence_task import SequenceTask
 from laserrec.training.trainer import Pace, Trainer
 
 N = 30

@@ -16,7 +16,7 @@ from laserrec.methods.gru4rec import GRU4Rec
 from laserrec.methods.protocol import Phase
 from laserrec.methods.sampled_softmax import FULL_ITEMS, Candidates, Sampler, is_sampled
 from laserrec.methods.sasrec import SASRec
-from laserrec.methods.sequence import SequenceTask
+from laserrec.methods.sequence_task import SequenceTask
 from laserrec.training.trainer import Pace, Trainer
 
 N = 60

@@ -14,7 +14,7 @@ from laserrec.methods.all import METHODS, Given
 from laserrec.methods.bert4rec import BERT4Rec
 from laserrec.methods.gru4rec import GRU4Rec
 from laserrec.methods.sasrec import SASRec
-from laserrec.methods.sequence import SequenceTask
+from laserrec.methods.sequence_task import SequenceTask
 from laserrec.util.errors import UserError
 
 N = 30

@@ -12,7 +12,7 @@ from laserrec.data.dataset import Dataset
 from laserrec.methods.laser import task as laser_task
 from laserrec.methods.protocol import Phase
 from laserrec.methods.sasrec import SASRec
-from laserrec.methods.sequence import SequenceTask
+from laserrec.methods.sequence_task import SequenceTask
 from laserrec.training import trainer as module
 from laserrec.training.trainer import Pace, Trainer
 from laserrec.training.watch import read_training

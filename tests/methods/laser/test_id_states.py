@@ -9,7 +9,7 @@ from laserrec.data.dataset import Dataset
 from laserrec.methods.laser.id_states import IdStates
 from laserrec.methods.laser.task import LaserTask
 from laserrec.methods.sasrec import SASRec
-from laserrec.methods.sequence import SequenceTask
+from laserrec.methods.sequence_task import SequenceTask
 from laserrec.util.device import CPU
 from laserrec.util.distributed import World
 

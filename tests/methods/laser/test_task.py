@@ -14,7 +14,7 @@ from laserrec.methods.laser.readers import Reader
 from laserrec.methods.laser.task import LaserExamples, LaserTask, epoch_examples
 from laserrec.methods.protocol import Phase
 from laserrec.methods.sasrec import SASRec
-from laserrec.methods.sequence import SequenceTask
+from laserrec.methods.sequence_task import SequenceTask
 from laserrec.training.trainer import Pace, Trainer
 from laserrec.training.watch import read_training
 
