@@ -31,7 +31,7 @@ TRAINED = tuple(name for name, method in METHODS.items() if method.sections != (
 """Methods that are trained in steps; the others are closed forms."""
 GROWING = ("laser", "recformer", "zesrec")
 """Methods that take new items."""
-PHASED = ("laser", "llamarec", "recformer", "recguru")
+PHASED = ("laser", "llamarec", "recformer")
 """Methods of several phases."""
 OFTEN = {"train": {"checkpoint_minutes": 1e-9, "lr": 1e-2, "stage_one_epochs": 1, "stage_two_epochs": 1,
                    "batch_size": 32}}
@@ -285,7 +285,7 @@ def test_a_given_id_model_replaces_the_settings_and_the_card_says_so(whole, fit,
 @pytest.fixture
 def no_training_of_it(monkeypatch):
     """No sequence model is fitted."""
-    monkeypatch.setattr("laserrec.methods.sequence.SequenceTask.begin_epoch", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("laserrec.methods.sequence_task.SequenceTask.begin_epoch", lambda *_: pytest.fail("it trains"))
 
 
 def test_an_id_model_that_does_not_fit_is_refused(whole, fit, tmp_path):
