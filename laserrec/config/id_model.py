@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field, model_validator
 
-from laserrec.config.section import Section
+from laserrec.config.section import Section, check_heads
 
 
 class IdModelKind(StrEnum):
@@ -93,8 +93,7 @@ class IdModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> IdModelConfig:
-        if self.d_id % self.heads:
-            raise ValueError(f"d_id {self.d_id} is not a multiple of heads {self.heads}")
+        check_heads("d_id", self.d_id, self.heads)
         if self.loss == IdLoss.BCE and self.kind != IdModelKind.SASREC:
             raise ValueError("loss 'bce' is for kind 'sasrec'; bert4rec's cloze task uses 'cross_entropy'")
         if self.loss == IdLoss.BCE and self.softmax == Softmax.SAMPLED:

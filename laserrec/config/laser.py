@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field, model_validator
 
-from laserrec.config.section import Section
+from laserrec.config.section import Section, check_heads
 
 
 class Prefix(StrEnum):
@@ -56,8 +56,7 @@ class MFormerConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> MFormerConfig:
-        if self.d_model % self.heads:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
+        check_heads("d_model", self.d_model, self.heads)
         return self
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from laserrec.config.section import Section
+from laserrec.config.section import Section, check_heads
 
 FOLDERS: dict[str, tuple[str, ...]] = {"recformer": ("pretrain_on",), "kar": ("knowledge",), "recguru": ("other",)}
 """By section: settings that are folders on this machine. A result depends on what they hold, not on where they are."""
@@ -131,8 +131,7 @@ class RecFormerConfig(RivalConfig):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> RecFormerConfig:
-        if self.d_model % self.heads:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
+        check_heads("d_model", self.d_model, self.heads)
         if self.window % 2:
             raise ValueError(f"window {self.window} is odd; a token reads as many tokens before as behind itself")
         return self
@@ -175,8 +174,7 @@ class SequenceRivalConfig(RivalConfig):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> SequenceRivalConfig:
-        if self.d_model % self.heads:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
+        check_heads("d_model", self.d_model, self.heads)
         return self
 
 

@@ -28,6 +28,7 @@ from laserrec.llm.attention import rotary_tables
 from laserrec.llm.backbone import Backbone
 from laserrec.llm.decoder import NativeDecoder, Shape
 from laserrec.methods.protocol import Phase, ScoreTerm
+from laserrec.methods.sequence_task import with_next_item
 from laserrec.util.device import move
 from laserrec.util.errors import UserError
 
@@ -289,9 +290,7 @@ class LLM4RecTask:
         """Raises UserError where no sequence has a next item."""
         self.module, sequences = model, dataset.train_sequences
         model.know(sequences)
-        self.users = (sequences.lengths > 1).nonzero()[:, 0]
-        if not len(self.users):
-            raise UserError("no user has two training interactions; there is nothing to learn a sequence from")
+        self.users = with_next_item(sequences)
         self.sequences = sequences.take(self.users).last(model.config.max_history)
 
     def start(self, pause: Callable[[], None]) -> None:

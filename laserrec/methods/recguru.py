@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from laserrec.config import RecGURUConfig
 from laserrec.data.dataset import Dataset
+from laserrec.data.histories import Histories
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.parts import CausalEncoder, causal_mask
 from laserrec.methods.protocol import Phase
 from laserrec.methods.sequence import NextItemModel, Targets, initialise, seen_offset
-from laserrec.methods.sequence_task import SequenceTask
+from laserrec.methods.sequence_task import SequenceTask, with_next_item
 from laserrec.util import checkpoint
 from laserrec.util.device import move
 
@@ -178,10 +179,8 @@ class Autoencoding:
     def __init__(self, model: RecGURU, dataset: Dataset, other: Dataset | None):
         """Raises UserError where there is nothing to learn from."""
         self.model, self.config = model, model.config
-        self.own = SequenceTask(model, dataset).sequences.last(model.config.max_history)
-        self.others = None
-        if other is not None:
-            self.others = SequenceTask(model, other).sequences.last(model.config.max_history)
+        self.own = _newest(dataset, self.config)
+        self.others = None if other is None else _newest(other, self.config)
         self.extra = Reconstruction(self.config, 0 if other is None else other.n_items).to(model.device)
         self.adversary = None if other is None else Adversary(self.config, model.device)
         self.module = nn.ModuleDict({"model": model, "extra": self.extra})
@@ -263,6 +262,11 @@ class Autoencoding:
         if self.adversary is not None:
             self.adversary.net.load_state_dict(checkpoint.part(more, "net"))
             checkpoint.restore_optimizer(self.adversary.adam, checkpoint.part(more, "adam"))
+
+
+def _newest(dataset: Dataset, config: RecGURUConfig) -> Histories:
+    """What the encoder reads of each training sequence that has a next item."""
+    return dataset.train_sequences.take(with_next_item(dataset.train_sequences)).last(config.max_history)
 
 
 def phases(model: RecGURU, dataset: Dataset) -> list[Phase]:

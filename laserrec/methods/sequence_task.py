@@ -17,16 +17,21 @@ from laserrec.methods.sequence import NextItemModel, Targets
 from laserrec.util.errors import UserError
 
 
+def with_next_item(sequences: Histories) -> Int[Tensor, "some"]:
+    """Those of two items or more. Raises UserError where there are none."""
+    some = (sequences.lengths > 1).nonzero()[:, 0]
+    if not len(some):
+        raise UserError("no user has two training interactions; there is nothing to learn a sequence from")
+    return some
+
+
 class SequenceTask:
     """Training a sequence model on whole sequences; a `Trainable`."""
 
     def __init__(self, model: NextItemModel, dataset: Dataset):
         """Raises UserError where no sequence has a next item."""
         self.module = model
-        long = (dataset.train_sequences.lengths > 1).nonzero()[:, 0]
-        if not len(long):
-            raise UserError("no user has two training interactions; there is nothing to learn a sequence from")
-        self.sequences = dataset.train_sequences.take(long)
+        self.sequences = dataset.train_sequences.take(with_next_item(dataset.train_sequences))
         self.sampler = model.sampler(self.sequences)
 
     def start(self, pause: Callable[[], None]) -> None:
@@ -49,8 +54,8 @@ class SequenceTask:
             key = torch.where(mixed, torch.from_numpy(rng.random(len(mixed))), -sequences.ages.double())
             order = torch.from_numpy(np.lexsort((key.numpy(), sequences.users.numpy())))
             sequences = Histories(sequences.items[order], sequences.ends)
-        length = max(2, config.max_history)
-        shift = np.random.default_rng((config.seed, number - 1, 2)).integers(0, max(1, length - 1), len(sequences))
+        length = config.max_history
+        shift = np.random.default_rng((config.seed, number - 1, 2)).integers(0, length - 1, len(sequences))
         return SequenceExamples(sequences.windows(length, torch.from_numpy(shift)), self.module, self.sampler)
 
     def loss(self, batch: Targets, rows: np.ndarray) -> dict[str, Tensor]:

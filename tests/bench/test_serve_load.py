@@ -1,8 +1,7 @@
 """Driving a server under load."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 import serve
@@ -11,7 +10,7 @@ from laserrec.util.errors import UserError
 
 
 @pytest.fixture
-def port():
+def port(listen):
     """A server that refuses unknown items, and sheds every request of a history of one item."""
 
     class Answers(BaseHTTPRequestHandler):
@@ -24,11 +23,7 @@ def port():
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_address[1]
-    server.shutdown()
-    server.server_close()
+    return listen(Answers)
 
 
 def test_requests_are_counted_and_timed(port):

@@ -2,8 +2,7 @@
 
 import itertools
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 import soak
@@ -13,7 +12,7 @@ WRONG = {"items": [{"item_id": "b", "score": 0.5}, {"item_id": "a", "score": 0.2
 
 
 @pytest.fixture
-def port():
+def port(listen):
     """Of four requests to recommend it answers one rightly and one wrongly, refuses one and breaks off one."""
     turn = itertools.count()
 
@@ -40,11 +39,7 @@ def port():
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_address[1]
-    server.shutdown()
-    server.server_close()
+    return listen(Answers)
 
 
 def test_every_request_is_counted_once(port):

@@ -100,12 +100,12 @@ class IdStates:
     def item_part(self, rows: Int[Tensor, "items"]) -> Float[Tensor, "items d_part"]:
         """Of any length, with `product` of length one; zeros for items that the model does not know. The cosine with a
         user's part is then, but for a factor of each user, the ID model's own logit."""
-        own = self.item(rows)
-        if not self.product or self.model is None:
-            return torch.zeros(len(rows), self.d_part, device=self.device) if self.model is None else own
-        known, last = self.knows(rows), self.model.n_items - 1
-        every = torch.cat([self.model.item_embeddings(), self.model.bias[:, None]], dim=1)
+        if not self.product:
+            return self.item(rows)
+        if self.model is None:
+            return torch.zeros(len(rows), self.d_part, device=self.device)
+        every = self.model.items()  # embeddings, and the biases behind them
         longest = every[self._known.to(every.device)].norm(dim=1).max().clamp(min=1e-12)
-        scaled = torch.cat([own, self.model.bias[rows.clamp(max=last)][:, None]], dim=1) / longest
+        scaled = every[rows.clamp(max=self.model.n_items - 1)] / longest
         rest = (1 - scaled.square().sum(dim=1, keepdim=True)).clamp(min=0).sqrt()
-        return torch.where(known[:, None], torch.cat([scaled, rest], dim=1), 0.0)
+        return torch.where(self.knows(rows)[:, None], torch.cat([scaled, rest], dim=1), 0.0)
