@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import polars as pl
+from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
 
 
 class Item(TypedDict):
@@ -15,6 +16,19 @@ class Item(TypedDict):
     title: str | None
     brand: str | None
     category: str | None
+
+
+class More(TypedDict, total=False):
+    """What an item may have beside its texts, where the catalogue has it."""
+
+    columns: dict[str, str | None]
+    """Further columns of text."""
+    vector: list[float]
+    """A vector of the caller's own."""
+
+
+class NewItem(Item, More):
+    """An item that a caller adds."""
 
 
 def item_of(row: Mapping[str, Any]) -> Item:

@@ -14,7 +14,7 @@ from laserrec import __version__
 from laserrec.server import schema
 from laserrec.server.changes import Change
 from laserrec.server.guards import problem
-from laserrec.server.listing import item_of
+from laserrec.server.listing import NewItem, item_of
 from laserrec.server.metrics import ServerMetrics
 from laserrec.server.served import Answer, Served, Similar
 from laserrec.server.service import Service, wait
@@ -96,7 +96,7 @@ def catalogue(service: Service) -> APIRouter:
     async def add(new: schema.NewItems) -> schema.Changed | JSONResponse:
         """Add items to the catalogue. Nothing is retrained. 201: all are encoded, searchable and on disk. 202: that
         takes longer and goes on; ask at `status_url`. The same request may be sent again at any time."""
-        return await _outcome(service, service.add([item_of(item.model_dump()) for item in new.items]))
+        return await _outcome(service, service.add([new_item(item) for item in new.items]))
 
     @router.delete("/items/{item_id:path}", response_model=schema.Changed,
                    responses={**accepted, **_problems(404, 422, 429, 503)})
@@ -121,6 +121,16 @@ def catalogue(service: Service) -> APIRouter:
         return _not_found(item_id) if row is None else schema.ItemText(**service.listing[row])
 
     return router
+
+
+def new_item(given: schema.NewItem) -> NewItem:
+    """As the service takes it; what is not given is left out."""
+    item = NewItem(**item_of(given.model_dump(include=set(schema.ItemText.model_fields))))
+    if given.columns:
+        item["columns"] = given.columns
+    if given.vector is not None:
+        item["vector"] = given.vector
+    return item
 
 
 async def _outcome(service: Service, change: Change) -> schema.Changed | JSONResponse:

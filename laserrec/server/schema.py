@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from laserrec.server.settings import (
     MAX_CANDIDATES,
+    MAX_COLUMNS,
     MAX_EXCLUDE,
     MAX_HISTORY,
     MAX_ID,
@@ -15,6 +16,7 @@ from laserrec.server.settings import (
     MAX_NEW_ITEMS,
     MAX_PATH,
     MAX_TEXT,
+    MAX_VECTOR,
 )
 from laserrec.server.texts import clean_id, clean_text, clean_title
 
@@ -74,6 +76,11 @@ class NewItem(_Body):
     title: _Title
     brand: _Text = None
     category: _Text = None
+    columns: Annotated[dict[str, _Text], Field(max_length=MAX_COLUMNS)] = {}
+    """Further columns of text, by their names, where the catalogue has such."""
+    vector: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]],
+                      Field(min_length=1, max_length=MAX_VECTOR, fail_fast=True)] | None = None
+    """A vector of your own, where the catalogue's items have such; as long as theirs."""
 
 
 class NewItems(_Body):

@@ -16,12 +16,13 @@ import polars as pl
 import torch
 import torch.nn.functional as F
 
+from laserrec.data.extras import VECTOR, extra_names
 from laserrec.methods.protocol import Growing, TwoTower
 from laserrec.recommender.folder import model_identity
 from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.server.cache import AnswerCache
-from laserrec.server.listing import Item, Listing, item_of
+from laserrec.server.listing import Item, Listing, NewItem, item_of
 from laserrec.server.settings import Limits
 from laserrec.server.state import Kept, State
 from laserrec.util.errors import UserError
@@ -96,9 +97,9 @@ class Served:
             (known if self._fits(kept.embeddings.get(name)) else other).append(item)
         if known:
             stored = np.stack([kept.embeddings[item["item_id"]] for item in known])
-            self.model.add_items(frame_of(known), torch.from_numpy(stored))
+            self.model.add_items(self.frame(known), torch.from_numpy(stored))
         if other:  # added to an earlier model
-            self.model.add_items(frame_of(other))
+            self.model.add_items(self.frame(other))
         if other or fitted_since:
             return replace(kept, added=added, embeddings=self.embeddings(list(added))), True
         return kept, False
@@ -117,7 +118,28 @@ class Served:
     def with_rows(self, items: Sequence[Item]) -> list[tuple[int, Item]]:
         """Each with its row in the model."""
         rows = self.model.dense_items([item["item_id"] for item in items], "items")
-        return list(zip(rows.tolist(), items, strict=True))
+        return list(zip(rows.tolist(), map(item_of, items), strict=True))
+
+    def frame(self, items: Sequence[NewItem]) -> pl.DataFrame:
+        """As `LaserRecommender.add_items` takes them: with the columns that the catalogue has."""
+        columns = {name: kind for name, kind in self.model.items.schema.items() if name != "item"}
+        rows = [{**item_of(item), **item.get("columns", {}), VECTOR: item.get("vector")} for item in items]
+        return pl.DataFrame([{name: row.get(name) for name in columns} for row in rows], schema=columns)
+
+    def check(self, items: Sequence[NewItem]) -> None:
+        """Raises UserError for an item with a column, or a vector, that the catalogue does not have."""
+        kind, names = self.model.items.schema.get(VECTOR), extra_names(self.model.items)
+        for item in items:
+            where = f"item {item['item_id']!r}"
+            if unknown := [name for name in item.get("columns", {}) if name not in names]:
+                raise UserError(f"{where}: the catalogue has no column {unknown[0][:80]!r}; its further columns are: "
+                                f"{', '.join(names) or 'none'}")
+            if (vector := item.get("vector")) is None:
+                continue
+            if not isinstance(kind, pl.Array):
+                raise UserError(f"{where}: the catalogue's items have no vectors of their own; leave vector out")
+            if len(vector) != kind.shape[0]:
+                raise UserError(f"{where}: its vector has {len(vector)} numbers, those of the catalogue {kind.shape[0]}")
 
     def embeddings(self, names: list[str]) -> dict[str, np.ndarray]:
         """To keep them, so that a restart does not read the texts again."""
@@ -176,8 +198,3 @@ class Served:
 def _key(ask: Ask) -> tuple:
     rows = (None if rows is None else tuple(rows.tolist()) for rows in (ask.history, ask.candidates, ask.exclude))
     return *rows, ask.k, ask.exclude_seen
-
-
-def frame_of(items: Sequence[Item]) -> pl.DataFrame:
-    """As `LaserRecommender.add_items` takes them."""
-    return pl.DataFrame(list(items), schema=dict.fromkeys(Item.__annotations__, pl.String))

@@ -22,8 +22,8 @@ from laserrec.recommender.folder import model_identity
 from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.server.changes import Change, Changes
-from laserrec.server.listing import Item, Listing
-from laserrec.server.served import Answer, Loader, Served, Similar, frame_of
+from laserrec.server.listing import Item, Listing, NewItem, item_of
+from laserrec.server.served import Answer, Loader, Served, Similar
 from laserrec.server.settings import Limits
 from laserrec.server.state import Kept
 from laserrec.server.worker import Worker
@@ -139,10 +139,12 @@ class Service:
 
     # -- changes ------------------------------------------------------------------------------------------------
 
-    def add(self, items: Sequence[Item]) -> Change:
+    def add(self, items: Sequence[NewItem]) -> Change:
         """Encode, list and keep new items. What is there already with the same texts is left out, so that a request
-        can be repeated. Raises OverloadedError; the change's future ConflictError for an id of other texts, UserError
-        for items that the model refuses, StorageError."""
+        can be repeated. Raises OverloadedError, and UserError for columns and vectors that the catalogue does not have;
+        the change's future ConflictError for an id of other texts, UserError for items that the model refuses,
+        StorageError."""
+        self.served.check(items)
         return self.changes.begin(["add", items], len(items),
                                   lambda change: self.worker.change(self._adding(change, items)))
 
@@ -152,7 +154,7 @@ class Service:
         return self.changes.begin(["remove", item_id], 1,
                                   lambda change: self.worker.change(self._removing(change, item_id)))
 
-    def _adding(self, change: Change, items: Sequence[Item]) -> Generator[None, None, int]:
+    def _adding(self, change: Change, items: Sequence[NewItem]) -> Generator[None, None, int]:
         served, new = self.served, self._new(items)
         change.done = len(items) - len(new)
         at, size = 0, 1
@@ -160,7 +162,7 @@ class Service:
             while at < len(new):
                 part, start = new[at : at + size], time.monotonic()
                 at += len(part)
-                served.model.add_items(frame_of(part))
+                served.model.add_items(served.frame(part))
                 served.listing.add(served.with_rows(part))
                 served.cache.clear()
                 change.done += len(part)
@@ -178,14 +180,14 @@ class Service:
             raise
         return len(new)
 
-    def _new(self, items: Sequence[Item]) -> list[Item]:
-        new: dict[str, Item] = {}
+    def _new(self, items: Sequence[NewItem]) -> list[NewItem]:
+        new: dict[str, NewItem] = {}
         for item in items:
             row = self.listing.row(item["item_id"])
-            there = new.get(item["item_id"]) if row is None else self.listing[row]
+            there: Item | None = new.get(item["item_id"]) if row is None else self.listing[row]
             if there is None:
                 new[item["item_id"]] = item
-            elif there != item:
+            elif item_of(there) != item_of(item):
                 raise ConflictError(f"item {item['item_id']!r} has other texts "
                                     + ("elsewhere in this request" if row is None else "in the catalogue; remove it "
                                        "first: DELETE /v1/items/{id}") + "; nothing was added")

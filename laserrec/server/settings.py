@@ -18,6 +18,10 @@ MAX_ID = 256
 """Characters of a new item's id. The catalogue itself may hold longer ones, which are served and can be removed."""
 MAX_TEXT = 2_000
 """Characters of a new item's title, brand or category."""
+MAX_COLUMNS = 64
+"""Further columns of a new item."""
+MAX_VECTOR = 8_192
+"""Numbers of a new item's vector."""
 MAX_PATH = 4_096
 """Characters of a folder's name."""
 MAX_MESSAGE = 500

@@ -1,7 +1,8 @@
 """What the server's callers changed in the catalogue, in one file beside the model, which stays as it was fitted.
 
-  items.parquet  a row per added or removed item: item_id, title, brand, category, removed, embedding, model; the
-                 file's metadata hold a sha256 of the rows, so that damage on the disk is noticed
+  items.parquet  a row per added or removed item: item_id, title, brand, category, removed, embedding, model, more
+                 (JSON of further columns and a vector, if it has any); the file's metadata hold a sha256 of the rows,
+                 so that damage on the disk is noticed
 
 The file is written to a temporary name and renamed, so that a killed server leaves the state before or after a change.
 """
@@ -18,15 +19,17 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from pydantic import TypeAdapter, ValidationError
 
-from laserrec.server.listing import Item, item_of
+from laserrec.server.listing import More, NewItem, item_of
 from laserrec.util.errors import UserError
 from laserrec.util.io import parquet_bytes, write_bytes
 
 _SCHEMA = pl.Schema({
     "item_id": pl.String(), "title": pl.String(), "brand": pl.String(), "category": pl.String(),
-    "removed": pl.Boolean(), "embedding": pl.List(pl.Float32), "model": pl.String(),
+    "removed": pl.Boolean(), "embedding": pl.List(pl.Float32), "model": pl.String(), "more": pl.String(),
 })
+_MORE = TypeAdapter(More)
 _SHA256 = "laserrec.sha256"
 
 
@@ -36,7 +39,7 @@ class Kept:
 
     removed: tuple[str, ...] = ()
     """Ids of the fitted catalogue."""
-    added: dict[str, Item] = field(default_factory=dict)
+    added: dict[str, NewItem] = field(default_factory=dict)
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)
     """Float32[d_out] of the added items; empty where another model made them."""
 
@@ -55,7 +58,9 @@ class State:
             raise self._damaged("it is a link or no file")
         try:
             data = self.file.read_bytes()
-            frame = pl.read_parquet(io.BytesIO(data)).select(list(_SCHEMA)).cast(_SCHEMA)
+            frame = pl.read_parquet(io.BytesIO(data))
+            there = {name: kind for name, kind in _SCHEMA.items() if name != "more" or name in frame.columns}
+            frame = frame.select(list(there)).cast(there)  # files of earlier versions have no column more
             wanted = pl.read_parquet_metadata(io.BytesIO(data)).get(_SHA256)
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise self._damaged(str(error).splitlines()[0]) from None
@@ -65,23 +70,32 @@ class State:
                         | (~pl.col("removed") & pl.col("title").is_null())).height:
             raise self._damaged("an id or a title is missing")
         rows = frame.filter(~pl.col("removed")).to_dicts()
+        try:
+            added = {row["item_id"]: NewItem(**item_of(row), **_MORE.validate_json(row.get("more") or "{}"))
+                     for row in rows}
+        except ValidationError as error:
+            raise self._damaged(f"column more: {error.errors()[0]['msg']}") from None
         return Kept(
-            tuple(frame.filter("removed")["item_id"]),
-            {row["item_id"]: item_of(row) for row in rows},
+            tuple(frame.filter("removed")["item_id"]), added,
             {row["item_id"]: np.array(row["embedding"], dtype=np.float32) for row in rows
              if row["model"] == self._model and row["embedding"] is not None})
 
     def write(self, kept: Kept) -> None:
         """All of it, or (on any error) nothing."""
         rows: list[dict[str, Any]] = [{"item_id": name, "removed": True} for name in kept.removed]
-        rows += [{**item, "removed": False, "embedding": kept.embeddings.get(name), "model": self._model}
-                 for name, item in kept.added.items()]
+        rows += [{**item_of(item), "removed": False, "embedding": kept.embeddings.get(name), "model": self._model,
+                  "more": _more(item)} for name, item in kept.added.items()]
         frame = pl.DataFrame(rows, schema=_SCHEMA)
         write_bytes(self.file, parquet_bytes(frame, {_SHA256: _sha256(frame)}))
 
     def _damaged(self, why: str) -> UserError:
         return UserError(f"{self.file} is damaged: {why}; restore it, or move it away to serve the catalogue as it was "
                          "fitted")
+
+
+def _more(item: NewItem) -> str | None:
+    more = {name: item[name] for name in More.__annotations__ if name in item}
+    return json.dumps(more) if more else None
 
 
 def _sha256(frame: pl.DataFrame) -> str:
