@@ -139,7 +139,8 @@ class Served:
             if not isinstance(kind, pl.Array):
                 raise UserError(f"{where}: the catalogue's items have no vectors of their own; leave vector out")
             if len(vector) != kind.shape[0]:
-                raise UserError(f"{where}: its vector has {len(vector)} numbers, those of the catalogue {kind.shape[0]}")
+                raise UserError(f"{where}: its vector has {len(vector)} numbers, those of the catalogue "
+                                f"{kind.shape[0]}")
 
     def embeddings(self, names: list[str]) -> dict[str, np.ndarray]:
         """To keep them, so that a restart does not read the texts again."""
