@@ -7,7 +7,8 @@ checked, never copied.
   items.parquet        item (row), item_id, title, brand, category; rows from n_known on came later
   items.safetensors    what the method keeps of items: Laser's vectors [n_items d_out] and, if used, means [n_items
                        d_means] of the LLM's outputs over the texts
-  id_model/            of Laser: model.json {method, config} and weights.safetensors of the frozen ID model
+  id_model/            of Laser: model.json {method, config} and weights.safetensors of the frozen ID model, which is
+                       read like a folder of its own, with the catalogue of the one around it
   log.jsonl            a line an epoch
   training.jsonl, tensorboard/   the curves, written while it trained
   README.md            the model card, for people
@@ -141,6 +142,8 @@ def read_note(folder: Path) -> dict[str, Any]:
     """model.json. Raises UserError if the folder is no model or unfinished, if model.json is damaged, or if another
     version of laserrec wrote it."""
     recover(folder)
+    if (owner := owner_of(folder)) is not None:
+        return _nested_note(owner)
     file = folder / _MODEL
     with reading(folder):
         there = file.is_file()
@@ -159,6 +162,22 @@ def read_note(folder: Path) -> dict[str, Any]:
                         f"{'an older' if older else 'a newer'} version: {advice}")
     _check_note(file, note)
     return note
+
+
+def owner_of(folder: Path) -> Path | None:
+    """The finished Laser's folder whose ID model this is; None for a folder of its own."""
+    place = folder.resolve()
+    if place.name != _ID or not (place.parent / _MODEL).is_file():
+        return None
+    return place.parent if _NESTED[0] in read_note(place.parent)["files"] else None
+
+
+def _nested_note(owner: Path) -> dict[str, Any]:
+    note = read_note(owner)
+    own = read_json(owner / _NESTED[0], _ADVICE)
+    return {**own, **{name: note[name] for name in ("format", "laserrec", "backbone", "n_known") if name in note},
+            "n_items": note["n_known"], "files": {name.removeprefix(f"{_ID}/"): note["files"][name]
+                                                  for name in _NESTED}, "data": note.get("data", {})}
 
 
 def _check_note(file: Path, note: dict[str, Any]) -> None:
@@ -186,6 +205,8 @@ def check_files(folder: Path, note: dict[str, Any], links: bool = True) -> None:
 def load(folder: Path) -> Saved:
     """Raises UserError if the folder is no model or unfinished, if a file has changed, or if its parts do not fit
     together."""
+    if (owner := owner_of(folder)) is not None:
+        return _nested(load(owner))
     note = read_note(folder)
     check_files(folder, note)
     config = checked_config(note["config"], folder / _MODEL)
@@ -201,6 +222,14 @@ def load(folder: Path) -> Saved:
     facts = {k: v for k, v in note.items() if k not in _NO_FACTS}
     return Saved(note["method"], config, items, note["n_known"], checkpoint.load(folder / _WEIGHTS)[0],
                  checkpoint.load(folder / _KEPT)[0], note["backbone"], id_model, facts)
+
+
+def _nested(whole: Saved) -> Saved:
+    """The ID model of a Laser, over the items that it was fitted on."""
+    assert whole.id_model is not None
+    method, config, weights = whole.id_model
+    return Saved(method, config, whole.items.head(whole.n_known), whole.n_known, weights, {}, whole.backbone, None,
+                 {"data": whole.facts.get("data", {})})
 
 
 def _check_shapes(file: Path, wanted: dict[str, tuple[int, ...]]) -> None:
@@ -252,7 +281,10 @@ def _read_items(file: Path, count: int) -> pl.DataFrame:
 
 
 def update_note(folder: Path, **changes: Any) -> bool:
-    """Lay `changes` on model.json and write the card anew; False where a person's card was left alone."""
+    """Lay `changes` on model.json and write the card anew; False where a person's card was left alone. Of a Laser's ID
+    model nothing is recorded: its files are under the Laser's checksums."""
+    if owner_of(folder) is not None:
+        return False
     note = {**read_note(folder), **changes}
     written = write_card(folder, note)
     write_json(folder / _MODEL, note)
@@ -267,7 +299,9 @@ def tell_card(folder: Path, licence: str | None = None, data_name: str | None = 
 
 def shared_files(folder: Path) -> list[str]:
     """What of a folder goes to others: the model's own files and a licence's text; no links, nothing that a server
-    keeps."""
+    keeps. Raises UserError for a Laser's ID model, which has no catalogue of its own."""
+    if (owner := owner_of(folder)) is not None:
+        raise UserError(f"{folder} is a part of {owner}; load it and save it as a folder of its own first")
     names = (*KNOWN_FILES, "LICENSE")
     return [name for name in names if (folder / name).is_file() and not (folder / name).is_symlink()]
 

@@ -19,6 +19,7 @@ from laserrec.methods.all import METHODS
 from laserrec.methods.closed_form import FitOnce
 from laserrec.recommender import fitting
 from laserrec.recommender import folder as folders
+from laserrec.recommender.results import record_result
 from laserrec.training.trainer import Trainer
 from laserrec.util.device import CPU
 from laserrec.util.errors import UserError
@@ -280,6 +281,22 @@ def test_a_given_id_model_replaces_the_settings_and_the_card_says_so(whole, fit,
     same(fit(DATA, tmp_path / "m", below=given), model)  # loaded
     with pytest.raises(UserError, match="other settings"):
         fit(DATA, tmp_path / "m", below=whole("sasrec")[0])
+
+
+def test_the_id_model_inside_a_laser_is_read_as_a_model_of_its_own(whole, fit, tmp_path, llm):
+    folder, laser = whole("laser")
+    inside = LaserRecommender.from_pretrained(folder / "id_model", llm())
+    assert inside.method == "sasrec" and inside.config.id_model == laser.config.id_model
+    torch.testing.assert_close(inside.score(ROWS), laser.model.ids.model.score(ROWS), rtol=0, atol=0)
+    result = evaluate("inside", inside, DATA, "test", batch_size=7)
+    record_result(folder / "id_model", result, DATA)  # writes nothing: the files are the Laser's
+    same(LaserRecommender.from_pretrained(folder, llm()), laser)
+    with pytest.raises(UserError, match="is a part of"):
+        folders.shared_files(folder / "id_model")
+    inside.save_pretrained(tmp_path / "own")
+    same(LaserRecommender.from_pretrained(tmp_path / "own", llm()), inside)
+    other = fit(DATA, tmp_path / "m", below=folder / "id_model", train={"lr": 1e-4})
+    assert other.config.id_model == laser.config.id_model
 
 
 @pytest.fixture
