@@ -42,7 +42,8 @@ def full_grid(ids: bool, neighbours: bool, seen: bool) -> Grid:
     """All values that are tried, for the parts that are there."""
     grid: Grid = {}
     if neighbours:
-        shares, temperatures = (0.001, 0.03, 0.1, 0.3, 0.7, 1.0, 2.0, 4.0, 8.0), (0.03, 0.05, 0.07, 0.1, 0.14, 0.2)
+        temperatures = (0.03, 0.05, 0.07, 0.1, 0.14, 0.2)
+        shares = (0.001, 0.03, 0.1, 0.3, 0.7, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
         grid["share", "temperature"] = [(None, temperatures[0]), *itertools.product(shares, temperatures)]
     if ids:
         grid["id_share",] = [*((tenth / 10,) for tenth in range(10)), (0.95,)]
@@ -140,6 +141,37 @@ def search(candidates: Candidates, start: Blend, grid: Grid, trials: int) -> tup
                 if ndcg.mean() > found.mean() + 1e-6:
                     best, found, improved = blend, ndcg, True
     return best, found
+
+
+_STEPS = (0.0, 0.25, 0.5, 0.75)
+"""Of the way from the start to the best blend."""
+
+
+def shrunken(candidates: Candidates, start: Blend, best: Blend) -> tuple[Blend, Float[Tensor, "users"]]:
+    """The blend nearest to `start`, on the way from it to `best`, that is within a standard error of `best` (Breiman et
+    al. 1984, the rule of one standard error): what is better by chance alone is not followed. A part that `best` drops
+    stays dropped. The start should be what suits most data."""
+    found = candidates.ndcg(best)
+    for step in _STEPS:
+        blend = _between(start, best, step)
+        ndcg = candidates.ndcg(blend)
+        lost = found - ndcg
+        if lost.mean() <= lost.std() / len(lost) ** 0.5:
+            return blend, ndcg
+    return best, found
+
+
+def _between(start: Blend, best: Blend, step: float) -> Blend:
+    def level(name: str) -> float:
+        one, other = getattr(start, name), getattr(best, name)
+        return one + (other - one) * step if other else 0.0
+
+    def ratio(name: str) -> float:
+        one, other = getattr(start, name), getattr(best, name)
+        return one * (other / one) ** step
+
+    share = best.share if best.share is None or start.share is None else ratio("share")
+    return Blend(level("id_share"), share, ratio("temperature"), level("seen_offset"))
 
 
 def search_guarded(candidates: Candidates, start: Blend, grid: Grid, trials: int

@@ -13,7 +13,16 @@ from torch import Tensor
 from laserrec.config import BlendConfig, Config
 from laserrec.data.dataset import Cases
 from laserrec.data.histories import Histories
-from laserrec.methods.laser.blend import Blend, Candidates, Grid, full_grid, gather_candidates, search, search_guarded
+from laserrec.methods.laser.blend import (
+    Blend,
+    Candidates,
+    Grid,
+    full_grid,
+    gather_candidates,
+    search,
+    search_guarded,
+    shrunken,
+)
 from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.task import LaserTask
 from laserrec.methods.neighbours import Neighbours, multiplications
@@ -113,7 +122,7 @@ class _Parts:
         self.given = candidates.ndcg(self._start())
         best = _Choice(laser.neighbours, candidates, *search_guarded(candidates, self._start(), grid, trials))
         if laser.neighbours is None:
-            return best
+            return self._shrunken(best)
         for neighbours in self._regressions(laser.neighbours, settings.regressions):
             candidates = self.candidates(neighbours)
             short: Grid = {("share",): [((best.blend.share or 1.0) * factor,) for factor in (1.0, 0.5, 2.0)]}
@@ -121,7 +130,12 @@ class _Parts:
             gain = other.ndcg - best.ndcg
             if gain.mean() > gain.std() / len(gain) ** 0.5:  # one standard error, or chance would choose
                 best, self.settled = other, neighbours
-        return _Choice(best.neighbours, best.candidates, *search(best.candidates, best.blend, grid, trials))
+        return self._shrunken(_Choice(best.neighbours, best.candidates,
+                                      *search(best.candidates, best.blend, grid, trials)))
+
+    def _shrunken(self, found: _Choice) -> _Choice:
+        blend, ndcg = shrunken(found.candidates, self._start(), found.blend)
+        return _Choice(found.neighbours, found.candidates, blend, ndcg)
 
     def _start(self) -> Blend:
         config, seen = self.config, self.laser.seen

@@ -12,6 +12,7 @@ from laserrec.methods.laser.blend import (
     gather_candidates,
     search,
     search_guarded,
+    shrunken,
 )
 
 USERS, ITEMS = 300, 60
@@ -94,3 +95,16 @@ def test_the_budget_bounds_the_trials(monkeypatch):
     search(found, START, GRID, 7)
     assert len(calls) == 8
     assert search(found, START, GRID, 0)[0] == START
+
+
+def test_a_blend_that_is_better_by_chance_alone_is_not_followed():
+    found = planted(5, 0.15, 0.15, 0.3)
+    best, _ = search(found, START, GRID, 300)
+    near = replace(best, id_share=best.id_share + 0.02)
+    assert shrunken(found, near, best)[0] == near  # nothing tells the two apart
+    far = Blend(id_share=0.9, share=0.001, temperature=0.03, seen_offset=3.0)
+    blend, ndcg = shrunken(found, far, best)
+    lost = found.ndcg(best) - ndcg
+    assert blend != far and lost.mean() <= lost.std() / USERS**0.5
+    dropped = replace(best, id_share=0.0, share=None)
+    assert (shrunken(found, START, dropped)[0].id_share, shrunken(found, START, dropped)[0].share) == (0.0, None)

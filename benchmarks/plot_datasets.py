@@ -1,0 +1,73 @@
+"""One panel per data set, NDCG@10 of each model: the picture in docs/datasets.md; prints its table in Markdown too.
+
+    python benchmarks/plot_datasets.py benchmarks/results/datasets.json docs/_static/datasets.svg
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from matplotlib.figure import Figure
+
+from laserrec.util.io import read_json
+
+COLOURS = {"id": "#8a8f98", "text": "#5b8db8", "laser": "#d1495b"}
+COLUMNS = 4
+
+
+def means(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    """Per data set and model, over seeds; best first."""
+    frame = pl.DataFrame([{name: row[name] for name in ("data", "model", "kind", "recall@10", "ndcg@10")}
+                          for row in rows])
+    grouped = frame.group_by("data", "model", "kind").agg(pl.mean("recall@10", "ndcg@10"), pl.len().alias("seeds"))
+    return grouped.sort("data", "ndcg@10", descending=[False, True])
+
+
+def plot(table: pl.DataFrame, file: Path) -> None:
+    """SVG or PNG by the file's name."""
+    names = table["data"].unique(maintain_order=True).to_list()
+    lines = -(-len(names) // COLUMNS)
+    figure = Figure(figsize=(4.2 * COLUMNS, 2.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, COLUMNS).flatten()
+    for axis, name in zip(axes, names, strict=False):
+        own = table.filter(pl.col("data") == name).reverse()
+        bars = axis.barh(own["model"].to_list(), own["ndcg@10"].to_list(),
+                         color=[COLOURS[kind] for kind in own["kind"]])
+        axis.bar_label(bars, [f"{value:.4f}" for value in own["ndcg@10"]], padding=4, fontsize=8)
+        axis.set_title(name, fontsize=10)
+        axis.margins(x=0.25)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(names):]:
+        axis.set_axis_off()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+
+
+def markdown(table: pl.DataFrame) -> str:
+    """A row per model, a column per data set: Recall@10 / NDCG@10."""
+    names = table["data"].unique(maintain_order=True).to_list()
+    models = table.group_by("model").agg(pl.len()).sort("len", "model", descending=[True, False])["model"].to_list()
+    models.sort(key=lambda model: model != "Laser")
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for model in models:
+        cells = []
+        for name in names:
+            found = table.filter((pl.col("data") == name) & (pl.col("model") == model))
+            best = table.filter(pl.col("data") == name)["ndcg@10"].max()
+            if not found.height:
+                cells.append("")
+                continue
+            recall, ndcg = (f"{found[metric][0]:.4f}".lstrip("0") for metric in ("recall@10", "ndcg@10"))
+            cells.append(f"{recall} / " + (f"**{ndcg}**" if found["ndcg@10"][0] == best else ndcg))
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    result = means(read_json(Path(sys.argv[1]), "make it with laserrec reproduce datasets"))
+    plot(result, Path(sys.argv[2]))
+    print(markdown(result))
