@@ -59,7 +59,7 @@ class State:
         try:
             data = self.file.read_bytes()
             frame = pl.read_parquet(io.BytesIO(data))
-            there = {name: kind for name, kind in _SCHEMA.items() if name != "more" or name in frame.columns}
+            there = pl.Schema({name: kind for name, kind in _SCHEMA.items() if name != "more" or name in frame.columns})
             frame = frame.select(list(there)).cast(there)  # files of earlier versions have no column more
             wanted = pl.read_parquet_metadata(io.BytesIO(data)).get(_SHA256)
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
@@ -94,7 +94,7 @@ class State:
 
 
 def _more(item: NewItem) -> str | None:
-    more = {name: item[name] for name in More.__annotations__ if name in item}
+    more = {name: value for name, value in item.items() if name in More.__annotations__}
     return json.dumps(more) if more else None
 
 
