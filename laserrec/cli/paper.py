@@ -42,7 +42,6 @@ def _command(name: str, title: str) -> Callable[..., None]:
     command.__doc__ = f"""The paper's {name if name != 'all' else 'tables and figures'}: {title}. Run again to resume.
 
     The result is OUT/{name if name != 'all' else 'NAME'}.json, .md and .png, the paper's own figures beside ours.
-    {"Figure 3 is among them where there are two data sets or more." if name == "all" else ""}
 
     Example: laserrec reproduce {name} --data amazon-scientific amazon-office-2014 --seeds 3 --budget 60
 
@@ -113,7 +112,8 @@ def _transfer(out: Path, data: list[str] | None, bases: list[str] | None, seeds:
     _check_numbers(seeds, budget)
     folders = _folders(data or ["amazon-scientific", "amazon-office-2014"], out)
     trees = {base: load_config(base, file, given(flags)) for base in bases or ["small"]}
-    found = reproduce(Setup(folders, trees, out, device, not quiet), range(seeds), percents or PERCENTS, models, sources,
+    setup = Setup(folders, trees, out, device, not quiet)
+    found = reproduce(setup, range(seeds), percents or PERCENTS, models, sources,
                       None if budget is None else 60 * budget)
     result: dict[str, Any] = {"machine": describe(), **found}
     write_json(out / f"{NAME}.json", result)

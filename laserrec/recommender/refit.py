@@ -34,8 +34,9 @@ def refit(old: Fitted, dataset: Dataset, folder: Path | str, changes: dict[str, 
                         "that again")
     warm, features = find_method(old.method).carry is not None, _features(old, dataset)
     config = settings(old.config, changes or {}) if warm else merged(old.config, changes or {})
+    start = replace(old, features=features.kept_in(features.folder))  # so that each keeps its own catalogue's means
     return fit(old.method, dataset, config, folder, old.features.device, features=features, progress=progress,
-               start=replace(old, features=features) if warm else None)
+               start=start if warm else None)
 
 
 def settings(config: Config, changes: dict[str, Any]) -> Config:
