@@ -18,7 +18,7 @@ from laserrec.util.errors import UserError
 
 SMALL = {"data": {"min_user_interactions": 2, "min_item_interactions": 1},
          "prompt": tiny.QUICK | {"layout": "text_first", "item_side": "mean", "max_item_tokens": 8},
-         "head": {"whiten_dims": 8}, "train": {"stage_one_epochs": 1, "stage_two_epochs": 0, "batch_size": 32}}
+         "head": {"whiten_dims": 8, "projection": True}, "train": {"stage_one_epochs": 1, "stage_two_epochs": 0, "batch_size": 32}}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,8 @@ def rivals(monkeypatch):
     rows = transfer.transferred()
     small = {"recformer": {"recformer": tiny.RIVALS["recformer"]}, "laser": {},
              "zesrec": {"zesrec": tiny.RIVALS["zesrec"] | {"max_epochs": 25, "dropout": 0.0}},
-             "sasrec": {"id_model": tiny.ID_MODEL.model_dump() | {"items": "text", "max_epochs": 10, "lr": 1e-2}}}
+             "sasrec": {"id_model": tiny.ID_MODEL.model_dump() | {"items": "text", "max_epochs": 40, "lr": 1e-2,
+                                                                      "dropout": 0.0}}}
     own = [tables.Row(row.name, row.kind, row.method, small[row.method]) for row in rows]
     monkeypatch.setattr(transfer, "transferred", lambda: own)
 
@@ -94,16 +95,14 @@ def test_no_fit_of_the_target_sees_a_user_that_was_not_drawn(setup, rivals, monk
 
 
 def test_what_was_learnt_in_one_shop_helps_in_the_other(setup, rivals, monkeypatch):
-    result = transfer.reproduce(setup, [0], [0, 5, 100], ["zesrec", "Text SASRec"], ["here"])
+    result = transfer.reproduce(setup, [0], [0, 2, 100], ["zesrec", "Text SASRec"], ["here"])
     found = {(row["model"], row["start"], row["percent"]): row for row in result["rows"]}
     assert len(found) == 2 * 5 and result["missing"] == []
-    there = Dataset.load(setup.data["there"])
-    chance = 10 / there.n_items
-    for model in ("ZESRec", "text SASRec"):
-        zero, few = found[model, "transfer", 0], found[model, "transfer", 5]
-        assert zero["recall@10"] > 2.5 * chance and zero["training_users"] == 0 and zero["train_seconds"] == 0
-        assert few["ndcg@10"] > found[model, "nothing", 5]["ndcg@10"] and few["training_users"] == 3
-        assert few["fingerprint"] != zero["fingerprint"]
+    for model in ("ZESRec", "text SASRec"):  # 10 of 40 items would be 0.25 by chance; the class is all that can be known
+        zero, few, alone = (found[model, *point] for point in (("transfer", 0), ("transfer", 2), ("nothing", 2)))
+        assert zero["recall@10"] > 0.9 and zero["training_users"] == 0 and zero["train_seconds"] == 0
+        assert few["recall@10"] > 0.9 > 0.7 > alone["recall@10"] and few["training_users"] == 1
+        assert few["fingerprint"] != zero["fingerprint"] != alone["fingerprint"]
     everyone = found["ZESRec", "nothing", 100]
     assert everyone["training_users"] == 60
     kept = setup.out / "there" / "tiny" / "seed-0" / "zesrec.json"  # where the other tables have it
@@ -111,7 +110,7 @@ def test_what_was_learnt_in_one_shop_helps_in_the_other(setup, rivals, monkeypat
 
     monkeypatch.setattr(tables, "fit", lambda *_: pytest.fail("it fits again"))
     monkeypatch.setattr(transfer, "evaluate", lambda *_: pytest.fail("it ranks again"))
-    again = transfer.reproduce(setup, [0], [0, 5, 100], ["zesrec", "text-sasrec"], ["here"])
+    again = transfer.reproduce(setup, [0], [0, 2, 100], ["zesrec", "text-sasrec"], ["here"])
     assert again["rows"] == result["rows"] == json.loads((setup.out / "figure3.json").read_text())["rows"]
 
 
@@ -132,7 +131,7 @@ def test_another_source_model_is_another_result(setup, rivals):
     assert first["rows"][0]["fingerprint"] != second["rows"][0]["fingerprint"]
 
 
-# -- from the command to the files --------------------------------------------------------------------------------------
+# -- from the command to the files ----------------------------------------------------------------------------------
 
 
 def test_the_command_writes_all_files_for_all_models(data, rivals, llm_folder, tmp_path, monkeypatch, capsys):
