@@ -92,8 +92,9 @@ def zero_shot(fitted: Fitted, items: pl.DataFrame, name: str = "the model") -> S
     if isinstance(model, Growing) and isinstance(model, TwoTower):
         at = {name: row for row, name in enumerate(fitted.items["item_id"])}
         new = items.filter(~pl.col("item_id").is_in(list(at)))
-        at |= {name: row for row, name in enumerate(new["item_id"], len(model.items()))}
-        model.add_items(new)
+        if new.height:
+            at |= {name: row for row, name in enumerate(new["item_id"], len(model.items()))}
+            model.add_items(new)
         return SomeItems(model, torch.tensor([at[name] for name in items["item_id"]]))
     if isinstance(model, SequenceModel) and model.config.items != ItemTable.IDS:
         given = Given(fitted.config, items, items.height, fitted.features)
