@@ -12,7 +12,7 @@ from laserrec.util.errors import UserError
 Rows = Sequence[Mapping[str, Any]]
 Panel = dict[tuple[str, str], dict[float, tuple[float, float]]]
 """(model, start) -> percent -> mean and standard deviation over seeds; that of one seed is zero."""
-_STARTS = {"transfer": ("from the source's model", "-"), "nothing": ("from nothing", "--")}
+_STARTS: dict[str, tuple[str, Any]] = {"transfer": ("from the source's model", "-"), "nothing": ("from nothing", "--")}
 """start -> in words, and as a line."""
 
 
