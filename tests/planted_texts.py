@@ -82,3 +82,14 @@ def learnt(name: str, catalogue: pl.DataFrame, epochs: int = 15, seeds: int = 3,
         torch.manual_seed(seed)
         shares.append(share_right(trained(METHODS[name].make(Given(config, catalogue, N, Texts())), epochs)))
     return sum(shares) / seeds
+
+
+def shop(name: str, users: int = 60, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Interactions (user_id, item_id, timestamp) and items of a shop where users walk through the classes as in `data`.
+    Two shops share no item and no user; titles, which tell the class alone, and what follows what are the same."""
+    rng = np.random.default_rng(seed)
+    rows = [(f"{name} u{user}", f"{name}{int((start + step) % len(WORDS)) * EACH + int(rng.integers(EACH))}", step)
+            for user, start in enumerate(rng.integers(0, len(WORDS), users)) for step in range(6)]
+    titles = [f"the {WORDS[row // EACH]}" for row in range(N)]
+    return (pl.DataFrame(rows, ["user_id", "item_id", "timestamp"], orient="row"),
+            items(name).drop("item").with_columns(title=pl.Series(titles)))

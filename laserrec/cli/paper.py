@@ -17,12 +17,14 @@ TITLES = {"table1": "statistics of the data", "table2": "Laser and the rivals", 
           "table6": "wording of the prompt", "table7": "number of experts and queries",
           "figure4": "Laser on other ID models"}
 Names = Annotated[list[str] | None, Parameter(consume_multiple=True)]
+Percents = Annotated[list[float] | None, Parameter(consume_multiple=True)]
 
 
 def add_paper(app: App) -> None:
     """Give `laserrec reproduce` a command for each table and figure, and `all`."""
     for name, title in TITLES.items():
         app.command(_command(name, title), name=name)
+    app.command(figure3)
     app.command(_command("all", "all tables and figures"), name="all")
 
 
@@ -32,6 +34,8 @@ def _command(name: str, title: str) -> Callable[..., None]:
                 quiet: Quiet = False, json_file: JsonFile = None, flags: Flags = None) -> None:
         told = [_one(each, out, data, bases, seeds, budget, workers, device, config, quiet, flags)
                 for each in (TITLES if name == "all" else [name])]
+        if name == "all" and data is not None and len(data) > 1:
+            told.append(_transfer(out, data, bases, seeds, budget, device, config, quiet, flags))
         finish(told if name == "all" else told[0], json_file)
 
     command.__name__ = name
@@ -59,6 +63,80 @@ def _command(name: str, title: str) -> Callable[..., None]:
     return command
 
 
+def figure3(out: Path = Path("runs/paper"), *, data: Names = None, sources: Names = None, models: Names = None,
+            percents: Percents = None, bases: Names = None, seeds: int = 1, budget: float | None = None,
+            device: Device = "auto", config: ConfigFile = None, quiet: Quiet = False, json_file: JsonFile = None,
+            flags: Flags = None) -> None:
+    """The paper's figure 3: transfer to another shop with none, few or all of its users. Run again to resume.
+
+    Models that were fitted on one data set go on with a share of another one's training users, beside models that begin
+    with nothing on the same users. The result is OUT/figure3.json, .md and .png.
+
+    Example: laserrec reproduce figure3 --data amazon-scientific amazon-office-2014 --percents 0 1 10 100 --budget 60
+
+    Parameters
+    ----------
+    out
+        Everything is kept here; models of whole data sets are those of the other tables.
+    data
+        Two or more names of data sets that come with the source tree, or data folders; else amazon-scientific and
+        amazon-office-2014.
+    sources
+        Data sets, by name, from which models go to all others; else from each.
+    models
+        Of laser, recformer, zesrec and text-sasrec; else all.
+    percents
+        Shares of the other data set's training users in percent, 0 among them or not; else 0 1 5 10 20 50 100.
+    bases
+        Presets to start from; else small.
+    seeds
+        Seeds 0, 1, ... of every model and of the users that are drawn.
+    budget
+        Minutes after which nothing new is begun.
+    """
+    finish(_transfer(out, data, bases, seeds, budget, device, config, quiet, flags, sources, models, percents),
+           json_file)
+
+
+def _transfer(out: Path, data: list[str] | None, bases: list[str] | None, seeds: int, budget: float | None,
+              device: str, file: Path | None, quiet: bool, flags: Any, sources: list[str] | None = None,
+              models: list[str] | None = None, percents: list[float] | None = None) -> dict[str, Any]:
+    from laserrec.config import load_config
+    from laserrec.experiments.machine import describe
+    from laserrec.experiments.paper import curves
+    from laserrec.experiments.paper.run import Setup
+    from laserrec.experiments.paper.show import write
+    from laserrec.experiments.paper.transfer import NAME, PERCENTS, reproduce
+    from laserrec.util.io import write_json
+
+    _check_numbers(seeds, budget)
+    folders = _folders(data or ["amazon-scientific", "amazon-office-2014"], out)
+    trees = {base: load_config(base, file, given(flags)) for base in bases or ["small"]}
+    setup = Setup(folders, trees, out, device, not quiet)
+    found = reproduce(setup, range(seeds), percents or PERCENTS, models, sources,
+                      None if budget is None else 60 * budget)
+    result: dict[str, Any] = {"machine": describe(), **found}
+    write_json(out / f"{NAME}.json", result)
+    k = next(iter(trees.values())).eval.k
+    for (source, target, base), panel in curves.lines(result["rows"], f"ndcg@{k}").items():
+        heads, rows = curves.table(panel)
+        print_table(f"NDCG@{k} on {target} of models from {source}, preset {base}, by share of the training users",
+                    heads, rows, folded="model")
+    for row in result["missing"]:
+        say(f"not measured: {curves.told(row)}: {row['why']}")
+    files = [out / f"{NAME}.json", *write(result, out, k, curves.markdown, curves.plot)]
+    say(f"written: {', '.join(map(str, files))}")
+    return result
+
+
+def _check_numbers(seeds: int, budget: float | None, workers: int = 1) -> None:
+    for what, value in (("seeds", seeds), ("workers", workers)):
+        if value < 1:
+            raise UserError(f"{what} is {value}; it must be at least 1")
+    if budget is not None and not budget > 0:
+        raise UserError(f"budget is {budget} minutes; it must be above 0")
+
+
 def _one(name: str, out: Path, data: list[str] | None, bases: list[str] | None, seeds: int, budget: float | None,
          workers: int, device: str, file: Path | None, quiet: bool, flags: Any) -> dict[str, Any]:
     from laserrec.config import load_config
@@ -68,11 +146,7 @@ def _one(name: str, out: Path, data: list[str] | None, bases: list[str] | None, 
     from laserrec.experiments.paper.show import cells, groups, heads, write
     from laserrec.util.io import write_json
 
-    for what, value in (("seeds", seeds), ("workers", workers)):
-        if value < 1:
-            raise UserError(f"{what} is {value}; it must be at least 1")
-    if budget is not None and not budget > 0:
-        raise UserError(f"budget is {budget} minutes; it must be above 0")
+    _check_numbers(seeds, budget, workers)
     if name == "table3":
         return _counted(name, out, counts.table3(), ("llm", "tuning", "trained", "share_percent"))
     folders = _folders(data or ["amazon-scientific"], out)

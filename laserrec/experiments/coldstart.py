@@ -98,6 +98,8 @@ def with_new_items(model: SequenceModel, text: Float[Tensor, "n_items d_text"]) 
                 "item.weight": torch.cat([own, own.new_zeros(new, own.shape[1]), special]),
                 "known": weights["known"].new_ones(len(text))}  # by their text
     longer = type(model)(model.config, len(text), text).to(model.device)
+    if model.whitening is not None:
+        longer.whitened_by(*model.whitening)
     longer.load_state_dict(weights)
     return longer.eval().requires_grad_(False)
 

@@ -82,14 +82,16 @@ class Table:
 
     def __init__(self, rows: Iterable[Row], dataset: Dataset, config: Config, out: Path, device: torch.device,
                  progress: bool = True, features: TextFeatures | None = None,
-                 measure: Callable[[Table, str, Scorer, Path], Measured] | None = None, measured_by: Any = "test"):
+                 measure: Callable[[Table, str, Scorer, Path], Measured] | None = None, measured_by: Any = "test",
+                 starts: Table | None = None):
         """measure: (table, name, scorer, the result's file) -> what is kept; None: `rank_test`. measured_by: all that
-        `measure` depends on beside the table; it is part of every fingerprint."""
+        `measure` depends on beside the table; it is part of every fingerprint. starts: the same rows on other data,
+        from whose models training starts."""
         self.rows = {row.name: row for row in rows}
         self.dataset, self.config, self.out, self.device, self.progress = dataset, config, out, device, progress
         kept = dataset.folder / "text_features" if dataset.folder is not None else None
         self.features = features or TextFeatures(config.backbone, config.prompt, device, kept, progress)
-        self.measure, self.measured_by = measure or rank_test, measured_by
+        self.measure, self.measured_by, self.starts = measure or rank_test, measured_by, starts
         self._fitted: dict[Path, Fitted] = {}
 
     def results(self, seeds: Sequence[int]) -> list[Measured]:
@@ -142,10 +144,12 @@ class Table:
 
     def fitted(self, name: str, seed: int | None = None) -> Fitted:
         """A row's model, fitted now or read from its folder. Raises UserError where the folder holds another one."""
+        start = None if self.starts is None else self.starts.fitted(name, seed)
         return self._fit(self.rows[name].method, self._settings(name, seed), self.folder(name, seed),
-                         self._below(name, seed))
+                         self._below(name, seed), start)
 
-    def _fit(self, method: str, config: Config, folder: Path, below: Path | None = None) -> Fitted:
+    def _fit(self, method: str, config: Config, folder: Path, below: Path | None = None,
+             start: Fitted | None = None) -> Fitted:
         if folder not in self._fitted:
             if below is not None:
                 self._fit(config.id_model.kind.value, config, below)
@@ -153,7 +157,7 @@ class Table:
             if same and find_method(method).reads_text(config):
                 self.features.means(self.dataset.items)  # so that no row's time holds the reading
             self._fitted[folder] = fit(method, self.dataset, config, folder, self.device, below,
-                                       self.features if same else None, self.progress)
+                                       self.features if same else None, self.progress, False, start)
         return self._fitted[folder]
 
     def _same_texts(self, config: Config) -> bool:
@@ -163,8 +167,10 @@ class Table:
     def _below(self, name: str, seed: int | None) -> Path | None:
         """The folder of the ID model below a Laser. Often that is a row of the table too, and is trained once."""
         config = self._settings(name, seed)
-        if self.rows[name].method != "laser" or config.id_model.kind == IdModelKind.NONE or config.blend.shuffles:
-            return None  # it has none, or fits several and chooses
+        if self.rows[name].method != "laser" or config.id_model.kind == IdModelKind.NONE:
+            return None
+        if config.blend.shuffles or self.starts is not None:
+            return None  # it fits several and chooses, or starts from another Laser's
         for other, row in self.rows.items():
             if row.method == config.id_model.kind.value and self._settings(other, seed).id_model == config.id_model:
                 return self.folder(other, seed)
@@ -191,6 +197,8 @@ class Table:
                  "settings": config.model_dump(mode="json"), "llm": self.features.sha256 if reads else None,
                  "weights": model_identity(folder) if (folder / "model.json").is_file() else None,
                  "of": [self.fingerprint(part, seed) for part in row.of]}
+        if self.starts is not None:
+            parts["start"] = self.starts.fingerprint(name, seed)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _settings(self, name: str, seed: int | None) -> Config:

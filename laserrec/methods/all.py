@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from laserrec.config import Config, IdModelKind, ItemSide, ItemTable, ItemVectors, Layout
 from laserrec.data.dataset import Dataset
-from laserrec.llm.text_features import TextFeatures
+from laserrec.llm.text_features import TextFeatures, text_whitening
+from laserrec.llm.whitening import whiten
 from laserrec.methods import llamarec, llm4rec, lrurec, recformer
 from laserrec.methods.bert4rec import BERT4Rec
 from laserrec.methods.closed_form import (
@@ -36,7 +37,7 @@ from laserrec.methods.recguru import phases as recguru_phases
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.sequence import SequenceModel
 from laserrec.methods.sequence_task import SequenceTask
-from laserrec.methods.warm_start import carry_laser, carry_sequence_model
+from laserrec.methods.warm_start import carry_laser, carry_recformer, carry_sequence_model, carry_zesrec
 from laserrec.methods.zesrec import ZESRec
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
@@ -58,6 +59,9 @@ class Given:
     id_model: SequenceModel | None = None
     world: World = field(default_factory=World)
     progress: bool = False
+
+
+Carry = Callable[[Any, Any, Tensor, Given, Given], None]
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,9 @@ class Method:
     """(task after the training, progress) -> settings that it chose by itself, and facts about the choice."""
     needs: Callable[[Config, int], None] = lambda config, n_items: None
     """Raises UserError where it can't be fitted to so many items on this machine."""
-    carry: Callable[[Any, Any, Tensor, Given], None] | None = None
-    """(fresh model, fitted one of the same method, its row of each item or -1, what the fresh one is made of): start
-    from the fitted one's weights. None: there is nothing to start from."""
+    carry: Carry | None = None
+    """(fresh model, fitted one of the same method, its row of each item or -1, what the fresh one and what the fitted
+    one is made of): start from the fitted one's weights. None: there is nothing to start from."""
     loads_llm: bool = False
     """Whether a fitted model is opened with the LLM, and not only fitted or given new items with it."""
     seed: Callable[[Config], int] = lambda config: config.train.seed
@@ -111,15 +115,24 @@ def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
         return config.id_model.model_copy(update={"kind": name})
 
     def make(given: Given) -> SequenceModel:
-        config = settings(given.config)
-        text = None if config.items == ItemTable.IDS else given.features.vectors(given.items)
-        return kind(config, given.n_known, None if text is None else text.cpu()).to(given.features.device)
+        config, features = settings(given.config), given.features
+        if config.items == ItemTable.IDS:
+            return kind(config, given.n_known).to(features.device)
+        means, parts = features.means(given.items), features.parts(given.items)
+        white = text_whitening(means, parts)
+        model = kind(config, given.n_known, whiten(means, *white, parts).cpu()).to(features.device)
+        if config.items == ItemTable.TEXT:
+            model.whitened_by(*white)
+        return model
 
     def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> SequenceModel:
         config, text = settings(given.config), weights.get("text")
         if text is None and config.items != ItemTable.IDS:
             text = torch.zeros(given.n_known, config.d_id)  # it started the item table, which the weights hold now
-        return _filled(kind(config, given.n_known, text), weights, given)
+        model = kind(config, given.n_known, text)
+        if "text_matrix" in weights:
+            model.whitened_by(weights["text_mean"], weights["text_matrix"])
+        return _filled(model, weights, given)
 
     def phases(model: SequenceModel, given: Given, dataset: Dataset) -> list[Phase]:
         config = model.config
@@ -132,19 +145,33 @@ def _sequence(kind: type[SequenceModel], name: IdModelKind) -> Method:
     def reads_text(config: Config) -> bool:
         return config.id_model.items != ItemTable.IDS and _llm_reads_items(config)
 
-    def carry(model: SequenceModel, old: SequenceModel, rows: Tensor, given: Given) -> None:
-        llm_start = model.config.items == ItemTable.LLM_START
-        carry_sequence_model(model, old, rows, given.features.vectors(given.items) if llm_start else None)
+    def carry(model: SequenceModel, old: SequenceModel, rows: Tensor, given: Given, before: Given) -> None:
+        texts = None if model.config.items == ItemTable.IDS else _in_one_space(old, given, before)
+        carry_sequence_model(model, old, rows, texts)
 
     return Method("id", ("id_model",), reads_text, make, phases, restore, shapes, carry=carry,
                   seed=lambda config: config.id_model.seed)
+
+
+def _in_one_space(old: SequenceModel, given: Given, before: Given) -> tuple[Tensor, Tensor]:
+    """Text vectors of both catalogues' items, whitened as the older one's were."""
+    means, parts = given.features.means(given.items), given.features.parts(given.items)
+    if parts != before.features.parts(before.items):
+        raise UserError("the model to start from was fitted on items with other vectors of their own, or with none "
+                        "(backbone.item_vectors), than these items have; fit from nothing")
+    if old.whitening is not None:
+        return whiten(means, *old.whitening, parts), old.get_buffer("text")
+    old_means = before.features.means(before.items)
+    white = text_whitening(old_means, parts)
+    return whiten(means, *white, parts), whiten(old_means, *white, parts)
 
 
 # -- rivals over sequences, one class each ----------------------------------------------------------------------------
 
 def _rival(name: str, kind: str, model: Any, reads_text: Callable[[Config], bool] = lambda config: True,
            phases: Callable[..., list[Phase]] | None = None,
-           reads: Callable[[Config], str] = lambda config: "") -> Method:
+           reads: Callable[[Config], str] = lambda config: "",
+           carry: Carry | None = None) -> Method:
     """model: a class with `fresh`, `restored` and `shapes`, whose settings are the section `name`."""
 
     def restore(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> Any:
@@ -161,7 +188,7 @@ def _rival(name: str, kind: str, model: Any, reads_text: Callable[[Config], bool
         return model.fresh(given.config, given.items, given.features)
 
     return Method(kind, (name,), reads_text, make, phases or one_phase, restore, model.shapes,
-                  seed=lambda config: getattr(config, name).seed, reads=reads)
+                  seed=lambda config: getattr(config, name).seed, reads=reads, carry=carry)
 
 
 def _knowledge_sha256(config: Config) -> str:
@@ -234,7 +261,7 @@ def _laser() -> Method:
                   _laser_reads, make, lambda model, given, data: laser.phases(model, data, given.world,
                                                                                      given.progress),
                   restore, laser.shapes, choose_blend, needs,
-                  lambda model, old, rows, given: carry_laser(model, old, rows))
+                  lambda model, old, rows, given, before: carry_laser(model, old, rows))
 
 
 # -- rivals -----------------------------------------------------------------------------------------------------------
@@ -242,7 +269,8 @@ def _laser() -> Method:
 def _from_phases(kind: str, sections: tuple[str, ...], make: Callable[[Given], nn.Module],
                  phases: Callable[[Any, Config, Dataset], list[Phase]], shapes: Callable[[Config, int], Shapes],
                  restore: Callable[[Given, dict[str, Tensor], dict[str, Tensor]], Any] | None = None,
-                 reads: Callable[[Config], str] = lambda config: "") -> Method:
+                 reads: Callable[[Config], str] = lambda config: "",
+                 carry: Carry | None = None) -> Method:
     """restore: None where all of the model is in its state_dict. The last of its sections has the seed."""
 
     def filled(given: Given, weights: dict[str, Tensor], kept: dict[str, Tensor]) -> Any:
@@ -250,7 +278,8 @@ def _from_phases(kind: str, sections: tuple[str, ...], make: Callable[[Given], n
 
     return Method(kind, sections, lambda config: kind != "id", make,
                   lambda model, given, dataset: phases(model, given.config, dataset), restore or filled, shapes,
-                  loads_llm=kind != "id", seed=lambda config: getattr(config, sections[-1]).seed, reads=reads)
+                  loads_llm=kind != "id", seed=lambda config: getattr(config, sections[-1]).seed, reads=reads,
+                  carry=carry)
 
 
 def _lrurec() -> Method:
@@ -279,7 +308,8 @@ def _recformer() -> Method:
         return " ".join(Dataset.load(folder).fingerprint for folder in config.recformer.pretrain_on)
 
     return _from_phases("text", ("recformer",), make, recformer.phases,
-                        lambda config, n: recformer.shapes(config.recformer), restore, reads)
+                        lambda config, n: recformer.shapes(config.recformer), restore, reads,
+                        lambda model, old, rows, given, before: carry_recformer(model, old))
 
 
 def _llm4rec() -> Method:
@@ -311,7 +341,8 @@ METHODS: dict[str, Method] = {
     "recformer": _recformer(),
     "llm4rec": _llm4rec(),
     "fdsa": _rival("fdsa", "laser", FDSA),
-    "zesrec": _rival("zesrec", "text", ZESRec, _llm_reads_items),
+    "zesrec": _rival("zesrec", "text", ZESRec, _llm_reads_items,
+                     carry=lambda model, old, rows, given, before: carry_zesrec(model, old, given.items)),
     "kar": _rival("kar", "laser", KAR, reads=_knowledge_sha256),
     "recguru": _rival("recguru", "id", RecGURU, lambda config: False,
                       phases=lambda model, given, dataset: recguru_phases(model, dataset),

@@ -257,6 +257,17 @@ class SequenceModel(NextItemModel):
             self.adaptor = nn.Linear(text.shape[1], config.d_id, bias=False)
             nn.init.normal_(self.adaptor.weight, std=WEIGHT_STD / text.shape[1] ** 0.5)
 
+    def whitened_by(self, mean: Float[Tensor, "d_means"], matrix: Float[Tensor, "d_means dims"]) -> None:
+        """Keep the map that whitened its text vectors, by which texts of other catalogues are read as these were."""
+        self.register_buffer("text_mean", mean)
+        self.register_buffer("text_matrix", matrix)
+
+    @property
+    def whitening(self) -> tuple[Float[Tensor, "d_means"], Float[Tensor, "d_means dims"]] | None:
+        """The map that it keeps: mean and matrix (laserrec.llm.whitening.whiten)."""
+        kept = dict(self.named_buffers(recurse=False))
+        return (kept["text_mean"], kept["text_matrix"]) if "text_matrix" in kept else None
+
     @torch.no_grad()
     def _start_from(self, text: Float[Tensor, "n_items d_text"]) -> None:
         dims = min(self.d_id, text.shape[1])

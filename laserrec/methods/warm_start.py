@@ -1,9 +1,10 @@
-"""A fitted model's weights carried over to another catalogue, to be trained on from there."""
+"""A fitted model's weights carried over to another catalogue, to be trained on from there or used as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+import polars as pl
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.new_items import nearest_known
+from laserrec.methods.recformer import RecFormer
 from laserrec.methods.sequence import SequenceModel
+from laserrec.methods.zesrec import ZESRec
 from laserrec.util.errors import UserError
 
 _BY_ITEM = ("item.weight", "bias", "known", "text")
@@ -19,40 +22,37 @@ _BY_ITEM = ("item.weight", "bias", "known", "text")
 
 
 @torch.no_grad()
-def carry_sequence_model(new: SequenceModel, old: SequenceModel, rows: Int[Tensor, "n_items"],
-                         text: Float[Tensor, "n_items d_text"] | None = None) -> None:
-    """Weights of `old` into `new`. rows: `old`'s row of each item of `new`, -1 for items that it does not know.
+def carry_sequence_model(
+    new: SequenceModel, old: SequenceModel, rows: Int[Tensor, "n_items"],
+    texts: tuple[Float[Tensor, "n_items d_text"], Float[Tensor, "old_items d_text"]] | None = None,
+) -> None:
+    """Weights of `old` into `new`. rows: `old`'s row of each item of `new`, -1 for items that it does not know. texts:
+    vectors of `new`'s and of `old`'s items in one space; where item tables are made of text, in the space that `old`
+    reads.
 
-    Known items keep their embeddings and biases. New ones start as the mean of the known items nearest by text; without
-    text, as the mean of all known items plus their own random start. An item table that is made of text stays in the
-    space of `old`'s text vectors. Raises UserError where the two differ in more than their items.
+    Known items keep their embeddings, biases and text vectors. New ones start as the mean of `old`'s items nearest by
+    text; without texts, as the mean of all of them plus their own random start. Raises UserError where the two differ
+    in more than their items, and where without texts there is no known item.
     """
     _copy(new, old, _BY_ITEM)
-    known, rows = rows >= 0, rows.to(new.device)
-    ours, theirs = new.item.weight, old.item.weight.to(new.device)
-    old_table = torch.cat([theirs[: old.n_items], old.bias.to(new.device)[:, None]], dim=1)[rows[known]]
-    if text is None or new.adaptor is not None:
-        start = torch.cat([ours[: new.n_items], new.bias[:, None]], dim=1)[~known] + old_table.mean(dim=0)
+    known, rows = (rows >= 0).to(new.device), rows.to(new.device)
+    if texts is None and not known.any():
+        raise UserError("the model knows none of the items of this data, and it tells items by their ids alone; fit on "
+                        "it from nothing")
+    ours, theirs, trained = new.item.weight, old.item.weight.to(new.device), old.known.to(new.device)
+    old_table = torch.cat([theirs[: old.n_items], old.bias.to(new.device)[:, None]], dim=1)
+    if texts is None:
+        start = torch.cat([ours[: new.n_items], new.bias[:, None]], dim=1)[~known] + old_table[trained].mean(dim=0)
     else:
-        parents, weights = nearest_known(text[~known], text[known])
-        start = (old_table[parents] * weights[..., None]).sum(dim=1)
-    for at, table in ((known, old_table), (~known, start)):
+        parents, weights = nearest_known(texts[0][~known], texts[1][trained])
+        start = (old_table[trained][parents] * weights[..., None]).sum(dim=1)
+    for at, table in ((known, old_table[rows[known]]), (~known, start)):
         ours[: new.n_items][at] = table[:, :-1]
         new.bias[at] = table[:, -1]
     ours[new.n_items :] = theirs[old.n_items :]  # padding and mask token
-    if new.adaptor is not None:
-        ours_text, theirs_text = new.get_buffer("text"), old.get_buffer("text").to(new.device)
-        ours_text.copy_(_in_old_space(ours_text, theirs_text[rows[known]], known))
-
-
-def _in_old_space(text: Float[Tensor, "n_items d_text"], old: Float[Tensor, "known d_text"], known: Tensor
-                  ) -> Float[Tensor, "n_items d_text"]:
-    """Another catalogue's texts are whitened by another map; both are affine, and so is the way between them."""
-    ones = torch.cat([text, text.new_ones(len(text), 1)], dim=1).cpu()
-    way = torch.linalg.lstsq(ones[known.cpu()], old.cpu(), driver="gelsd").solution
-    out = (ones @ way).to(text.device)
-    out[known] = old
-    return out
+    if new.adaptor is not None and texts is not None:
+        old_text = old.get_buffer("text").to(new.device)
+        new.get_buffer("text").copy_(torch.where(known[:, None], old_text[rows.clamp(min=0)], texts[0]))
 
 
 @torch.no_grad()
@@ -65,7 +65,21 @@ def carry_laser(new: Laser, old: Laser, rows: Int[Tensor, "n_items"]) -> None:
     new.carried = torch.where((rows >= 0)[:, None], text[rows.clamp(min=0)], torch.nan)
 
 
-def _copy(new: nn.Module, old: nn.Module, without: Collection[str]) -> None:
+@torch.no_grad()
+def carry_zesrec(new: ZESRec, old: ZESRec, items: pl.DataFrame) -> None:
+    """All weights, and the whitening, by which the texts of `items`, which are `new`'s, are read from then on. Raises
+    UserError where the two differ in more than their items."""
+    _copy(new, old)
+    new.learn_from(items)
+
+
+@torch.no_grad()
+def carry_recformer(new: RecFormer, old: RecFormer) -> None:
+    """All weights. Raises UserError where the two differ in more than their items."""
+    _copy(new, old)
+
+
+def _copy(new: nn.Module, old: nn.Module, without: Collection[str] = ()) -> None:
     ours, theirs = ({n: t for n, t in m.state_dict().items() if n not in without} for m in (new, old))
     differ = [name for name in sorted(ours.keys() | theirs.keys())
               if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape]

@@ -78,6 +78,11 @@ class ZESRec(NextItemModel):
                             "(backbone.item_vectors), than these items have; it can't compare them")
         return whiten(means, self.mean, self.matrix, self.parts)
 
+    def learn_from(self, items: pl.DataFrame) -> None:
+        """Have these as the catalogue, whose vectors change with the layer over their texts."""
+        self.table = ItemVectors(self.adaptor, (self.white(items),))
+        self.n_items = self.pad = items.height
+
     def take_items(self, vectors: Float[Tensor, "items d_model"]) -> None:
         """Have these as the catalogue."""
         self.table = ItemVectors(self.adaptor, vectors=vectors)
@@ -116,7 +121,7 @@ class ZESRec(NextItemModel):
         model = ZESRec(config.zesrec, items.height, features, *matrix.shape, parts).to(features.device)
         model.mean.copy_(mean)
         model.matrix.copy_(matrix)
-        model.table = ItemVectors(model.adaptor, (model.white(items),))
+        model.learn_from(items)
         return model
 
     @staticmethod

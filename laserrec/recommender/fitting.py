@@ -16,7 +16,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from laserrec.config import BackboneConfig, Config, IdModelKind, Precision
+from laserrec.config import BackboneConfig, Config, IdModelKind, ItemTable, Precision
 from laserrec.config.rivals import FOLDERS
 from laserrec.data.dataset import Dataset
 from laserrec.data.extras import extra_names
@@ -127,9 +127,10 @@ def _train(name: str, method: Method, given: Given, dataset: Dataset, folder: Pa
     torch.manual_seed(seed)
     started = time.monotonic()
     model = method.make(given)
-    warm = {} if start is None else {"warm_start": _warm_start(method, model, given, start)}
+    warm = {} if start is None else {"warm_start": start_from(method, model, given, start)}
     phases = method.phases(model, given, dataset)
     if start is not None:
+        phases = [phase for phase in phases if phase.validates]  # what the model starts from is pre-trained
         phases[0] = replace(phases[0], keeps_start=True)
     pace = Pace(seed, config.eval.k, config.eval.batch_size, config.eval.validates, config.train.validation_users,
                 config.train.checkpoint_minutes, given.progress)
@@ -145,17 +146,25 @@ def _train(name: str, method: Method, given: Given, dataset: Dataset, folder: Pa
                   backbone=_named(given.features) if method.reads_text(config) else None, log=log)
 
 
-def _warm_start(method: Method, model: Any, given: Given, start: Fitted) -> dict[str, Any]:
-    """Start the fresh model from a fitted one; what is told of it."""
+def start_from(method: Method, model: Any, given: Given, start: Fitted) -> dict[str, Any]:
+    """Give a fresh model the weights of a fitted one of the same method, for what `given` tells; returns what is told
+    of it. Raises UserError where the two differ in more than their items, or nothing can be carried over."""
     assert method.carry is not None  # by the caller
-    at = {name: row for row, name in enumerate(start.items["item_id"].head(start.n_known).to_list())}
-    rows = torch.tensor([at.get(name, -1) for name in given.items["item_id"].to_list()])
+    if start.backbone is not None and start.backbone["sha256"] != given.features.sha256:
+        raise UserError(f"the model to start from was fitted with another LLM ({start.backbone['name']}) than "
+                        f"{given.features.config.name}; its weights mean nothing to other texts' vectors")
+    before = Given(start.config, start.items.head(start.n_known), start.n_known, start.features)
+    rows = _rows_in(start, given.items)
     carried = int((rows >= 0).sum())
-    if not carried:
-        raise UserError("the model knows none of the items of this data; fit on it from nothing")
-    method.carry(model, start.model, rows.to(given.features.device), given)
+    method.carry(model, start.model, rows.to(given.features.device), given, before)
     return {"fingerprint": start.facts.get("fingerprint"), "carried_items": carried, "new_items": len(rows) - carried,
-            "dropped_items": len(at) - carried}
+            "dropped_items": start.n_known - carried}
+
+
+def _rows_in(fitted: Fitted, items: pl.DataFrame) -> Tensor:
+    """The fitted model's row of each item; -1 for those that it was not fitted on."""
+    at = {name: row for row, name in enumerate(fitted.items["item_id"].head(fitted.n_known).to_list())}
+    return torch.tensor([at.get(name, -1) for name in items["item_id"].to_list()])
 
 
 def _named(features: TextFeatures) -> dict[str, Any]:
@@ -206,7 +215,7 @@ def _id_model(name: str, dataset: Dataset, config: Config, folder: Path, device:
         raise UserError("several processes fit Laser on an ID model that is there already: fit it first, in one "
                         "process, and give its folder as the ID model")
     else:
-        below = _best_id_model(dataset, config, folder, device, features, progress, _below(start))
+        below = _best_id_model(dataset, config, folder, device, features, progress, _below(start, dataset))
     return config.model_copy(update={"id_model": below.config.id_model}), below
 
 
@@ -241,12 +250,14 @@ def _validation_ndcg(fitted: Fitted, k: int) -> float:
     return fitted.facts["training"]["kept"].get(f"validation_ndcg@{k}", 0.0)
 
 
-def _below(start: Fitted | None) -> Fitted | None:
-    """The ID model of a fitted Laser."""
+def _below(start: Fitted | None, dataset: Dataset) -> Fitted | None:
+    """The ID model of a fitted Laser, if another one can start from it on these data."""
     if start is None or start.id_model is None:
         return None
     facts = {"fingerprint": start.facts.get("fingerprint")}
-    return Fitted(start.model.ids.model, *start.id_model, start.items, start.n_known, start.features, facts)
+    below = Fitted(start.model.ids.model, *start.id_model, start.items, start.n_known, start.features, facts)
+    by_ids = below.model.config.items == ItemTable.IDS
+    return None if by_ids and not (_rows_in(below, dataset.items) >= 0).any() else below
 
 
 def _nested(dataset: Dataset, config: Config, folder: Path, features: TextFeatures) -> Fitted:

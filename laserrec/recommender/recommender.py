@@ -115,7 +115,7 @@ class LaserRecommender:
         validation. Closed forms are fitted anew. Items that were added to this model stay, and removed ones are gone.
         changes: settings to change, as {"train": {"stage_one_epochs": 2}}.
         An interrupted call is resumed by the same call, a finished folder loaded. Raises UserError for data without any
-        known item, for settings that would change the weights' shapes, and as `fit_dataset`.
+        known item if items are told by ids alone, for settings that would change the weights' shapes, as `fit_dataset`.
         """
         alone("refitting")
         model = LaserRecommender(refit(self.fitted, dataset, folder, dict(changes or {}), progress))

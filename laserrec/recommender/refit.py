@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from laserrec.util.errors import UserError
 
 _EPOCHS, _PATIENCE, _TRIALS = 10, 2, 100
 """At most: epochs of a sequence model, validations without a better one, and blends that are tried."""
+_OPTIMISER = ("lr", "weight_decay", "dropout", "batch_size", "max_epochs", "patience", "eval_every", "seed")
 _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
     "train": None, "blend": None, "eval": None, "neighbours": None,
-    "id_model": ("lr", "weight_decay", "dropout", "batch_size", "max_epochs", "patience", "eval_every", "shuffle",
-                 "mask_probability", "seed"),
+    "id_model": (*_OPTIMISER, "shuffle", "mask_probability"),
+    "zesrec": (*_OPTIMISER, "shuffle"),
+    "recformer": (*_OPTIMISER, "warmup_fraction", "stage_two_epochs", "stage_two_patience"),
 }
 """Settings that the carried weights do not depend on, by section; None: all of it."""
 
@@ -29,10 +32,11 @@ def refit(old: Fitted, dataset: Dataset, folder: Path | str, changes: dict[str, 
     if old.config.student is not None:
         raise UserError("a distilled model can't be refitted; refit the model that it was distilled from, and distil "
                         "that again")
-    warm = find_method(old.method).carry is not None
+    warm, features = find_method(old.method).carry is not None, _features(old, dataset)
     config = settings(old.config, changes or {}) if warm else merged(old.config, changes or {})
-    return fit(old.method, dataset, config, folder, old.features.device, features=_features(old, dataset),
-               progress=progress, start=old if warm else None)
+    start = replace(old, features=features.kept_in(features.folder))  # so that each keeps its own catalogue's means
+    return fit(old.method, dataset, config, folder, old.features.device, features=features, progress=progress,
+               start=start if warm else None)
 
 
 def settings(config: Config, changes: dict[str, Any]) -> Config:
@@ -44,9 +48,11 @@ def settings(config: Config, changes: dict[str, Any]) -> Config:
         if wrong:
             raise UserError(f"{section}.{wrong[0]} can't change in a refit, which goes on with the model's weights; "
                             "fit from nothing to change it")
-    own, train = config.id_model, config.train
+    train = config.train
+    trained = {name: getattr(config, name) for name in ("id_model", "zesrec", "recformer")}
     short = {
-        "id_model": {"max_epochs": min(own.max_epochs, _EPOCHS), "patience": min(own.patience, _PATIENCE)},
+        **{name: {"max_epochs": min(own.max_epochs, _EPOCHS), "patience": min(own.patience, _PATIENCE)}
+           for name, own in trained.items()},
         "train": {"stage_one_epochs": min(train.stage_one_epochs, 1),
                   "stage_two_epochs": 0 if train.stage_one_epochs else min(train.stage_two_epochs, 1)},
         "blend": {"trials": min(config.blend.trials, _TRIALS), "regressions": 0, "shuffles": ()},

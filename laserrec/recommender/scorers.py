@@ -6,18 +6,21 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import polars as pl
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from laserrec.config import load_config
+from laserrec.config import ItemTable, load_config
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories
 from laserrec.evaluation.evaluate import Scorer
 from laserrec.llm.backbone import Backbone
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import Given, find_method
-from laserrec.methods.protocol import Transferable
+from laserrec.methods.protocol import Growing, Transferable, TwoTower
+from laserrec.methods.sequence import SequenceModel
+from laserrec.recommender.fitting import Fitted, start_from
 from laserrec.recommender.hub import is_repo
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.util.errors import UserError
@@ -38,14 +41,29 @@ class FirstItems:
         return self.model.score(histories)[:, : self.n_items]
 
 
+@dataclass(frozen=True)
+class SomeItems:
+    """A model's scores of some items of its catalogue, in an order of their own, for histories of these items."""
+
+    model: Scorer
+    rows: Int[Tensor, "items"]
+    """Of the model's catalogue, on the CPU."""
+
+    def score(self, histories: Histories) -> Float[Tensor, "users items"]:
+        """A column for each of `rows`, by whose place the histories name items."""
+        own = Histories(self.rows[histories.items], histories.ends)
+        scores = self.model.score(own)
+        return scores[:, self.rows.to(scores.device)]
+
+
 def load_scorer(name: str, dataset: Dataset, device: torch.device, backbone: Backbone | Path | str | None = None,
                 trust_remote_code: bool = False) -> tuple[Scorer, int]:
     """The model called `name`, over the items of a data folder, and how many users it scores at once.
 
     name: a model folder, ORG/NAME[@REVISION] on the Hugging Face Hub, or popularity or ease, which are fitted here.
     backbone, trust_remote_code: see `LaserRecommender.from_pretrained`. Raises UserError for anything else, and for a
-    model of another catalogue, unless it knows items by their texts alone (laserrec.methods.protocol.Transferable):
-    that one reads them, with a warning. Warns of one that was fitted on other data, too.
+    model of another catalogue, unless it can tell items by their texts (`zero_shot`): that one reads them, with a
+    warning. Warns of one that was fitted on other data, too.
     """
     if name in IN_MEMORY and not (Path(name) / "model.json").is_file():
         return _fitted(name, dataset, device)
@@ -54,15 +72,37 @@ def load_scorer(name: str, dataset: Dataset, device: torch.device, backbone: Bac
                         f"that need no folder: {', '.join(IN_MEMORY)}")
     model = LaserRecommender.from_pretrained(name, backbone, device=str(device), trust_remote_code=trust_remote_code)
     if not model.items["item_id"].head(dataset.n_items).equals(dataset.items["item_id"]):
-        if isinstance(model.model, Transferable):
-            warnings.warn(f"{name} was fitted on another catalogue; it scores these items by their texts, with nothing "
-                          "learnt from these data (zero-shot)", UserWarning, stacklevel=2)
-            return model.model.transferred(dataset.items), model.batch_size
-        raise UserError(f"{name} has another catalogue than the data folder; evaluate it on its own data")
+        scorer = zero_shot(model.fitted, dataset.items, name)
+        warnings.warn(f"{name} was fitted on another catalogue; it scores these items by their texts, with nothing "
+                      "learnt from these data (zero-shot)", UserWarning, stacklevel=2)
+        return scorer, model.batch_size
     if model.facts.get("data", {}).get("sha256", dataset.fingerprint) != dataset.fingerprint:
         warnings.warn(f"{name} was fitted on other data, which have the same items: what is asked here may have been "
                       "in its training, and its numbers then tell too much", UserWarning, stacklevel=2)
     return FirstItems(model, dataset.n_items), model.batch_size
+
+
+def zero_shot(fitted: Fitted, items: pl.DataFrame, name: str = "the model") -> Scorer:
+    """A fitted model over the items of another catalogue (item_id, title and the attributes), with nothing learnt from
+    that one. A model that takes new items (`Growing`) grows by those that it does not know. name: for messages. Raises
+    UserError for a model that tells items by their ids alone."""
+    model, method = fitted.model, find_method(fitted.method)
+    if isinstance(model, Transferable):
+        return model.transferred(items)
+    if isinstance(model, Growing) and isinstance(model, TwoTower):
+        at = {name: row for row, name in enumerate(fitted.items["item_id"])}
+        new = items.filter(~pl.col("item_id").is_in(list(at)))
+        if new.height:
+            at |= {name: row for row, name in enumerate(new["item_id"], len(model.items()))}
+            model.add_items(new)
+        return SomeItems(model, torch.tensor([at[name] for name in items["item_id"]]))
+    if isinstance(model, SequenceModel) and model.config.items != ItemTable.IDS:
+        given = Given(fitted.config, items, items.height, fitted.features)
+        other = method.make(given)
+        start_from(method, other, given, fitted)
+        return other.eval().requires_grad_(False)
+    raise UserError(f"{name} has another catalogue than the data folder, and its method, {fitted.method}, tells "
+                    "items by their ids; evaluate it on its own data")
 
 
 def _fitted(name: str, dataset: Dataset, device: torch.device) -> tuple[Scorer, int]:

@@ -2,9 +2,12 @@
 
 import warnings
 
+import polars as pl
 import pytest
 import tiny
+import torch
 
+from laserrec.data.dataset import Dataset
 from laserrec.evaluation.evaluate import evaluate
 from laserrec.methods.closed_form import ItemRegression, Popularity
 from laserrec.recommender.recommender import LaserRecommender
@@ -45,8 +48,6 @@ def test_popularity_and_ease_are_fitted_at_once(tmp_path, monkeypatch):
 
 
 def test_items_that_were_added_are_not_scored(llm, tmp_path):
-    import polars as pl
-
     backbone, data = llm("llama"), tiny.planted(N)
     config = tiny.config(backbone.name)
     model = LaserRecommender.fit_dataset(data, config, tmp_path / "model", progress=False)
@@ -59,7 +60,7 @@ def test_items_that_were_added_are_not_scored(llm, tmp_path):
 def test_other_names_and_other_items_are_refused(folder):
     with pytest.raises(UserError, match=r"there is no model folder 'popularty'; give .* popularity, ease"):
         load_scorer("popularty", tiny.planted(N), CPU)
-    with pytest.raises(UserError, match="has another catalogue than the data folder"):
+    with pytest.raises(UserError, match="sasrec has another catalogue than the data folder, and its method"):
         load_scorer(str(folder), tiny.planted(N + 1), CPU)
     with pytest.raises(UserError, match="is not a model folder"):
         load_scorer(str(folder.parent), tiny.planted(N), CPU)
@@ -86,3 +87,20 @@ def test_a_model_of_texts_alone_scores_another_catalogue(llm, llm_folder, tmp_pa
     added = other.items.tail(5).drop("item")
     model.add_items(added)  # the same items one by one have the same vectors
     assert scorer.items().allclose(model.embeddings, atol=1e-4)
+
+
+def test_laser_scores_another_catalogue_by_texts_and_keeps_what_it_knows_of_shared_items(llm, tmp_path):
+    backbone, data = llm("llama"), tiny.planted(N)
+    model = LaserRecommender.fit_dataset(data, tiny.config(backbone.name), tmp_path / "laser", progress=False)
+    other = tiny.planted(N + 5)
+    items = other.items.reverse().with_columns(item=pl.Series(range(N + 5), dtype=pl.Int32))
+    backwards = Dataset(items, other.users, other.interactions, {"sha256": "backwards"})
+    with pytest.warns(UserWarning, match="laser was fitted on another catalogue"):
+        scorer, _ = load_scorer(str(tmp_path / "laser"), backwards, CPU)
+    scores = scorer.score(tiny.histories([N + 4, N + 1]))
+    assert scores.shape == (1, N + 5)
+    torch.testing.assert_close(scores[0, 5:].flip(0), model.score(tiny.histories([0, 3]))[0], atol=1e-4, rtol=1e-4)
+    known = Dataset(data.items.reverse(), data.users, data.interactions, {"sha256": "renumbered"})
+    with pytest.warns(UserWarning, match="another catalogue"):
+        scorer, _ = load_scorer(str(tmp_path / "laser"), known, CPU)
+    assert scorer.score(tiny.histories([0])).shape == (1, N)

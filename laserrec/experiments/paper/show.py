@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -91,13 +91,14 @@ def plot(result: Mapping[str, Any], file: Path, k: int = 10) -> None:
     figure.savefig(file, dpi=150)
 
 
-def write(result: Mapping[str, Any], out: Path, k: int = 10) -> list[Path]:
+def write(result: Mapping[str, Any], out: Path, k: int = 10, text: Callable[[Any, int], str] = markdown,
+          draw: Callable[[Any, Path, int], None] = plot) -> list[Path]:
     """OUT/NAME.md, and OUT/NAME.png where matplotlib is there and something was measured."""
     files = [out / f"{result['experiment']}.md"]
-    write_text(files[0], markdown(result, k))
+    write_text(files[0], text(result, k))
     if result["rows"]:
         try:
-            plot(result, out / f"{result['experiment']}.png", k)
+            draw(result, out / f"{result['experiment']}.png", k)
             files.append(out / f"{result['experiment']}.png")
         except UserError:
             pass

@@ -121,6 +121,12 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
 """By name. Tables 1 and 3 count and train nothing: laserrec.experiments.paper.counts."""
 
 
+def transferred() -> tuple[Row, ...]:
+    """Figure 3's, which know items by their texts (laserrec.experiments.paper.transfer)."""
+    return (_laser(LASER), _rival("RECFORMER", "recformer", "text"), _rival("ZESRec", "zesrec", "text"),
+            Row("text SASRec", "text", "sasrec", id_settings("sasrec", items="text")))
+
+
 def published_of(experiment: Experiment, row: str) -> dict[str, Figures]:
     """Data set of the paper -> its figures for this row, where it gives any."""
     return {data: figures for data, table in experiment.published.items()
