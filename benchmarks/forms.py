@@ -43,7 +43,7 @@ def main() -> None:
         print(json.dumps(measured(given.folder / given.names[0], given.methods[0], given.forms[0], changes)))
         return
     for name in given.names:
-        _prepare(given.root / name, given.folder / name, texts=bool({"ease-text", "instant"} & set(given.methods)))
+        _prepare(given.root / name, given.folder / name, changes if {"ease-text", "instant"} & {*given.methods} else None)
         for method in given.methods:
             for form in ["auto"] if method == "popularity" else given.forms:
                 key = {"data": name, "method": method, "wanted": form, **({"changes": changes} if changes else {})}
@@ -65,9 +65,9 @@ def _measure(key: dict[str, Any], given: argparse.Namespace, notes: dict[str, An
     temporary.replace(given.out)
 
 
-def _prepare(source: Path, folder: Path, texts: bool) -> None:
-    """A data folder, and in it the LLM's means of the texts."""
-    from laserrec.config import load_config
+def _prepare(source: Path, folder: Path, changes: dict[str, Any] | None) -> None:
+    """A data folder, and unless `changes` is None in it the LLM's means of the texts."""
+    from laserrec.config import load_config, merge
     from laserrec.data.dataset import Dataset
     from laserrec.data.prepare import prepare_source
     from laserrec.llm.text_features import TextFeatures
@@ -76,8 +76,8 @@ def _prepare(source: Path, folder: Path, texts: bool) -> None:
 
     if not (folder / "data").is_dir():
         prepare_source([source / "interactions.csv.gz", source / "items.jsonl.gz"], folder / "data")
-    if texts:
-        config, dataset = load_config(overrides=_TEXT), Dataset.load(folder / "data")
+    if changes is not None:
+        config, dataset = load_config(overrides=merge(_TEXT, changes)), Dataset.load(folder / "data")
         TextFeatures(config.backbone, config.prompt, CPU, kept_texts(dataset), progress=True).means(dataset.items)
 
 
