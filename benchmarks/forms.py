@@ -43,7 +43,8 @@ def main() -> None:
         print(json.dumps(measured(given.folder / given.names[0], given.methods[0], given.forms[0], changes)))
         return
     for name in given.names:
-        _prepare(given.root / name, given.folder / name, changes if {"ease-text", "instant"} & {*given.methods} else None)
+        reads = {"ease-text", "instant"} & set(given.methods)
+        _prepare(given.root / name, given.folder / name, changes if reads else None)
         for method in given.methods:
             for form in ["auto"] if method == "popularity" else given.forms:
                 key = {"data": name, "method": method, "wanted": form, **({"changes": changes} if changes else {})}
