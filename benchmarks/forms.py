@@ -100,16 +100,17 @@ def measured(folder: Path, method: str, form: str, changes: dict[str, Any]) -> d
     config, dataset = load_config(preset, overrides=own, method=name), Dataset.load(folder / "data")
     features = TextFeatures(config.backbone, config.prompt, CPU, kept_texts(dataset))
     with tempfile.TemporaryDirectory(prefix="laserrec-forms-") as scratch:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         model = fit(name, dataset, config, Path(scratch) / "model", CPU, features=features, progress=False).model
-        seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     out = {"items": dataset.n_items, "interactions": len(dataset.interactions), "users": len(dataset.users),
            "form": "local" if is_local(config.neighbours, dataset.n_items) else "exact", "seconds": round(seconds, 1),
-           "peak_gib": round(peak / 2**20, 2)}
+           "cpu_seconds": round(cpu, 1), "peak_gib": round(peak / 2**20, 2)}
     for split in ("validation", "test"):
         ranks = rank_cases(model, dataset.cases(split).sample(_USERS), config.eval.batch_size, dataset.n_items)
         found = Metrics.from_ranks(ranks.plain, 10).as_dict()
-        out[split] = {name: round(float(found[name]), 5) for name in ("recall@10", "ndcg@10", "users")}
+        out[split] = {name: round(found[name], 5) for name in ("recall@10", "ndcg@10", "users")}
     return out
 
 

@@ -4,7 +4,7 @@
 
 The model is like one of preset `instant`, on planted data: items in groups of ten within a thousand kinds, histories
 near groups, neighbours within the group. It is made without reading a million texts, is 64 wide, and embeds new items
-by the LLM as any other model does. Making it and the index takes minutes, once.
+by the LLM as any other model does. Making it takes minutes, once; the index of a million items about an hour.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def main(folder: Path, *, items: int = 1_000_000, requests: int = 300, index: bo
     contended
         Note that other work ran at the same time.
     json_file
-        Write the numbers to this file.
+        Add the numbers to the list in this file.
     """
     from laserrec.recommender.indexing import build_index
     from laserrec.recommender.recommender import LaserRecommender
@@ -191,12 +191,13 @@ def main(folder: Path, *, items: int = 1_000_000, requests: int = 300, index: bo
             write_json(facts, build_index(LaserRecommender.from_pretrained(model), IndexKind.USEARCH, graph,
                                           queries=_COMPARED))
         out["index"] = json.loads(facts.read_text("utf-8"))
-        out["usearch"], found = measure(model, ["--index", str(graph)], items, requests)
-        alike = [len(a & b) / len(b) for a, b in zip(found, truth, strict=True)]
+        out["usearch"], like = measure(model, ["--index", str(graph)], items, requests)
+        alike = [len(a & b) / len(b) for a, b in zip(like, truth, strict=True)]
         out["recall@10 of the answers"] = round(float(np.mean(alike)), 4)
     print(json.dumps(out, indent=1))
     if json_file is not None:
-        write_json(json_file, out)
+        found = json.loads(json_file.read_text("utf-8")) if json_file.is_file() else []
+        write_json(json_file, [*(row for row in found if row["items"] != items), out])
 
 
 if __name__ == "__main__":
