@@ -44,11 +44,11 @@ _ROUND_SECONDS = 180.0
 
 
 @contextmanager
-def served(model: Path) -> Iterator[tuple[int, int]]:
-    """(port, process id) of a fresh server without a cache."""
+def served(model: Path, *options: str) -> Iterator[tuple[int, int]]:
+    """(port, process id) of a fresh server without a cache. options: further ones of `laserrec serve`."""
     with tempfile.TemporaryDirectory(prefix="laserrec-soak-") as state:
         command = [sys.executable, "-m", "laserrec", "serve", str(model), "--port", "0", "--state", f"{state}/served",
-                   "--cache", "0"]
+                   "--cache", "0", *options]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             line = process.stderr.readline()

@@ -152,6 +152,10 @@ class PromptConfig(Section):
     """Maximum tokens per item; longer texts are truncated at the end."""
     decay: float = Field(0.8, gt=0, le=1)
     """item_side mean only: weight of a history item in the sum relative to the next newer one."""
+    text_cache_gib: float | None = Field(None, ge=0)
+    """text_first on a CPU only: memory in GiB for the keys and values of the item texts. Where they are larger, they
+    are held in a file on the disk, in the folder texts of the cache (LASERREC_CACHE), which is gone when the process
+    ends; results are the same. none: half of the memory that is free."""
     attributes: tuple[str, ...] = ("brand", "category")
     """Item columns that are written in brackets after the title: brand, category, and any of data.item_columns."""
 

@@ -72,10 +72,11 @@ class ItemRegression(nn.Module):
         """Sums of weights, seen items last."""
         histories = histories.to(self.weights.device)
         pairs, decay = decayed_pairs(histories, self.config.decay)
+        if self.items is None:  # the rows of the history's items alone, of all that a matrix product would read
+            starts = torch.searchsorted(pairs.users, torch.arange(len(histories), device=pairs.users.device))
+            scores = F.embedding_bag(pairs.items, self.weights, starts, mode="sum", per_sample_weights=decay)
+            return _seen_last(scores, histories)
         scores = torch.zeros(len(histories), len(self.weights), device=self.weights.device)
-        if self.items is None:
-            scores[pairs.users, pairs.items] = decay
-            return _seen_last(scores @ self.weights, histories)
         place = pairs.users[:, None] * len(self.weights) + self.items[pairs.items]
         added = self.weights[pairs.items] * decay[:, None]
         scores.view(-1).index_add_(0, place.flatten(), added.flatten())

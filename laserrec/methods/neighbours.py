@@ -156,6 +156,12 @@ class Neighbours(nn.Module):
         in the history counts as the strongest neighbour would."""
         self._parents = (rows, weights) if len(rows) else None
 
+    def inherit_behind(self, rows: Int[Tensor, "new parents"], weights: Float[Tensor, "new parents"]) -> None:
+        """Give parents to items behind those that have some already."""
+        if self._parents is not None:
+            rows, weights = (torch.cat(pair) for pair in zip(self._parents, (rows, weights), strict=True))
+        self.inherit(rows, weights)
+
     @torch.no_grad()
     def on(self, histories: Histories) -> AtPairs:
         """The boosts of one batch; none for items of the history itself."""

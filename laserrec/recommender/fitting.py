@@ -34,7 +34,7 @@ from laserrec.util.errors import UserError
 from laserrec.util.io import locked, recover
 
 _PACE = {"train": ("checkpoint_minutes", "tokens_per_pass"),
-         "backbone": ("compiled", "gradient_checkpointing", "shard")}
+         "backbone": ("compiled", "gradient_checkpointing", "shard"), "prompt": ("text_cache_gib",)}
 """Settings that change speed and memory alone."""
 
 

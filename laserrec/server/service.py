@@ -31,6 +31,8 @@ from laserrec.util.io import check_folder, locked
 
 _SLICE_SECONDS = 0.05
 """How long new items are encoded before requests have their turn again."""
+_FEWEST = 8
+"""Items that are encoded together even so, since in a large catalogue one takes as long as several."""
 _log = logging.getLogger(__name__)
 
 
@@ -166,7 +168,7 @@ class Service:
                 served.listing.add(served.with_rows(part))
                 served.cache.clear()
                 change.done += len(part)
-                size = max(1, min(2 * size, round(len(part) * _SLICE_SECONDS / (time.monotonic() - start))))
+                size = min(2 * size, max(_FEWEST, round(len(part) * _SLICE_SECONDS / (time.monotonic() - start))))
                 yield
             if new:
                 names, kept = [item["item_id"] for item in new], served.kept

@@ -124,7 +124,7 @@ def test_other_settings_of_the_id_model_are_other_settings(whole, fit, no_traini
 
 
 def test_settings_of_pace_are_no_other_settings(whole, fit, no_training):
-    fit(DATA, whole("laser")[0], train={**OFTEN["train"], "tokens_per_pass": 77})
+    fit(DATA, whole("laser")[0], train={**OFTEN["train"], "tokens_per_pass": 77}, prompt={"text_cache_gib": 0.0})
 
 
 def test_what_a_folder_of_texts_holds_is_a_setting_and_not_where_it_is(fit, tmp_path):

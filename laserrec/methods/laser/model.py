@@ -25,6 +25,7 @@ from laserrec.methods.laser.texts import Texts
 from laserrec.methods.neighbours import Neighbours
 from laserrec.methods.protocol import ScoreTerm
 from laserrec.methods.terms import SeenOffset
+from laserrec.util.room import Room
 
 _ITEMS_AT_ONCE = 64
 """Items whose texts go through the LLM together."""
@@ -66,6 +67,7 @@ class Laser(nn.Module):
         self.to(parts.features.device)
         self.vectors: Float[Tensor, "n_items d_out"] = torch.zeros(0, self.d_out, device=self.device)
         """The items', of unit length."""
+        self._room = Room()
         self.n_known = 0
         """Items that were there when the model was fitted; later ones have text alone."""
         self.carried: Float[Tensor, "n_items d_text"] | None = None
@@ -202,17 +204,31 @@ class Laser(nn.Module):
             if self.texts is not None:
                 self.texts.add(items)
             if isinstance(self.item_side, MeanItems):
-                self.item_side.means = torch.cat([self.item_side.means, self.features.means(items)])
+                self.item_side.add(self.features.means(items))
             if vectors is None:
                 rows = torch.arange(first, first + items.height, device=self.device)
-                known = self.ids.knows(torch.arange(first, device=self.device))
-                parents = self.vectors[known] if self.id_share else None
+                parents = self._known_vectors() if self.id_share else None
                 vectors = self.embed_items(self.item_outputs(rows), rows, parents)
-            self.set_items(torch.cat([self.vectors, vectors.to(self.device)]))
+            self._add_vectors(vectors.to(self.device))
         except BaseException:
             self.drop_items(first)
             raise
         return vectors
+
+    def _known_vectors(self) -> Float[Tensor, "known d_out"]:
+        """Embeddings of the items that the ID model knows; no copy where they are the first ones."""
+        known = self.ids.knows(torch.arange(len(self.vectors), device=self.device))
+        count = int(known.sum())
+        return self.vectors[:count] if bool(known[:count].all()) else self.vectors[known]
+
+    def _add_vectors(self, new: Float[Tensor, "new d_out"]) -> None:
+        """As `set_items` of all, without another look at those that are there."""
+        text, first = F.normalize(new[:, : self.d_text], dim=-1), self.vectors[: self.n_known, : self.d_text]
+        if isinstance(self.user_side, StudentUsers):
+            self.user_side.add(text)
+        if self.neighbours is not None and self.n_known > 0:
+            self.neighbours.inherit_behind(*nearest_known(text, first))
+        self.vectors = self._room.add(self.vectors, new)
 
     def drop_items(self, count: int) -> None:
         """As `Growing.drop_items`."""

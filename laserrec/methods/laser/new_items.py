@@ -22,12 +22,12 @@ def nearest_known(
 ) -> tuple[Int[Tensor, "new parents"], Float[Tensor, "new parents"]]:
     """For each new item the rows of the known items nearest by cosine, and their weights, which sum to one: the nearer
     the heavier."""
-    unit, size = F.normalize(known, dim=-1), rows_at_once(len(known), max(1, len(new)))
+    size, lengths = rows_at_once(len(known), max(1, len(new))), known.norm(dim=-1).clamp(min=1e-12)
     parents = min(_PARENTS, len(known))
     rows = [torch.zeros(0, parents, dtype=torch.long, device=new.device)]
     weights = [new.new_zeros(0, parents)]
     for part in F.normalize(new, dim=-1).split(size):
-        nearest = (part @ unit.T).topk(parents, dim=1)
+        nearest = (part @ known.T / lengths).topk(parents, dim=1)
         rows.append(nearest.indices)
         weights.append(torch.softmax(_SHARPNESS * nearest.values, dim=1))
     return torch.cat(rows), torch.cat(weights)

@@ -16,6 +16,7 @@ from laserrec.methods.laser.mformer import Route
 from laserrec.methods.laser.readers import Reader
 from laserrec.methods.laser.student import Student
 from laserrec.methods.terms import decayed_sums
+from laserrec.util.room import Room
 
 Told = tuple[Float[Tensor, "users d_text"], Route | None]
 """Text parts of any length, and how the prefixes were routed."""
@@ -60,7 +61,11 @@ class MeanItems:
     trained = False
 
     def __init__(self, means: Float[Tensor, "n_items d_means"]):
-        self.means = means
+        self.means, self._room = means, Room()
+
+    def add(self, means: Float[Tensor, "new d_means"]) -> None:
+        """Of new items."""
+        self.means = self._room.add(self.means, means)
 
     def outputs(self, rows: Int[Tensor, "items"]) -> Float[Tensor, "items d_means"]:
         """Of the frozen LLM."""
@@ -106,6 +111,11 @@ class StudentUsers:
     def __init__(self, student: Student, ids: IdStates, decay: float):
         self.student, self.ids, self.decay = student, ids, decay
         self.vectors: Tensor = torch.zeros(0)
+        self._room = Room()
+
+    def add(self, vectors: Float[Tensor, "new d_text"]) -> None:
+        """Of new items."""
+        self.vectors = self._room.add(self.vectors, vectors)
 
     def inputs(self, histories: Histories) -> tuple[Tensor, Tensor]:
         """What the network reads: sums of items [users d_text] and ID states [users d_id]."""

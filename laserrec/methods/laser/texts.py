@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,9 +17,12 @@ from laserrec.data.prompt import PromptEncoder
 from laserrec.llm.attention import Past, TextCache
 from laserrec.llm.backbone import Backbone
 from laserrec.llm.decoder import NativeDecoder
+from laserrec.llm.fetch import cache_folder
 from laserrec.util.device import move
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
+from laserrec.util.mapped import mapped
+from laserrec.util.memory import available_bytes
 from laserrec.util.progress import Progress
 
 _READ_AT_ONCE = 64
@@ -143,8 +147,17 @@ class Texts:
         old: tuple[Tensor, Tensor] = self._cache.keys, self._cache.values
         if total <= old[0].shape[1]:
             return
-        size = old[0].shape[0], total + total // 4, old[0].shape[2]
-        new = tuple(torch.empty(size, dtype=x.dtype, device=x.device) for x in old)
+        layers, _, kv_dim = old[0].shape
+        size = layers, total + total // 4, kv_dim
+        on_disk = self._too_large(2 * math.prod(size) * old[0].element_size())
+        new = tuple(mapped(size, x.dtype, cache_folder() / "texts") if on_disk
+                    else torch.empty(size, dtype=x.dtype, device=x.device) for x in old)
         for grown, kept in zip(new, old, strict=True):
             grown[:, : self._used] = kept[:, : self._used]
         self._cache = TextCache(*new)
+
+    def _too_large(self, size: int) -> bool:
+        """For memory."""
+        most = self.config.text_cache_gib
+        limit = available_bytes() / 2 if most is None else most * 2**30
+        return self.backbone.device.type == "cpu" and size > limit
