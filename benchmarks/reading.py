@@ -6,7 +6,7 @@ end a table compares all tries of these settings with `none`, user by user.
 
   none          no reading: the decayed sum of the history's items alone
   small         as shipped; no-prefix, learned: with no prefix, or one for all users
-  distil        the suffix's output is drawn to the ID model's user state; users and items are spread (Wang & Isola 2020)
+  distil        the suffix's output is drawn to the ID model's user state; users and items spread (Wang & Isola 2020)
   each          a token from the ID model's state behind each item of the history, in place of the prefix at the end
   transformer   no LLM: a small causal transformer over the items' frozen vectors
   items-first   the head learns to tell items' neighbours in training sequences first; none-items-first: without reading
@@ -268,7 +268,7 @@ class Lora(PrefixFirst):
 
 
 class Adapter(nn.Module):
-    """Low-rank changes of one layer's queries and values, zero at first. It takes the place of the layer's `project`."""
+    """Low-rank changes of a layer's queries and values, zero at first. It takes the place of the layer's `project`."""
 
     def __init__(self, layer: Any, shape: Any, rank: int):
         super().__init__()
