@@ -198,7 +198,8 @@ class Each(TextFirst):
         place = torch.arange(len(of)) - before[of] + first
         owner[of, place], old[of, place] = start[of] + count, place + count
         new[users, start[users] + number] = ends + number
-        new[:, -1] = (past.length.cpu() if past.length.device != users.device else past.length) + recent.lengths
+        total = torch.zeros_like(recent.ends).index_add_(0, users, lengths)
+        new[:, -1] = total + first + recent.lengths
         real = torch.arange(width + 1) >= start[:, None]
         tensors = (move(x, device) for x in (owner, old, new, real))
         return Interleaved(past, *tensors, self.texts.decoder.shape, self.texts.decoder.inverse_frequency)
