@@ -198,12 +198,8 @@ class Each(TextFirst):
         place = torch.arange(len(of)) - before[of] + first
         owner[of, place], old[of, place] = start[of] + count, place + count
         new[users, start[users] + number] = ends + number
-<<<<<<< HEAD
-        new[:, -1] = (past.length.cpu() if past.length.device != users.device else past.length) + recent.lengths
-=======
         total = torch.zeros_like(recent.ends).index_add_(0, users, lengths)
         new[:, -1] = total + first + recent.lengths
->>>>>>> reading
         real = torch.arange(width + 1) >= start[:, None]
         tensors = (move(x, device) for x in (owner, old, new, real))
         return Interleaved(past, *tensors, self.texts.decoder.shape, self.texts.decoder.inverse_frequency)
@@ -683,11 +679,7 @@ def main() -> int:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     shared = Shared(given.data, given.id_model, load_config("small", overrides=tree), device)
     tree["id_model"] = shared.below.config.id_model.model_dump(mode="json")
-<<<<<<< HEAD
     group = digest([shared.dataset.fingerprint, shared.below.facts.get("fingerprint"), given.users, asdict(o),
-=======
-    group = digest([shared.dataset.fingerprint, shared.below.facts.get("fingerprint"), given.users, asdict(o),
->>>>>>> reading
                     load_config("small", overrides=tree).model_dump(mode="json")])
     for seed in given.seeds:
         for name in given.tries:
