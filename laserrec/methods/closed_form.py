@@ -60,7 +60,8 @@ class ItemRegression(nn.Module):
         """See laserrec.methods.neighbours.regress."""
         rows, device = dataset.train_sequences, self.weights.device
         if self.items is None:
-            self.weights = regress(rows, dataset.n_items, self.config, text, device)
+            # Laid out by rows, as after loading: sums over another layout round differently.
+            self.weights = regress(rows, dataset.n_items, self.config, text, device).contiguous()
             return self
         found = sparse_regress(rows, dataset.n_items, self.config, text, device)
         items, weights = largest(found, self.items.shape[1], magnitude=True)

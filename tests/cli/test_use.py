@@ -161,8 +161,11 @@ def test_a_model_of_another_catalogue(run, data, models, tmp_path):
     other = shutil.copytree(data, tmp_path / "data")
     items = pl.read_parquet(other / "items.parquet")
     items.with_columns(item_id="x" + pl.col("item_id")).write_parquet(other / "items.parquet")
-    code, _, err = run("evaluate", other, models[0], "--quiet")
+    assert run("fit", data, tmp_path / "ease", "--method", "ease", "--quiet")[0] == 0
+    code, _, err = run("evaluate", other, tmp_path / "ease", "--quiet")
     assert code == 2 and "has another catalogue than the data folder" in err
+    code, out, err = run("evaluate", other, models[0], "--quiet")
+    assert code == 0 and "all 10 items ranked" in out and "scores these items by their texts" in err
 
 
 @pytest.mark.parametrize("trusted", [False, True])
