@@ -7,23 +7,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 from matplotlib.figure import Figure
 
+from laserrec.experiments.datasets import means
 from laserrec.util.io import read_json
 
 COLOURS = {"id": "#8a8f98", "text": "#5b8db8", "laser": "#d1495b"}
 COLUMNS = 4
-
-
-def means(rows: list[dict[str, Any]]) -> pl.DataFrame:
-    """Per data set and model, over seeds; best first."""
-    frame = pl.DataFrame([{name: row[name] for name in ("data", "model", "kind", "recall@10", "ndcg@10")}
-                          for row in rows])
-    grouped = frame.group_by("data", "model", "kind").agg(pl.mean("recall@10", "ndcg@10"), pl.len().alias("seeds"))
-    return grouped.sort("data", "ndcg@10", descending=[False, True])
 
 
 def plot(table: pl.DataFrame, file: Path) -> None:
@@ -68,6 +60,6 @@ def markdown(table: pl.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    result = means(read_json(Path(sys.argv[1]), "make it with laserrec reproduce datasets"))
+    result = pl.DataFrame(means(read_json(Path(sys.argv[1]), "make it with laserrec reproduce datasets"), 10))
     plot(result, Path(sys.argv[2]))
     print(markdown(result))

@@ -123,11 +123,8 @@ class _ModelScorer:
         rows = torch.as_tensor(known.astype("int64"))
         inner = torch.full((self.n_items,), -1)
         inner[rows] = torch.arange(1, len(rows) + 1)
-        sessions = torch.zeros(len(histories), WINDOW, dtype=torch.long)
-        for user in range(len(histories)):
-            own = inner[histories[user].cpu()]
-            own = own[own > 0][-WINDOW:]
-            sessions[user, WINDOW - len(own):] = own
+        numbered = Histories(inner[histories.items.cpu()], histories.ends.cpu())
+        sessions = _newest_last(numbered.where(numbered.items > 0), WINDOW)
         table = net.item_model.get_all_embeddings()
         last = net.encode_sessions({"x": sessions.to(self.device)}, table)[:, -1]
         scores = torch.full((len(histories), self.n_items), -torch.inf)
@@ -144,7 +141,8 @@ def _unisrec(dataset: Dataset, settings: dict[str, Any], device: torch.device) -
     model = UniSRecModel(table, session_max_len=WINDOW, batch_size=128, device=str(device), **settings)
     net = _net(model, dataset, table).to(device)
     optimizer = torch.optim.AdamW(model._param_groups(net))
-    padded = _windows(dataset.train_sequences, WINDOW + 1)
+    train = dataset.train_sequences
+    padded = _newest_last(_from_one(train.take((train.lengths > 1).nonzero()[:, 0])), WINDOW + 1)
 
     def step(epochs: int) -> None:
         net.train()
@@ -174,14 +172,16 @@ def _net(model: Any, dataset: Dataset, table: torch.Tensor) -> Any:
                       **{name: getattr(model, name) for name in names})
 
 
-def _windows(sequences: Histories, length: int) -> torch.Tensor:
-    """Rows of items numbered from 1, zeros in front."""
-    last = sequences.last(length)
-    last = last.take((last.lengths > 1).nonzero()[:, 0])
+def _from_one(histories: Histories) -> Histories:
+    """Items numbered from 1."""
+    return Histories(histories.items.cpu() + 1, histories.ends.cpu())
+
+
+def _newest_last(histories: Histories, length: int) -> torch.Tensor:
+    """Rows of the newest `length` items, zeros in front of shorter ones, as RecTools pads."""
+    last = histories.last(length)
     out = torch.zeros(len(last), length, dtype=torch.long)
-    for row in range(len(last)):
-        items = last[row] + 1
-        out[row, -len(items):] = items
+    out[last.users, length - 1 - last.ages] = last.items
     return out
 
 
@@ -194,10 +194,7 @@ class _NetScorer:
     @torch.no_grad()
     def score(self, histories: Histories) -> torch.Tensor:
         self.net.eval()
-        last = histories.last(WINDOW)
-        rows = torch.zeros(len(last), WINDOW, dtype=torch.long)
-        for row in range(len(last)):
-            rows[row, -len(last[row]):] = last[row].cpu() + 1
+        rows = _newest_last(_from_one(histories), WINDOW)
         hidden = self.net(rows.to(self.device))[:, -1]
         return (hidden @ self.net.project_all().T)[:, 1:].cpu()
 
