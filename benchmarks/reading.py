@@ -122,7 +122,7 @@ class Shared:
         kept, fit = self.regressions, Neighbours.fit
 
         def once(own: Neighbours, sequences: Histories, text: Tensor) -> None:
-            key = own.config.model_dump_json(exclude={"share", "temperature", "decay"})
+            key = own.config.model_dump_json(exclude={"share", "temperature"})
             if key not in kept:
                 fit(own, sequences, text)
                 kept[key] = own.items.clone(), own.weights.clone()

@@ -11,13 +11,15 @@ ID_MODELS: dict[str, dict[str, Any]] = {
 }
 
 # EASE on IDs alone, as a rival: the best of 378 settings of l2, length_power, decay and row_power.
-EASE: dict[str, Any] = {"l2": 400.0, "text_weight": 0.0, "row_power": 0.5}
+EASE: dict[str, Any] = {"l2": 400.0, "text_weight": 0.0, "row_power": 0.5, "order": 0.0}
+EASE_TEXT: dict[str, Any] = {"order": 0.0}
 
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "sasrec": {"id_model": {"lr": 1e-3, "dropout": 0.5, **ID_MODELS["sasrec"]}},
     "bert4rec": {"id_model": {"shuffle": 0.0, **ID_MODELS["bert4rec"]}},
     "gru4rec": {"id_model": {"blocks": 1, "dropout": 0.5, "shuffle": 0.0, **ID_MODELS["gru4rec"]}},
     "ease": {"neighbours": EASE},
+    "ease-text": {"neighbours": EASE_TEXT},
 }
 """Laid on the preset, whose settings suit Laser, where a method is fitted alone."""
 
@@ -69,7 +71,7 @@ _SMALL: dict[str, Any] = {
                 "routing": "gate_scaled", "state_dropout": 0.05},
     "head": {"suffix_from_eos": True, "whiten_dims": 512, "projection": True, "dropout": 0.1, "id_share": 0.4,
              "id_product": True, "seen_offset": True},
-    "neighbours": {"count": 100, "temperature": 0.1, "share": 16.0},
+    "neighbours": {"count": 100, "temperature": 0.1, "share": 16.0, "order": 0.5},
     "blend": {"trials": 300, "shuffles": (0.0,)},
     "train": {"lr": 1e-3, "weight_decay": 0.5, "batch_size": 128, "stage_one_epochs": 2, "stage_two_epochs": 1,
               "warmup_fraction": 0.05, "cosine_decay": True, "epoch_examples": 50_000, "epoch_items": 300_000,
@@ -85,7 +87,7 @@ _INSTANT: dict[str, Any] = {
     "prompt": {"layout": "none", "item_side": "mean"},
     "mformer": {"prefix": "none"},
     "head": {"whiten_dims": 512, "seen_offset": True, "seen_offset_start": -3.0},
-    "neighbours": {"count": 200, "share": 0.001},
+    "neighbours": {"count": 200, "share": 0.001, "order": 0.5},
     "blend": {"trials": 300},
     "train": {"stage_one_epochs": 0, "stage_two_epochs": 0},
 }
@@ -96,7 +98,7 @@ _QUICKSTART: dict[str, Any] = {
     **_SMALL,
     "id_model": {**_SMALL["id_model"], "items": "ids", "patience": 3},
     "backbone": {**_SMALL["backbone"], "mean_layers": (6,)},
-    "blend": {"trials": 150, "regressions": 2},
+    "blend": {"trials": 150, "regressions": 6},
     "train": {**_SMALL["train"], "cuts": "random", "stage_one_epochs": 3, "stage_two_epochs": 0,
               "validation_users": 2000},
 }

@@ -122,6 +122,9 @@ class NeighboursConfig(Section):
     """L2 (ridge) penalty of the regression."""
     text_weight: float = Field(4.0, ge=0)
     """Weight of the item texts relative to the training sequences in the regression. 0: sequences alone."""
+    order: float = Field(0.0, ge=0, le=1)
+    """Weight of what follows what in the training sequences, relative to what stands in them together. 0: the order of
+    items does not count (EASE), as never in the local form. 1: it alone counts."""
     length_power: float = Field(0.5, ge=0)
     """Sequences of n distinct items are weighted by n ** -length_power, so that long ones do not dominate. 0: all
     sequences weigh the same."""
@@ -215,9 +218,9 @@ class BlendConfig(Section):
 
     trials: int = Field(0, ge=0)
     """Most blends of the fitted parts that are tried, milliseconds each. 0: keep the settings as they are."""
-    regressions: int = Field(8, ge=0)
-    """Most fits of neighbours with other settings (l2, text_weight, length_power) that are tried. Large catalogues get
-    fewer, since the time grows with the items cubed."""
+    regressions: int = Field(16, ge=0)
+    """Most fits of neighbours with other settings (order, decay, text_weight, l2, row_power, length_power) that are
+    tried. Large catalogues get fewer, since the time grows with the items cubed."""
     shuffles: tuple[float, ...] = ()
     """Further values of id_model.shuffle that are tried when the ID model is fitted with Laser; the one with the best
     validation NDCG stays. Each costs a training of the ID model. Where order counts, shuffling harms."""

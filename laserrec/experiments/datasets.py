@@ -20,7 +20,7 @@ from laserrec.experiments.quality import LASER, id_settings
 from laserrec.experiments.table import Measured, Row, Table
 from laserrec.experiments.tuning import Choices, Tuned, tune
 from laserrec.llm.text_features import TextFeatures
-from laserrec.presets import EASE
+from laserrec.presets import EASE, EASE_TEXT
 from laserrec.util.device import choose
 from laserrec.util.errors import UserError
 from laserrec.util.io import write_json
@@ -49,7 +49,7 @@ class Rival:
 RIVALS = (
     Rival("popularity", "id", "popularity", {}, {}, False),
     Rival("EASE", "id", "ease", {"neighbours": EASE}, _REGRESSION, False),
-    Rival("EASE with LLM text", "text", "ease-text", {}, _TEXT, False),
+    Rival("EASE with LLM text", "text", "ease-text", {"neighbours": EASE_TEXT}, _TEXT, False),
     Rival("untrained LLM, nearest items", "text", "nearest-text", {}, {"neighbours.decay": [0.5, 0.8, 1.0]}, False),
     Rival("SASRec", "id", "sasrec", id_settings("sasrec"), _SEQUENCE, True),
     Rival("text SASRec", "text", "sasrec", id_settings("sasrec", items="text"), _SEQUENCE, True),

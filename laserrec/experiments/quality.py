@@ -20,7 +20,7 @@ from laserrec.evaluation.evaluate import Scorer
 from laserrec.experiments.table import Place, Row, Table, compare, summarise
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.neighbours import Neighbours
-from laserrec.presets import EASE, ID_MODELS
+from laserrec.presets import EASE, EASE_TEXT, ID_MODELS
 from laserrec.recommender.distil import distil
 from laserrec.recommender.fitting import Fitted
 from laserrec.recommender.recommender import LaserRecommender
@@ -41,7 +41,7 @@ def closed_forms() -> list[Row]:
     """Methods in which nothing is random."""
     return [Row("popularity", "id", "popularity", seeded=False),
             Row("EASE", "id", "ease", {"neighbours": EASE}, seeded=False),
-            Row("EASE with LLM text", "text", "ease-text", seeded=False),
+            Row("EASE with LLM text", "text", "ease-text", {"neighbours": EASE_TEXT}, seeded=False),
             Row("untrained LLM, nearest items", "text", "nearest-text", seeded=False)]
 
 

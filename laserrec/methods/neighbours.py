@@ -1,6 +1,7 @@
 """Item-to-item weights in closed form: EASE (Steck 2019, "Embarrassingly Shallow Autoencoders for Sparse Data") with
 the items' texts as further rows (Jeunen, Van Balen & Goethals 2020, "Closed-Form Models for Collaborative Filtering
-with Side-Information").
+with Side-Information") and with what follows what (Choi et al. 2021, "Session-aware Linear Item-Item Models for
+Session-based Recommendation": SLIST).
 
 Not in the paper. Where histories are short it finds more than a transformer over item IDs does, in seconds. Two forms:
 exact, one regression over all items, and local, one over each item's own candidates
@@ -8,6 +9,8 @@ exact, one regression over all items, and local, one over each item's own candid
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -27,6 +30,8 @@ EXACT_ITEMS = 20_000
 """With form auto, the most items of the exact form, whose three matrices then take 4.8 GB."""
 _LEAST_SUM = 0.01
 """Of the mean sum of a row's weights: rows below it are not scaled up further."""
+_NEWEST, _LEAST_WEIGHT = 50, 0.01
+"""Items on each side of a step that are read: at most so many, and none that weighs less."""
 
 
 def is_local(config: NeighboursConfig, n_items: int) -> bool:
@@ -49,17 +54,53 @@ def multiplications(n_items: int, config: NeighboursConfig, d_text: int) -> floa
     """About what one regression costs; the local form does them at half the speed."""
     if is_local(config, n_items):
         return 2.0 * n_items * config.candidates**2 * (config.candidates / 3 + d_text)
-    return float(n_items) ** 3
+    return float(n_items) ** 3 * (2 if config.order else 1)
+
+
+def _sequence_weights(sequences: Histories, pairs: Pairs, length_power: float) -> Float[Tensor, "sequences"]:
+    """By the number of distinct items. pairs: those of the sequences."""
+    sizes = torch.bincount(pairs.users, minlength=len(sequences)).double()
+    mean = sizes.sum() / max(1, int((sizes > 0).sum()))
+    return (sizes.clamp(min=1) / mean) ** -length_power
 
 
 def _weighted(sequences: Histories, n_items: int, length_power: float) -> sparse.csr_array:
     """[sequences n_items]: where an item stands in a sequence, the root of the sequence's weight."""
     pairs = sequences.distinct()
-    sizes = torch.bincount(pairs.users, minlength=len(sequences)).double()
-    mean = sizes.sum() / max(1, int((sizes > 0).sum()))
-    weights = (sizes.clamp(min=1) / mean) ** -length_power
+    weights = _sequence_weights(sequences, pairs, length_power)
     return sparse.csr_array((weights[pairs.users].sqrt().numpy(), (pairs.users.numpy(), pairs.items.numpy())),
                             shape=(len(sequences), n_items))
+
+
+def step_products(sequences: Histories, n_items: int, decay: float, length_power: float
+                  ) -> tuple[sparse.csr_array, sparse.csr_array]:
+    """P^T P and P^T F [n_items n_items], weighted as in `regress`. Between two neighbouring items of a sequence there
+    is a step; its row in P holds the items before it, decay ** (items between) each, and its row in F those behind it.
+    Only as many items on each side are read as weigh .01 or more, at most 50.
+
+    Not by a product of the two: two items at places a <= b of a sequence of n have in common the steps behind b, whose
+    products are decay ** (b - a), decay ** (b - a + 2), ... And between a and b lie b - a steps, each of which gives
+    decay ** (b - a - 1).
+    """
+    reach = _NEWEST if decay == 1 else min(_NEWEST, math.ceil(math.log(_LEAST_WEIGHT) / math.log(decay)))
+    weights = _sequence_weights(sequences, sequences.distinct(), length_power)[sequences.users].numpy()
+    items, left = sequences.items.numpy(), sequences.ages.numpy()  # items behind each
+    total = [sparse.csr_array((n_items, n_items)) for _ in range(2)]
+    for gap in range(2 * reach):
+        at = np.flatnonzero(left >= gap)
+        ends = at + gap
+        in_common = np.minimum(left[ends], reach - gap)
+        powers = in_common if decay == 1 else (1 - decay ** (2.0 * in_common)) / (1 - decay**2)
+        between = min(gap, 2 * reach - gap)
+        for product, values in ((0, decay**gap * powers * (in_common > 0)),
+                                (1, np.full(len(at), between * float(decay) ** (gap - 1)))):
+            if (kept := values > 0).any():
+                pairs = items[at[kept]], items[ends[kept]]
+                total[product] += sparse.csr_array((values[kept] * weights[at[kept]], pairs), shape=(n_items, n_items))
+        if gap == 0:
+            diagonal = total[0]
+    past, crossed = total
+    return (past + past.T - diagonal).tocsr(), crossed
 
 
 def regress(
@@ -68,24 +109,49 @@ def regress(
 ) -> Float[Tensor, "n_items n_items"]:
     """The exact form's weights B: entry (i, j) is what item i in a history adds to the score of item j.
 
-    B minimises ||X - XB||^2 + text_weight ||T - TB||^2 + l2 ||B||^2 over B with a zero diagonal. X has a row per
-    sequence, ones where an item stands in it, weighted by length ** (-length_power / 2) at mean weight one; T has the
-    unit text vectors' dimensions as rows. Rows of B are then evened out by row_power. Time n_items ** 3, memory
-    3 n_items ** 2 floats. Raises UserError where that is not free.
+    B minimises (1 - order) ||X - XB||^2 + order ||F - PB||^2 + text_weight ||T - TB||^2 + l2 ||B||^2 over B with a zero
+    diagonal. X has a row per sequence, ones where an item stands in it; P and F have a row per step, of what is before
+    and behind it (`step_products`). Rows are weighted by the sequence's length ** -length_power at mean weight one; T
+    has the unit text vectors' dimensions as rows. Rows of B are then evened out by row_power. Time n_items ** 3,
+    memory 3 n_items ** 2 floats. Raises UserError where that is not free.
     """
     check_size(n_items, config.model_copy(update={"form": RegressionForm.EXACT}))
-    x = _weighted(sequences, n_items, config.length_power)
-    gram = torch.from_numpy((x.T @ x).astype(np.float32).toarray()).to(device)
+    gram, target = _products(sequences, n_items, config, device)
     if text is not None and config.text_weight:
         unit = F.normalize(text, dim=-1)
-        gram.addmm_(unit, unit.T, alpha=config.text_weight)
+        for product in (gram,) if target is None else (gram, target):
+            product.addmm_(unit, unit.T, alpha=config.text_weight)
     gram.diagonal().add_(config.l2)
-    weights = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    weights /= -weights.diagonal().clone()
+    factor = torch.linalg.cholesky(gram)
+    del gram
+    inverse = torch.cholesky_inverse(factor)
+    del factor
+    if target is None:
+        weights = inverse.div_(-inverse.diagonal().clone())
+    else:
+        weights = inverse @ target
+        weights -= inverse * (weights.diagonal() / inverse.diagonal())
     weights.fill_diagonal_(0.0)
     if config.row_power:
         weights *= _row_factors(weights.clamp(min=0).sum(dim=1, keepdim=True), config.row_power)
     return weights
+
+
+def _products(sequences: Histories, n_items: int, config: NeighboursConfig, device: torch.device | None
+              ) -> tuple[Tensor, Tensor | None]:
+    """What the rows of the regression's input have in common with each other, and with what is to be told; None where
+    that is the same."""
+
+    def dense(matrix: sparse.csr_array) -> Tensor:
+        return torch.from_numpy(matrix.astype(np.float32).toarray()).to(device)
+
+    x = _weighted(sequences, n_items, config.length_power)
+    gram = (x.T @ x).tocsr()
+    if not config.order:
+        return dense(gram), None
+    past, crossed = step_products(sequences, n_items, config.decay, config.length_power)
+    together = (1 - config.order) * gram
+    return dense(together + config.order * past), dense(together + config.order * crossed)
 
 
 def _row_factors(sums: Tensor, power: float) -> Tensor:
@@ -99,7 +165,8 @@ def sparse_regress(
     device: torch.device | None = None, positive: bool = False,
 ) -> sparse.csr_array:
     """The local form's weights, entry for entry as those of `regress` (laserrec.methods.local_regression). positive:
-    leave out the weights below zero. Raises UserError where the memory is not free."""
+    leave out the weights below zero. The order of items does not count in this form. Raises UserError where the memory
+    is not free."""
     check_size(n_items, config.model_copy(update={"form": RegressionForm.LOCAL}))
     weights = local_weights(_weighted(sequences, n_items, config.length_power), config, text, device, positive)
     if config.row_power:

@@ -7,36 +7,77 @@ import torch.nn.functional as F
 
 from laserrec.config import NeighboursConfig
 from laserrec.methods import neighbours as module
-from laserrec.methods.neighbours import Neighbours, check_size, regress
+from laserrec.methods.neighbours import Neighbours, check_size, regress, step_products
 from laserrec.util.errors import UserError
 
 SEQUENCES = tiny.histories([0, 1, 2], [1, 2, 2], [3, 0], [4, 5, 1, 0], [5])
 TEXT = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
 
+def sequence_weights(rows: list[list[int]], power: float) -> list[float]:
+    lengths = [len(set(row)) for row in rows]
+    mean = sum(lengths) / sum(length > 0 for length in lengths)
+    return [(max(1, length) / mean) ** -power for length in lengths]
+
+
+def steps(row: list[int], n_items: int, decay: float, reach: int = 50) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What is before and behind each step of a sequence, item by item."""
+    found = []
+    for step in range(1, len(row)):
+        past, future = torch.zeros(n_items, dtype=torch.double), torch.zeros(n_items, dtype=torch.double)
+        for age, item in enumerate(reversed(row[max(0, step - reach) : step])):
+            past[item] += decay**age
+        for ahead, item in enumerate(row[step : step + reach]):
+            future[item] += decay**ahead
+        found.append((past, future))
+    return found
+
+
 def objective(b: torch.Tensor, config: NeighboursConfig) -> torch.Tensor:
     """What `regress` says it minimises, term by term."""
-    lengths = torch.tensor([float(len(set(s))) for s in SEQUENCES.lists()])
-    weights = (lengths / lengths.mean()) ** -config.length_power
+    rows = SEQUENCES.lists()
     loss = config.l2 * (b**2).sum()
-    for sequence, weight in zip(SEQUENCES.lists(), weights, strict=True):
+    for sequence, weight in zip(rows, sequence_weights(rows, config.length_power), strict=True):
         x = torch.zeros(6, dtype=b.dtype)
         x[sequence] = 1.0
-        loss = loss + weight * ((x - x @ b) ** 2).sum()
-    rows = F.normalize(TEXT, dim=-1).T.to(b.dtype)
-    return loss + config.text_weight * ((rows - rows @ b) ** 2).sum()
+        loss = loss + (1 - config.order) * weight * ((x - x @ b) ** 2).sum()
+        for past, future in steps(sequence, 6, config.decay):
+            loss = loss + config.order * weight * ((future - past @ b) ** 2).sum()
+    texts = F.normalize(TEXT, dim=-1).T.to(b.dtype)
+    return loss + config.text_weight * ((texts - texts @ b) ** 2).sum()
 
 
+@pytest.mark.parametrize("order", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("length_power", [0.0, 0.5])
 @pytest.mark.parametrize("text_weight", [0.0, 2.0])
-def test_no_other_weights_fit_better(length_power, text_weight):
-    config = NeighboursConfig(l2=0.7, text_weight=text_weight, length_power=length_power)
+def test_no_other_weights_fit_better(length_power, text_weight, order):
+    config = NeighboursConfig(l2=0.7, text_weight=text_weight, length_power=length_power, order=order)
     b = regress(SEQUENCES, 6, config, TEXT).double().requires_grad_()
     assert torch.equal(b.diagonal(), torch.zeros(6, dtype=torch.double))
     gradient = torch.autograd.grad(objective(b, config), b)[0]
     gradient.fill_diagonal_(0.0)  # the diagonal is held at zero
     assert gradient.abs().max() < 1e-4
     assert objective(b, config) < objective(torch.zeros_like(b), config)
+
+
+@pytest.mark.parametrize(("decay", "reach"), [(0.3, 4), (0.8, 21), (1.0, 50)])
+def test_products_of_steps_are_those_of_their_rows(decay, reach):
+    """Long sequences too, of which not all is read, and items that come back."""
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(7, (length,), generator=draw).tolist() for length in (0, 1, 2, 5, 130)]
+    want = torch.zeros(2, 7, 7, dtype=torch.double)
+    for row, weight in zip(rows, sequence_weights(rows, 0.5), strict=True):
+        for past, future in steps(row, 7, decay, reach):
+            want += weight * past[:, None] * torch.stack([past, future])[:, None]
+    for got, expected in zip(step_products(tiny.histories(*rows), 7, decay, 0.5), want, strict=True):
+        torch.testing.assert_close(torch.from_numpy(got.toarray()), expected)
+
+
+def test_with_order_an_item_s_follower_gets_more_than_its_predecessor():
+    rows = tiny.histories(*[[0, 1, 2]] * 5)
+    plain, ordered = (regress(rows, 3, NeighboursConfig(l2=1.0, text_weight=0.0, order=order)) for order in (0.0, 1.0))
+    torch.testing.assert_close(plain[0, 1], plain[1, 0])
+    assert ordered[0, 1] > 2 * ordered[1, 0]
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])

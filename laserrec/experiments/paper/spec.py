@@ -14,7 +14,7 @@ from laserrec.config import merge
 from laserrec.experiments.quality import id_settings
 from laserrec.experiments.table import Row
 from laserrec.methods.all import METHODS
-from laserrec.presets import EASE, METHOD_SETTINGS, RIVAL_SIZES
+from laserrec.presets import EASE, EASE_TEXT, METHOD_SETTINGS, RIVAL_SIZES
 
 LASER = "Laser"
 Figures = tuple[float, float, float]
@@ -54,7 +54,7 @@ def _table2() -> tuple[Row, ...]:
               "LlamaRec": ("llamarec", "text")}
     rivals += [_rival(name, *kind) for name, kind in others.items() if kind[0] in METHODS]
     closed = [Row("EASE", "id", "ease", {"neighbours": EASE}, seeded=False),
-              Row("EASE with LLM text", "text", "ease-text", seeded=False)]
+              Row("EASE with LLM text", "text", "ease-text", {"neighbours": EASE_TEXT}, seeded=False)]
     return (*rivals, *closed, _laser(LASER))
 
 

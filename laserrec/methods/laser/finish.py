@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laserrec.config import BlendConfig, Config
+from laserrec.config import BlendConfig, Config, NeighboursConfig
 from laserrec.data.dataset import Cases
 from laserrec.data.histories import Histories
 from laserrec.methods.laser.blend import (
@@ -25,14 +25,21 @@ from laserrec.methods.laser.blend import (
 )
 from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.task import LaserTask
-from laserrec.methods.neighbours import Neighbours, multiplications
+from laserrec.methods.neighbours import Neighbours, is_local, multiplications
 from laserrec.util.memory import rows_at_once
 from laserrec.util.progress import Progress
 
 _FEWEST_USERS = 50
 """With fewer validation users nothing is chosen."""
-_WORK = 1.5e13
-"""Multiplications that may be spent on regressions: eight of 12,000 items, none of more than 100,000."""
+_WORK = 3e13
+"""Multiplications that may be spent on regressions: sixteen of 12,000 items, none of more than 200,000."""
+_HURDLE = 0.5
+"""Standard errors that another regression must gain."""
+_LADDERS: dict[str, tuple[float, ...]] = {
+    "order": (0.0, 0.2, 0.5, 0.8, 1.0), "decay": (1.0, 0.9, 0.8, 0.6, 0.4),
+    "text_weight": (0.0, 0.25, 1.0, 4.0, 16.0, 64.0), "l2": (3200.0, 1600.0, 800.0, 400.0, 200.0, 100.0, 50.0, 25.0),
+    "row_power": (0.0, 0.5, 1.0), "length_power": (1.0, 0.5, 0.0)}
+"""Settings of the regression that are tried, first in this direction and then in the other."""
 
 
 @torch.no_grad()
@@ -63,7 +70,7 @@ class _Choice:
         """Settings of the neighbours, if there are any."""
         if self.blend.share is None or self.neighbours is None:
             return {}
-        return {name: getattr(self.neighbours.config, name) for name in ("l2", "text_weight", "length_power", "decay")}
+        return {name: getattr(self.neighbours.config, name) for name in _LADDERS}
 
 
 class _Parts:
@@ -123,13 +130,7 @@ class _Parts:
         best = _Choice(laser.neighbours, candidates, *search_guarded(candidates, self._start(), grid, trials))
         if laser.neighbours is None:
             return self._shrunken(best)
-        for neighbours in self._regressions(laser.neighbours, settings.regressions):
-            candidates = self.candidates(neighbours)
-            short: Grid = {("share",): [((best.blend.share or 1.0) * factor,) for factor in (1.0, 0.5, 2.0)]}
-            other = _Choice(neighbours, candidates, *search(candidates, best.blend, short, len(short["share",])))
-            gain = other.ndcg - best.ndcg
-            if gain.mean() > gain.std() / len(gain) ** 0.5:  # one standard error, or chance would choose
-                best, self.settled = other, neighbours
+        best = self._regressions(best, settings.regressions)
         return self._shrunken(_Choice(best.neighbours, best.candidates,
                                       *search(best.candidates, best.blend, grid, trials)))
 
@@ -143,28 +144,49 @@ class _Parts:
                      config.neighbours.share if self.laser.neighbours is not None else None,
                      config.neighbours.temperature, 0.0 if seen is None else float(seen.offset))
 
-    def _regressions(self, given: Neighbours, count: int) -> Iterator[Neighbours]:
-        """Others, one setting changed at a time from what has proved best so far."""
-        self.settled, text = given, self.task.text_vectors()
-        left = min(count, int(_WORK / multiplications(len(given.items), given.config, text.shape[1])))
-        changes: list[tuple[str, float]] = [("text_weight", 4.0), ("text_weight", 0.25), ("text_weight", 0.0),
-                                            ("l2", 4.0), ("l2", 0.25), ("length_power", 1.0), ("length_power", 0.0)]
-        for name, value in changes[:left]:
-            own = getattr(self.settled.config, name)
-            wanted = value if name == "length_power" or value == 0 else own * value
-            if wanted != own:
-                other = self._changed(name, wanted)
-                other.fit(self.task.dataset.train_sequences, text)
-                yield other
-        for decay in (0.4, 0.6, 0.9, 1.0):  # no part of the regression, whose weights stay
-            other = self._changed("decay", decay)
-            other.load_state_dict(self.settled.state_dict())
-            yield other
+    def _regressions(self, best: _Choice, count: int) -> _Choice:
+        """The regression's settings, one after another, each rung by rung for as long as validation gains. A closed
+        form loses little from validation to test, so that the hurdle is low."""
+        self.text, self.fits, self.work = self.task.text_vectors(), count, _WORK
+        for name, rungs in _LADDERS.items():
+            for ladder in _both_ways(rungs, getattr(self._of(best).config, name)):
+                found = self._climb(best, name, ladder)
+                gained, best = found is not best, found
+                if gained:
+                    break
+        return best
 
-    def _changed(self, name: str, value: float) -> Neighbours:
-        """Neighbours of other settings, not fitted yet."""
-        config = self.settled.config.model_copy(update={name: value})
-        return Neighbours(config, len(self.settled.items)).to(self.laser.device)
+    def _climb(self, best: _Choice, name: str, ladder: list[float]) -> _Choice:
+        for value in ladder:
+            config = self._of(best).config.model_copy(update={name: value})
+            if (other := self._changed(best, config)) is None:
+                break
+            gain = other.ndcg - best.ndcg
+            if gain.mean() <= _HURDLE * gain.std() / len(gain) ** 0.5:
+                break
+            best = other
+        return best
+
+    def _changed(self, best: _Choice, config: NeighboursConfig) -> _Choice | None:
+        """With these settings of the regression, and a share that suits them; None where they can't be afforded."""
+        own, n_items = self._of(best), len(self._of(best).items)
+        neighbours = Neighbours(config, n_items).to(self.laser.device)
+        if config == own.config.model_copy(update={"decay": config.decay}) and not config.order:
+            neighbours.load_state_dict(own.state_dict())  # the decay is no part of the regression
+        else:
+            work = multiplications(n_items, config, self.text.shape[1])
+            if not self.fits or work > self.work or (config.order and is_local(config, n_items)):
+                return None
+            self.fits, self.work = self.fits - 1, self.work - work
+            neighbours.fit(self.task.dataset.train_sequences, self.text)
+        candidates = self.candidates(neighbours)
+        shares: Grid = {("share",): [((best.blend.share or 1.0) * factor,) for factor in (1.0, 0.5, 2.0)]}
+        return _Choice(neighbours, candidates, *search(candidates, best.blend, shares, len(shares["share",])))
+
+    @staticmethod
+    def _of(choice: _Choice) -> Neighbours:
+        assert choice.neighbours is not None
+        return choice.neighbours
 
     # -- what each part gives -----------------------------------------------------------------------------------
 
@@ -194,6 +216,13 @@ class _Parts:
         finally:
             laser.user_side = side
         return self.candidates(chosen.neighbours, users).ndcg(chosen.blend)
+
+
+def _both_ways(rungs: tuple[float, ...], own: float) -> tuple[list[float], list[float]]:
+    """The rungs behind `own`, and those before it, nearest first."""
+    down = rungs[0] > rungs[-1]
+    behind = [rung for rung in rungs if (rung < own if down else rung > own)]
+    return behind, [rung for rung in rungs if (rung > own if down else rung < own)][::-1]
 
 
 def _apply(task: LaserTask, chosen: _Choice) -> Config:

@@ -11,6 +11,7 @@ from laserrec.methods.laser import finish
 from laserrec.methods.laser.blend import Blend
 from laserrec.methods.laser.finish import choose_blend
 from laserrec.methods.laser.task import LaserTask
+from laserrec.methods.neighbours import Neighbours
 
 N = 20
 
@@ -92,3 +93,26 @@ def test_the_test_split_is_never_asked_for(llm, monkeypatch):
     monkeypatch.setattr(Dataset, "cases", lambda self, split: asked.append(split) or cases(self, split))
     choose_blend(task)
     assert set(asked) == {"validation"}
+
+
+def test_the_regression_climbs_to_what_is_better_within_its_budget(llm, monkeypatch):
+    """Walks have an order, which items that merely stand together don't show."""
+    fits, fit = [], Neighbours.fit
+    monkeypatch.setattr(Neighbours, "fit", lambda self, *own: fits.append(self.config) or fit(self, *own))
+    given = {**INSTANT, "neighbours": {"count": 6, "l2": 1.0, "share": 0.01},
+             "blend": {"trials": 50, "regressions": 40}}
+    task = started(llm, walks(400), **given)
+    first, chosen = len(fits), choose_blend(task)[1]["chosen"]
+    assert chosen["order"] > 0
+    assert first < len(fits) <= first + 40
+    for count in (0, 2):
+        task = started(llm, walks(400), **{**given, "blend": {"trials": 50, "regressions": count}})
+        first = len(fits)
+        choose_blend(task)
+        assert len(fits) == first + count
+
+
+def test_rungs_both_ways():
+    assert finish._both_ways((1.0, 2.0, 4.0, 8.0), 2.0) == ([4.0, 8.0], [1.0])
+    assert finish._both_ways((8.0, 4.0, 2.0, 1.0), 2.0) == ([1.0], [4.0, 8.0])
+    assert finish._both_ways((8.0, 4.0), 5.0) == ([4.0], [8.0])
