@@ -16,7 +16,6 @@ from laserrec.data.histories import Histories
 from laserrec.methods.laser.blend import (
     Blend,
     Candidates,
-    Grid,
     full_grid,
     gather_candidates,
     search,
@@ -33,8 +32,8 @@ _FEWEST_USERS = 50
 """With fewer validation users nothing is chosen."""
 _WORK = 3e13
 """Multiplications that may be spent on regressions: sixteen of 12,000 items, none of more than 200,000."""
-_HURDLE = 0.5
-"""Standard errors that another regression must gain."""
+_ALONE = 0.001
+"""Share of the cosines at which the neighbours alone decide."""
 _LADDERS: dict[str, tuple[float, ...]] = {
     "order": (0.0, 0.2, 0.5, 0.8, 1.0), "decay": (1.0, 0.9, 0.8, 0.6, 0.4),
     "text_weight": (0.0, 0.25, 1.0, 4.0, 16.0, 64.0), "l2": (3200.0, 1600.0, 800.0, 400.0, 200.0, 100.0, 50.0, 25.0),
@@ -123,20 +122,14 @@ class _Parts:
     # -- the choice ---------------------------------------------------------------------------------------------
 
     def choose(self, settings: BlendConfig) -> _Choice:
-        """Blend first, then the regression's settings, each with a short search of its own, then the blend again."""
-        laser, trials, grid = self.laser, settings.trials, self.grid
-        candidates = self.candidates(laser.neighbours)
-        self.given = candidates.ndcg(self._start())
-        best = _Choice(laser.neighbours, candidates, *search_guarded(candidates, self._start(), grid, trials))
-        if laser.neighbours is None:
-            return self._shrunken(best)
-        best = self._regressions(best, settings.regressions)
-        return self._shrunken(_Choice(best.neighbours, best.candidates,
-                                      *search(best.candidates, best.blend, grid, trials)))
-
-    def _shrunken(self, found: _Choice) -> _Choice:
-        blend, ndcg = shrunken(found.candidates, self._start(), found.blend)
-        return _Choice(found.neighbours, found.candidates, blend, ndcg)
+        """The regression first, on its own; then the blend, drawn back to the start."""
+        laser, start = self.laser, self._start()
+        neighbours, candidates = laser.neighbours, self.candidates(laser.neighbours)
+        self.given = candidates.ndcg(start)
+        if neighbours is not None:
+            neighbours, candidates = self._best_regression(neighbours, candidates, settings.regressions)
+        best, _ = search_guarded(candidates, start, self.grid, settings.trials)
+        return _Choice(neighbours, candidates, *shrunken(candidates, start, best))
 
     def _start(self) -> Blend:
         config, seen = self.config, self.laser.seen
@@ -144,49 +137,42 @@ class _Parts:
                      config.neighbours.share if self.laser.neighbours is not None else None,
                      config.neighbours.temperature, 0.0 if seen is None else float(seen.offset))
 
-    def _regressions(self, best: _Choice, count: int) -> _Choice:
-        """The regression's settings, one after another, each rung by rung for as long as validation gains. A closed
-        form loses little from validation to test, so that the hurdle is low."""
+    def _best_regression(self, neighbours: Neighbours, candidates: Candidates, count: int
+                         ) -> tuple[Neighbours, Candidates]:
+        """One setting after another, rung by rung for as long as the neighbours alone gain. Alone, because what is
+        trained by gradient is better on validation than on test, and a closed form hardly is: beside the former,
+        validation would choose a regression that serves it."""
         self.text, self.fits, self.work = self.task.text_vectors(), count, _WORK
+        alone = replace(self._start(), share=_ALONE)
+        ndcg = candidates.ndcg(alone).mean()
         for name, rungs in _LADDERS.items():
-            for ladder in _both_ways(rungs, getattr(self._of(best).config, name)):
-                found = self._climb(best, name, ladder)
-                gained, best = found is not best, found
+            for ladder in _both_ways(rungs, getattr(neighbours.config, name)):
+                gained = False
+                for value in ladder:
+                    other = self._refitted(neighbours, neighbours.config.model_copy(update={name: value}))
+                    if other is None:
+                        break
+                    own = self.candidates(other)
+                    if (found := own.ndcg(alone).mean()) <= ndcg:
+                        break
+                    neighbours, candidates, ndcg, gained = other, own, found, True
                 if gained:
                     break
-        return best
+        return neighbours, candidates
 
-    def _climb(self, best: _Choice, name: str, ladder: list[float]) -> _Choice:
-        for value in ladder:
-            config = self._of(best).config.model_copy(update={name: value})
-            if (other := self._changed(best, config)) is None:
-                break
-            gain = other.ndcg - best.ndcg
-            if gain.mean() <= _HURDLE * gain.std() / len(gain) ** 0.5:
-                break
-            best = other
-        return best
-
-    def _changed(self, best: _Choice, config: NeighboursConfig) -> _Choice | None:
-        """With these settings of the regression, and a share that suits them; None where they can't be afforded."""
-        own, n_items = self._of(best), len(self._of(best).items)
-        neighbours = Neighbours(config, n_items).to(self.laser.device)
-        if config == own.config.model_copy(update={"decay": config.decay}) and not config.order:
-            neighbours.load_state_dict(own.state_dict())  # the decay is no part of the regression
-        else:
-            work = multiplications(n_items, config, self.text.shape[1])
-            if not self.fits or work > self.work or (config.order and is_local(config, n_items)):
-                return None
-            self.fits, self.work = self.fits - 1, self.work - work
-            neighbours.fit(self.task.dataset.train_sequences, self.text)
-        candidates = self.candidates(neighbours)
-        shares: Grid = {("share",): [((best.blend.share or 1.0) * factor,) for factor in (1.0, 0.5, 2.0)]}
-        return _Choice(neighbours, candidates, *search(candidates, best.blend, shares, len(shares["share",])))
-
-    @staticmethod
-    def _of(choice: _Choice) -> Neighbours:
-        assert choice.neighbours is not None
-        return choice.neighbours
+    def _refitted(self, own: Neighbours, config: NeighboursConfig) -> Neighbours | None:
+        """With other settings; None where they can't be afforded."""
+        n_items = len(own.items)
+        other = Neighbours(config, n_items).to(self.laser.device)
+        if not config.order and config == own.config.model_copy(update={"decay": config.decay}):
+            other.load_state_dict(own.state_dict())  # without order, the decay is no part of the regression
+            return other
+        work = multiplications(n_items, config, self.text.shape[1])
+        if not self.fits or work > self.work or (config.order != own.config.order and is_local(config, n_items)):
+            return None
+        self.fits, self.work = self.fits - 1, self.work - work
+        other.fit(self.task.dataset.train_sequences, self.text)
+        return other
 
     # -- what each part gives -----------------------------------------------------------------------------------
 
