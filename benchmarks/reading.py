@@ -56,7 +56,6 @@ from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.laser.build import phases
 from laserrec.methods.laser.finish import choose_blend
 from laserrec.methods.laser.model import Laser
-from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.texts import Texts
 from laserrec.methods.neighbours import Neighbours
 from laserrec.recommender.fitting import kept_texts, open_folder
@@ -185,8 +184,8 @@ def measure(task: Task, cases: dict[str, Cases]) -> tuple[dict[str, Any], dict[s
     laser.neighbours = None
     laser.set_id_share(0.0)
     found["shuffle_cosine"] = shuffle_cosine(laser, cases["test"])
-    if side.reader is not None and side.summed:
-        laser.user_side = SummedUsers(side.items, side.head, side.decay)
+    if side.more and side.summed:
+        laser.user_side = side.sums_alone()
         rank("text without reading")
     laser.user_side = Remembered(side)
     rank("text")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laserrec.config import Config, SequenceRivalConfig
+from laserrec.config import Config, TransformerConfig
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories, Pairs
 from laserrec.llm.attention import Heads, Past, rotary_tables
@@ -23,9 +23,8 @@ from laserrec.methods.laser.readers import PrefixFirst, Reader, TextFirst
 from laserrec.methods.laser.sides import MeanItems, SummedUsers
 from laserrec.methods.laser.task import LaserTask
 from laserrec.methods.laser.texts import Texts
+from laserrec.methods.laser.transformer import HistoryTransformer
 from laserrec.methods.neighbours import Neighbours
-from laserrec.methods.parts import CausalEncoder
-from laserrec.methods.sequence import initialise
 from laserrec.methods.terms import SeenOffset
 from laserrec.util.device import move
 from laserrec.util.distributed import World
@@ -221,40 +220,6 @@ class Adapter(nn.Module):
         return x, torch.cat([q + next(changes), k, v + next(changes)], dim=1)
 
 
-class Transformer(nn.Module):
-    """The last state of a causal transformer over the items' whitened vectors, and what it adds to the user."""
-
-    def __init__(self, items: MeanItems, head: Head, o: Options, max_history: int):
-        super().__init__()
-        size = SequenceRivalConfig(d_model=o.d_model, d_inner=2 * o.d_model, blocks=o.blocks, heads=o.heads,
-                                   dropout=o.dropout, max_history=max_history)
-        self.items, self._whiten, self.max_history = items, head.whiten, max_history
-        self.enter, self.encoder = nn.Linear(head.d_out, o.d_model), CausalEncoder(size)
-        self.map = nn.Linear(o.d_model, head.d_out, bias=False)
-        initialise_all(self)
-        nn.init.zeros_(self.map.weight)
-
-    def read(self, histories: Histories, hide: Tensor | None = None) -> tuple[Tensor, None]:
-        recent, device = histories.last(self.max_history), self.items.means.device
-        rows = move(recent.padded(0), device)
-        with torch.no_grad():
-            vectors = F.normalize(self._whiten(self.items.means[rows]), dim=-1) * self.enter.in_features**0.5
-        states = self.encoder(self.enter(vectors))
-        return states[torch.arange(len(rows), device=device), move((recent.lengths - 1).clamp(min=0), device)], None
-
-    def forward(self, outputs: Tensor) -> Tensor:
-        return self.map(outputs)
-
-
-def initialise_all(model: nn.Module) -> None:
-    """As the sequence models; layers without bias too."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.bias is None:
-            nn.init.normal_(module.weight, std=0.02)
-        elif not list(module.children()):
-            initialise(module)
-
-
 class Added(AddedOutput):
     """What the outputs of one or more depths add. rate: of its learning; Adam's steps are the same for a map of any
     scale."""
@@ -364,21 +329,20 @@ def compose(shared: Any, config: Config, tried: Try, o: Options) -> Laser:
     items, ids = shared.dataset.items, IdStates(shared.below.model, shared.device, config.head.id_product)
     mean_items = MeanItems(shared.means)
     head = Head(config.head, shared.means.shape[1], shared.features.parts(items))
-    reader: Any = None
-    texts = added = None
+    texts = reader = added = transformer = None
     if tried.reading == "transformer":
-        reader = added = Transformer(mean_items, head, o, config.id_model.max_history)
+        size = TransformerConfig(d_model=o.d_model, d_inner=2 * o.d_model, blocks=o.blocks, heads=o.heads,
+                                 dropout=o.dropout, max_history=config.id_model.max_history)
+        transformer = HistoryTransformer(size, head.d_out)
     elif tried.reading is not None:
         texts = shared.texts(config, tried.reading == "lora")
         reader, depths = read_by(tried.reading, config, texts, ids, o)
         added = Added(config, reader.backbone.d_llm, head.d_out, depths, o.gate_rate if tried.fast else 1.0)
-    side = Users(mean_items, head, config.prompt.decay, reader, added)
+    side = Users(mean_items, head, config.prompt.decay, reader, added, transformer)
     side.summed = tried.summed
-    by_llm = isinstance(reader, Reader)
-    laser = Laser(config, Parts(side, mean_items, head, ids, shared.features, texts, reader if by_llm else None,
-                                added if by_llm else None, neighbours=Neighbours(config.neighbours, items.height),
+    laser = Laser(config, Parts(side, mean_items, head, ids, shared.features, texts, reader, added, transformer,
+                                neighbours=Neighbours(config.neighbours, items.height),
                                 seen=SeenOffset(config.head.seen_offset_start)))
-    laser.transformer = None if by_llm else reader
     laser.to_ids = nn.Linear(len(added.white.matrix[0]) * added.white.depths, ids.d_id) if tried.distil else None
     laser.n_known = items.height
     return laser.to(shared.device)

@@ -79,6 +79,15 @@ _SMALL: dict[str, Any] = {
     "eval": {"batch_size": 64},
 }
 
+# `small` with a small transformer over the items' vectors in place of the LLM's reading of histories. The LLM is then
+# needed for new items alone.
+_LIGHT: dict[str, Any] = {
+    **_SMALL,
+    "prompt": {**_SMALL["prompt"], "layout": "none"},
+    "mformer": {"prefix": "none"},
+    "transformer": {"blocks": 2},
+}
+
 # Closed forms alone: item-to-item regression on sequences and the LLM's text vectors; no ID model, no training by
 # gradient, and no LLM to answer with.
 _INSTANT: dict[str, Any] = {
@@ -103,5 +112,5 @@ _QUICKSTART: dict[str, Any] = {
               "validation_users": 2000},
 }
 
-PRESETS: dict[str, dict[str, Any]] = {"small": _SMALL, "instant": _INSTANT, "quickstart": _QUICKSTART,
-                                      "paper-small": _PAPER_SMALL, "paper": _PAPER}
+PRESETS: dict[str, dict[str, Any]] = {"small": _SMALL, "light": _LIGHT, "instant": _INSTANT,
+                                      "quickstart": _QUICKSTART, "paper-small": _PAPER_SMALL, "paper": _PAPER}

@@ -28,6 +28,7 @@ from laserrec.config.laser import (
     Routing,
     StudentConfig,
     TrainConfig,
+    TransformerConfig,
 )
 from laserrec.config.llm import (
     BackboneConfig,
@@ -60,8 +61,8 @@ __all__ = [
     "IdLoss", "IdModelConfig", "IdModelKind", "ItemSide", "ItemTable", "ItemVectors", "KARConfig", "LLM4RecConfig",
     "Layout", "LlamaRecConfig", "LruRecConfig", "MFormerConfig", "Negatives", "NeighboursConfig", "Pooling",
     "Precision", "Prefix", "PromptConfig", "Quantization", "RecFormerConfig", "RecGURUConfig", "RegressionForm",
-    "Routing", "SequenceRivalConfig", "Softmax", "Split", "StudentConfig", "Template", "TrainConfig", "ZESRecBody",
-    "ZESRecConfig", "load_config", "merge", "valid",
+    "Routing", "SequenceRivalConfig", "Softmax", "Split", "StudentConfig", "Template", "TrainConfig",
+    "TransformerConfig", "ZESRecBody", "ZESRecConfig", "load_config", "merge", "valid",
 ]
 
 _S = TypeVar("_S", bound=BaseModel)
@@ -75,6 +76,7 @@ class Config(Section):
     backbone: BackboneConfig = BackboneConfig()
     prompt: PromptConfig = PromptConfig()
     mformer: MFormerConfig = MFormerConfig()
+    transformer: TransformerConfig = TransformerConfig()
     head: HeadConfig = HeadConfig()
     neighbours: NeighboursConfig = NeighboursConfig()
     train: TrainConfig = TrainConfig()
@@ -101,8 +103,9 @@ class Config(Section):
         if not reads and self.prompt.item_side != ItemSide.MEAN:
             raise ValueError("prompt.layout none needs prompt.item_side mean: without a pass over histories users are "
                              "sums of items")
-        if not reads and not self.head.projection and self.train.stage_one_epochs + self.train.stage_two_epochs:
-            raise ValueError("prompt.layout none without head.projection has nothing to train; set "
+        learns = self.head.projection or self.transformer.blocks
+        if not reads and not learns and self.train.stage_one_epochs + self.train.stage_two_epochs:
+            raise ValueError("prompt.layout none without head.projection and transformer has nothing to train; set "
                              "train.stage_one_epochs and train.stage_two_epochs to 0")
         if self.train.negatives == Negatives.BATCH and self.prompt.item_side != ItemSide.TRAINED:
             raise ValueError("train.negatives batch embeds the targets with the trained prefix and suffix; it needs "

@@ -60,6 +60,29 @@ class MFormerConfig(Section):
         return self
 
 
+class TransformerConfig(Section):
+    """A small causal transformer over the items' vectors, which reads histories where the LLM does not (not in the
+    paper). With any prompt.layout but none there is none."""
+
+    blocks: int = Field(0, ge=0)
+    """Transformer blocks. 0: there is none."""
+    d_model: int = Field(256, ge=2)
+    """Width of the states."""
+    heads: int = Field(4, ge=1)
+    """Attention heads."""
+    d_inner: int = Field(512, ge=1)
+    """Width inside the feed-forward layers."""
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Dropout on inputs, attention output and feed-forward output."""
+    max_history: int = Field(50, ge=1)
+    """Number of most recent items that it reads."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TransformerConfig:
+        check_heads("d_model", self.d_model, self.heads)
+        return self
+
+
 class Pooling(StrEnum):
     """Which LLM outputs make the embedding."""
 

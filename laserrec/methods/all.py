@@ -256,8 +256,8 @@ def _laser() -> Method:
         if config.neighbours.count:
             check_size(n_items, config.neighbours)
 
-    return Method("laser", ("id_model", "backbone", "prompt", "mformer", "head", "neighbours", "train", "blend",
-                            "student"),
+    return Method("laser", ("id_model", "backbone", "prompt", "mformer", "transformer", "head", "neighbours", "train",
+                            "blend", "student"),
                   _laser_reads, make, lambda model, given, data: laser.phases(model, data, given.world,
                                                                                      given.progress),
                   restore, laser.shapes, choose_blend, needs,

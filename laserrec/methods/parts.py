@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from laserrec.config import SequenceRivalConfig
+from laserrec.config import SequenceRivalConfig, TransformerConfig
 from laserrec.llm.text_features import TextFeatures, whitened
 from laserrec.methods.sequence import Block
 
@@ -18,7 +18,7 @@ class CausalEncoder(nn.Module):
     """Causal self-attention over vectors. Positions, which count from the first, are added; then come layer norm and
     dropout, as in the SASRec of UniSRec (Hou et al. 2022), with which the rivals' published settings were found."""
 
-    def __init__(self, config: SequenceRivalConfig):
+    def __init__(self, config: SequenceRivalConfig | TransformerConfig):
         super().__init__()
         self.position = nn.Embedding(config.max_history, config.d_model)
         self.norm, self.dropout = nn.LayerNorm(config.d_model), nn.Dropout(config.dropout)

@@ -137,8 +137,9 @@ def _what(note: dict[str, Any]) -> str:
     known = config["id_model"]["kind"] != IdModelKind.NONE
     held = "the adapter, the frozen ID model" if known else "the weights"
     if config["prompt"]["layout"] == Layout.NONE:
+        more = ", and what a small transformer over them adds" if config.get("transformer", {}).get("blocks") else ""
         how = ("It compares vectors that a frozen language model made of the items' texts; a user is the weighted sum "
-               "of the history's items. The language model reads new items alone.")
+               f"of the history's items{more}. The language model reads new items alone.")
     else:
         carried = ", which carries what an ID-based recommender knows of the user," if known else ""
         how = (f"A frozen language model reads the items' texts between a trained prefix{carried} and a trained suffix "

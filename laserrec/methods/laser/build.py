@@ -20,6 +20,7 @@ from laserrec.methods.laser.sides import MeanItems, ReadItems, ReadUsers, Studen
 from laserrec.methods.laser.student import Student
 from laserrec.methods.laser.task import LaserTask
 from laserrec.methods.laser.texts import Texts
+from laserrec.methods.laser.transformer import HistoryTransformer
 from laserrec.methods.neighbours import Neighbours
 from laserrec.methods.protocol import Phase
 from laserrec.methods.sequence import SequenceModel
@@ -37,7 +38,7 @@ def compose(
     needs it: to read histories, or texts whose means are not given. Raises UserError where settings and LLM don't fit.
     """
     ids, settings, decay = IdStates(id_model, features.device, config.head.id_product), config.head, config.prompt.decay
-    added = student = mean_items = None
+    added = student = mean_items = transformer = None
     if config.prompt.item_side == ItemSide.MEAN:
         mean_items = MeanItems(features.means(items) if means is None else means)
     reader, texts = _reader(config, items, features, ids, world, progress)
@@ -45,7 +46,9 @@ def compose(
         head = Head(settings, mean_items.means.shape[1], features.parts(items))
         if reader is not None:
             added = AddedOutput(settings, reader.backbone.d_llm, head.d_out)
-        item_side, user_side = mean_items, SummedUsers(mean_items, head, decay, reader, added)
+        elif config.transformer.blocks and config.student is None:
+            transformer = HistoryTransformer(config.transformer, head.d_out)
+        item_side, user_side = mean_items, SummedUsers(mean_items, head, decay, reader, added, transformer)
     else:
         assert reader is not None  # Config refuses layout none without mean items
         head = Head(settings, reader.backbone.d_llm)
@@ -56,8 +59,8 @@ def compose(
         user_side = StudentUsers(student, ids, decay)
     neighbours = Neighbours(config.neighbours, n_known) if config.neighbours.count else None
     seen = SeenOffset(settings.seen_offset_start) if settings.seen_offset else None
-    laser = Laser(config, Parts(user_side, item_side, head, ids, features, texts, reader, added, student, neighbours,
-                                seen))
+    laser = Laser(config, Parts(user_side, item_side, head, ids, features, texts, reader, added, transformer, student,
+                                neighbours, seen))
     laser.n_known = n_known
     return laser
 
@@ -106,6 +109,10 @@ def shapes(config: Config, n_known: int) -> dict[str, tuple[int, ...]]:
     out, mformer = {}, config.mformer
     if config.neighbours.count:
         out["neighbours.items"] = (n_known, min(config.neighbours.count, max(1, n_known - 1)))
+    if config.transformer.blocks and config.student is None:
+        size = config.transformer
+        out["transformer.encoder.position.weight"] = (size.max_history, size.d_model)
+        out[f"transformer.encoder.blocks.{size.blocks - 1}.feed.0.weight"] = (size.d_inner, size.d_model)
     reads = config.prompt.layout != Layout.NONE and config.student is None
     if reads and mformer.prefix in (Prefix.MFORMER, Prefix.ONE_EXPERT):
         experts = 1 if mformer.prefix == Prefix.ONE_EXPERT else mformer.experts

@@ -190,13 +190,13 @@ class _Parts:
         for name, change in without.items():
             rest = {names: values for names, values in self.grid.items() if not set(names) & set(change)}
             out[name] = search(found, replace(best, **change), rest, trials)[1]
-        if isinstance(side := self.laser.user_side, SummedUsers) and side.reader is not None:
-            out["without the LLM's reading of the history"] = self._without_pass(chosen, side)
+        if isinstance(side := self.laser.user_side, SummedUsers) and side.more:
+            out[f"without {side.more}"] = self._sums_alone(chosen, side)
         return {name: round(float(ndcg.mean()), 5) for name, ndcg in out.items()}
 
-    def _without_pass(self, chosen: _Choice, side: SummedUsers) -> Tensor:
+    def _sums_alone(self, chosen: _Choice, side: SummedUsers) -> Tensor:
         laser = self.laser
-        laser.user_side = SummedUsers(side.items, side.head, side.decay)
+        laser.user_side = side.sums_alone()
         try:
             users = self._users(self.cases.histories)
         finally:

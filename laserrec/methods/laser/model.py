@@ -22,6 +22,7 @@ from laserrec.methods.laser.readers import Reader
 from laserrec.methods.laser.sides import ItemSide, MeanItems, StudentUsers, UserSide
 from laserrec.methods.laser.student import Student
 from laserrec.methods.laser.texts import Texts
+from laserrec.methods.laser.transformer import HistoryTransformer
 from laserrec.methods.neighbours import Neighbours
 from laserrec.methods.protocol import ScoreTerm
 from laserrec.methods.terms import SeenOffset
@@ -43,6 +44,7 @@ class Parts:
     texts: Texts | None = None
     reader: Reader | None = None
     added: AddedOutput | None = None
+    transformer: HistoryTransformer | None = None
     student: Student | None = None
     neighbours: Neighbours | None = None
     seen: SeenOffset | None = None
@@ -60,7 +62,7 @@ class Laser(nn.Module):
         self.config, self.user_side, self.item_side = config, parts.user_side, parts.item_side
         self.ids, self.features, self.texts = parts.ids, parts.features, parts.texts
         self.head, self.reader, self.added, self.student = parts.head, parts.reader, parts.added, parts.student
-        self.neighbours, self.seen = parts.neighbours, parts.seen
+        self.transformer, self.neighbours, self.seen = parts.transformer, parts.neighbours, parts.seen
         self.id_share = config.head.id_share
         tau = torch.tensor(float(config.train.temperature))
         self.log_temperature = nn.Parameter(tau.log()) if config.train.learn_temperature else None

@@ -15,6 +15,7 @@ from laserrec.methods.laser.id_states import IdStates
 from laserrec.methods.laser.mformer import Route
 from laserrec.methods.laser.readers import Reader
 from laserrec.methods.laser.student import Student
+from laserrec.methods.laser.transformer import HistoryTransformer
 from laserrec.methods.terms import decayed_sums
 from laserrec.util.room import Room
 
@@ -85,23 +86,41 @@ class ReadUsers:
 
 
 class SummedUsers:
-    """A user is the sum of the history's mean items, newer ones heavier (not in the paper); with a reader, a trained
-    map of the output at the suffix is added."""
+    """A user is the sum of the history's mean items, newer ones heavier (not in the paper). With a reader, a trained
+    map of the output at the suffix is added; with a transformer, what it makes of the items."""
 
     def __init__(self, items: MeanItems, head: Head, decay: float, reader: Reader | None = None,
-                 added: AddedOutput | None = None):
+                 added: AddedOutput | None = None, transformer: HistoryTransformer | None = None):
         self.items, self.head, self.decay, self.reader, self.added = items, head, decay, reader, added
+        self.transformer = transformer
+
+    @property
+    def more(self) -> str | None:
+        """What there is beside the sum."""
+        if self.reader is not None:
+            return "the LLM's reading of the history"
+        return None if self.transformer is None else "the transformer over the history"
+
+    def sums_alone(self) -> SummedUsers:
+        """Without that."""
+        return SummedUsers(self.items, self.head, self.decay)
 
     def text(self, histories: Histories, hide: Bool[Tensor, "users"] | None = None) -> Told:
         """With a reader, one pass of the LLM."""
-        means, white = self.items.means, self.head.whiten
         with torch.no_grad():
-            sums = decayed_sums(histories.to(means.device), lambda rows: white(means[rows]), self.decay)
+            sums = decayed_sums(histories.to(self.items.means.device), self._white, self.decay)
             start = F.normalize(sums, dim=-1) * sums.shape[-1] ** 0.5  # as long as a whitened output
+        user = self.head.project(start)
+        if self.transformer is not None:
+            return user + self.transformer(histories, self._white), None
         if self.reader is None or self.added is None:
-            return self.head.project(start), None
+            return user, None
         outputs, route = self.reader.read(histories, hide)
-        return self.head.project(start) + self.added(outputs), route
+        return user + self.added(outputs), route
+
+    @torch.no_grad()
+    def _white(self, rows: Int[Tensor, "items"]) -> Float[Tensor, "items d_white"]:
+        return self.head.whiten(self.items.means[rows])
 
 
 class StudentUsers:

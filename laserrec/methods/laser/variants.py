@@ -23,9 +23,9 @@ def variants(laser: Laser, some_users: Histories) -> dict[str, Variant]:
     neighbours' scale is set anew, as in a fit (laserrec.methods.laser.task.scale_histories)."""
     found: dict[str, Variant] = {}
     side, reader = laser.user_side, laser.reader
-    if isinstance(side, SummedUsers) and side.reader is not None:
-        summed = SummedUsers(side.items, side.head, side.decay)
-        found["without the LLM's reading of the history"] = lambda: _with(laser, user_side=summed)
+    if isinstance(side, SummedUsers) and side.more:
+        summed = side.sums_alone()
+        found[f"without {side.more}"] = lambda: _with(laser, user_side=summed)
     if reader is not None:
         if reader.mformer is not None or reader.learned_prefix is not None:
             found["without the prefix"] = lambda: _with(reader, mformer=None, learned_prefix=None)

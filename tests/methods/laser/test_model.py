@@ -1,5 +1,6 @@
 """Laser put together: scores as shares and terms, mean items, new items, and no part that is not needed."""
 
+import numpy as np
 import polars as pl
 import pytest
 import tiny
@@ -175,3 +176,45 @@ def test_settings_that_make_no_sense(llm_folder):
                               ({"mean_layers": (1,), "shard": True}, r"mean_layers = \[\]")):
         with pytest.raises(ValueError, match=message):
             Config.model_validate({"backbone": settings})
+
+
+LIGHT = {**MEAN, "prompt": {"layout": "none", "item_side": "mean"}, "mformer": {"prefix": "none"},
+         "transformer": {"blocks": 1, "d_model": 16, "heads": 2, "d_inner": 16, "max_history": 4}}
+
+
+@torch.no_grad()
+def test_a_transformer_over_the_items_starts_at_nothing_and_then_reads_their_order(llm):
+    laser, _ = started(llm, **LIGHT)
+    assert laser.reader is None and laser.texts is None
+    one, other, empty = tiny.histories([2, 6, 4]), tiny.histories([6, 2, 4]), tiny.histories([])
+    sums = laser.user_side.sums_alone()
+    torch.testing.assert_close(laser.user_side.text(one)[0], sums.text(one)[0])
+    laser.transformer.map.weight.normal_()
+    added = [laser.user_side.text(rows)[0] - sums.text(rows)[0] for rows in (one, other, empty)]
+    assert (added[0] - added[1]).abs().max() > 1e-3 and not added[2].any()
+    batch = laser.user_side.text(tiny.histories([2, 6, 4], [], [1], [9, 9, 9, 2, 6, 4]))[0]
+    alone = [laser.user_side.text(tiny.histories(row))[0][0] for row in ([2, 6, 4], [], [1], [9, 9, 9, 2, 6, 4])]
+    torch.testing.assert_close(batch, torch.stack(alone), atol=1e-5, rtol=1e-4)
+    long, newest = (laser.transformer(tiny.histories(row), laser.user_side._white)
+                    for row in ([7, 9, 9, 9, 2, 6, 4], [9, 2, 6, 4]))
+    torch.testing.assert_close(long, newest)  # of which it reads four
+
+
+def test_a_transformer_is_trained_saved_and_claimed(llm):
+    laser, data = started(llm, **LIGHT)
+    task = LaserTask(laser, data, World(), fixed=False)
+    task.outputs = laser.item_side.means
+    batch = task.begin_epoch(1).batch(np.arange(16))
+    optimizer = torch.optim.SGD(laser.parameters(), lr=0.1)
+    for _ in range(2):  # at first the map is zero, and hides what is in front of it
+        optimizer.zero_grad()
+        task.loss(batch, np.arange(16))["loss"].backward()
+        optimizer.step()
+    assert laser.transformer.enter.weight.grad.abs().max() > 0
+    laser.eval().requires_grad_(False)
+    assert laser.transformer.map.weight.abs().max() > 0
+    weights = dict(laser.state_dict())
+    claimed = shapes(laser.config, 20)
+    assert {name: tuple(weights[name].shape) for name in claimed} == claimed
+    again = restore(laser.config, data.items, 20, laser.features, laser.ids.model, weights, laser.item_tensors())
+    torch.testing.assert_close(again.score(ROWS), laser.eval().score(ROWS))
