@@ -147,7 +147,7 @@ class NeighboursConfig(Section):
     """Weight of the item texts relative to the training sequences in the regression. 0: sequences alone."""
     order: float = Field(0.0, ge=0, le=1)
     """Weight of what follows what in the training sequences, relative to what stands in them together. 0: the order of
-    items does not count (EASE), as never in the local form. 1: it alone counts."""
+    items does not count (EASE). 1: it alone counts."""
     length_power: float = Field(0.5, ge=0)
     """Sequences of n distinct items are weighted by n ** -length_power, so that long ones do not dominate. 0: all
     sequences weigh the same."""

@@ -1,9 +1,9 @@
 """The item-to-item regression without a matrix of items x items: one small ridge regression per item.
 
-The weights into item j are those of a ridge over j's own candidates C alone, (G_CC + l2 I) w = G_Cj, with the same
-weighted co-occurrence and text products G as in the exact form: the local form of EASE (Steck 2019), with candidates
-chosen beforehand as in SLIM with feature selection (Ning & Karypis 2011). With all items as candidates the two forms
-agree. Time grows with items x candidates ** 3, memory with items x candidates.
+The weights into item j are those of a ridge over j's own candidates C alone, (G_CC + l2 I) w = H_Cj, with the same
+products G and H of sequences, steps and texts as in the exact form: the local form of EASE (Steck 2019), with
+candidates chosen beforehand as in SLIM with feature selection (Ning & Karypis 2011). With all items as candidates the
+two forms agree. Time grows with items x candidates ** 3, memory with items x candidates.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor
 from laserrec.config import NeighboursConfig
 from laserrec.methods.nearest_text import nearest
 
+Steps = tuple[sparse.csr_array, sparse.csr_array]
+"""See `neighbours.step_products`."""
 _CO_OCCURRING = 2 / 3
 """Share of the candidates that is chosen by co-occurrence, where there are texts to choose the rest by."""
 _KEPT = 500
@@ -35,15 +37,16 @@ _PAIRS_AT_ONCE = 20_000_000
 
 def local_weights(
     x: sparse.csr_array, config: NeighboursConfig, text: Float[Tensor, "n_items d_text"] | None = None,
-    device: torch.device | None = None, positive: bool = False,
+    device: torch.device | None = None, positive: bool = False, steps: Steps | None = None,
 ) -> sparse.csr_array:
     """The regression's weights B [n_items n_items], at most config.candidates in each column: entry (i, j) is what item
     i in a history adds to the score of item j.
 
-    x: [sequences n_items], a weight where an item stands in a sequence. positive: leave out the weights below zero.
-    On the CPU all of torch's threads work, each on items of its own; the result does not depend on their number.
+    x: [sequences n_items], a weight where an item stands in a sequence. steps: what config.order weighs, as
+    `neighbours.step_products` gives it; None: the order of items does not count. positive: leave out the weights below
+    zero. On the CPU all of torch's threads work, each on items of its own; the result does not depend on their number.
     """
-    problem, n_items = _Problem(x, config, text, device or torch.device("cpu")), x.shape[1]
+    problem, n_items = _Problem(x, config, text, device or torch.device("cpu"), steps), x.shape[1]
     groups = [np.arange(at, min(n_items, at + _AT_ONCE)) for at in range(0, n_items, _AT_ONCE)]
     sources, weights, counts = [], [], []
     for rows, found in _solved(problem, groups):
@@ -97,7 +100,8 @@ def _solved(problem: _Problem, groups: list[np.ndarray]) -> Iterator[tuple[np.nd
 class _Problem:
     """All that the regressions read; nothing in it changes. Thread-safe."""
 
-    def __init__(self, x: sparse.csr_array, config: NeighboursConfig, text: Tensor | None, device: torch.device):
+    def __init__(self, x: sparse.csr_array, config: NeighboursConfig, text: Tensor | None, device: torch.device,
+                 steps: Steps | None = None):
         self.config, self.device, n_items = config, device, x.shape[1]
         self.text_weight = 0.0 if text is None else config.text_weight
         self.unit = F.normalize(text, dim=-1).to(device) if text is not None and self.text_weight else None
@@ -105,21 +109,28 @@ class _Problem:
         self.most, self.near_text = max(1, most), None
         if self.unit is not None:
             self.near_text = nearest(self.unit, min(config.candidates - self.most, n_items - 1))
-        self.diagonal = np.asarray(x.multiply(x).sum(axis=0), dtype=np.float32).ravel()
+        together, past, crossed = (1.0, None, None) if steps is None else (1 - config.order, *steps)
+        self.diagonal = np.asarray(x.multiply(x).sum(axis=0), dtype=np.float32).ravel() * together
+        self.pairs = self.towards = co_occurrence(x)  # towards: row j is what is to be told of item j
+        if past is not None and crossed is not None:
+            self.diagonal += config.order * past.diagonal().astype(np.float32)
+            self.towards = together * self.pairs + config.order * _largest_pairs(crossed.T.tocsr())
+            self.pairs = together * self.pairs + config.order * _largest_pairs(past)
         self.root = np.sqrt(self.diagonal + self.text_weight + config.l2)
-        self.pairs = co_occurrence(x)
         head = np.sort(np.argsort(-self.diagonal, kind="stable")[:_HEAD])
         self.place_in_head = np.full(n_items, -1, np.int32)
         self.place_in_head[head] = np.arange(len(head))
         frequent = x.tocsc()[:, head]
-        self.head = (frequent.T @ frequent).toarray().astype(np.float32)
+        self.head = together * (frequent.T @ frequent).toarray().astype(np.float32)
+        if past is not None:
+            self.head += config.order * past[head][:, head].toarray().astype(np.float32)
 
     def candidates(self, item: int) -> Int[np.ndarray, "some"]:
         """The co-occurring items that each alone would explain most of the item, and the nearest by text."""
-        row = slice(self.pairs.indptr[item], self.pairs.indptr[item + 1])
-        found = self.pairs.indices[row]
+        row = slice(self.towards.indptr[item], self.towards.indptr[item + 1])
+        found = self.towards.indices[row]
         if len(found) > self.most:
-            explained = self.pairs.data[row] / self.root[found]  # the root of what the loss falls by
+            explained = self.towards.data[row] / self.root[found]  # the root of what the loss falls by
             found = found[np.argpartition(-explained, self.most)[: self.most]]
         if self.near_text is not None:
             near = self.near_text[item]
@@ -133,11 +144,19 @@ class _Problem:
         width = 1 + max(1, *map(len, own))
         rows, gram = np.zeros((len(items), width), np.int32), np.zeros((len(items), width, width), np.float32)
         real, place = np.zeros((len(items), width), np.float32), np.full(len(self.diagonal), -1, np.int32)
+        target = None if self.towards is self.pairs else np.zeros((len(items), width), np.float32)
         for at, (item, candidates) in enumerate(zip(items, own, strict=True)):
             count = 1 + len(candidates)
             rows[at, 0], rows[at, 1:count], real[at, :count] = item, candidates, 1.0
             self._fill(gram[at, :count, :count], rows[at, :count], place)
-        weights = self._ridge(torch.from_numpy(gram), torch.from_numpy(rows), torch.from_numpy(real))
+            if target is not None:
+                place[candidates] = 1 + np.arange(len(candidates))
+                own = slice(self.towards.indptr[item], self.towards.indptr[item + 1])
+                columns = place[self.towards.indices[own]]
+                target[at, columns[columns >= 0]] = self.towards.data[own][columns >= 0]
+                place[candidates] = -1
+        weights = self._ridge(torch.from_numpy(gram), torch.from_numpy(rows), torch.from_numpy(real),
+                              None if target is None else torch.from_numpy(target))
         return rows[:, 1:], (weights.cpu() * torch.from_numpy(real[:, 1:])).numpy()
 
     def _fill(self, gram: np.ndarray, items: np.ndarray, place: np.ndarray) -> None:
@@ -156,9 +175,12 @@ class _Problem:
         place[items] = -1
 
     @torch.no_grad()
-    def _ridge(self, gram: Tensor, rows: Tensor, real: Tensor) -> Float[Tensor, "items candidates"]:
-        """gram: [items width width], the item itself first."""
+    def _ridge(self, gram: Tensor, rows: Tensor, real: Tensor, target: Tensor | None
+               ) -> Float[Tensor, "items candidates"]:
+        """gram: [items width width], the item itself first. target: [items width]; None: the item's own column."""
         gram = gram.to(self.device)
+        if target is not None:
+            gram[:, 1:, 0] = target.to(self.device)[:, 1:]
         if self.unit is not None:
             unit = self.unit[rows.long().to(self.device)] * real.to(self.device)[..., None]
             gram.baddbmm_(unit, unit.mT, alpha=self.text_weight)
@@ -169,6 +191,11 @@ class _Problem:
         if bool((bad := failed > 0).any()):  # the pairs that were dropped may cost definiteness where l2 is small
             weights[bad] = torch.linalg.solve(left[bad], right[bad])
         return weights[..., 0]
+
+
+def _largest_pairs(products: sparse.csr_array) -> sparse.csr_array:
+    """Of different items, as `co_occurrence`."""
+    return _without_rest(products, 0, _KEPT)
 
 
 def co_occurrence(x: sparse.csr_array, most: int | None = None) -> sparse.csr_array:

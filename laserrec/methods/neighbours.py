@@ -32,6 +32,8 @@ _LEAST_SUM = 0.01
 """Of the mean sum of a row's weights: rows below it are not scaled up further."""
 _NEWEST, _LEAST_WEIGHT = 50, 0.01
 """Items on each side of a step that are read: at most so many, and none that weighs less."""
+_MOST_PAIRS = 100_000_000
+"""Of places in the sequences, which bound the memory of `step_products`."""
 
 
 def is_local(config: NeighboursConfig, n_items: int) -> bool:
@@ -76,13 +78,14 @@ def step_products(sequences: Histories, n_items: int, decay: float, length_power
                   ) -> tuple[sparse.csr_array, sparse.csr_array]:
     """P^T P and P^T F [n_items n_items], weighted as in `regress`. Between two neighbouring items of a sequence there
     is a step; its row in P holds the items before it, decay ** (items between) each, and its row in F those behind it.
-    Only as many items on each side are read as weigh .01 or more, at most 50.
+    Only as many items on each side are read as weigh .01 or more, at most 50, and fewer of very many interactions.
 
     Not by a product of the two: two items at places a <= b of a sequence of n have in common the steps behind b, whose
     products are decay ** (b - a), decay ** (b - a + 2), ... And between a and b lie b - a steps, each of which gives
     decay ** (b - a - 1).
     """
     reach = _NEWEST if decay == 1 else min(_NEWEST, math.ceil(math.log(_LEAST_WEIGHT) / math.log(decay)))
+    reach = max(1, min(reach, _MOST_PAIRS // (2 * max(1, len(sequences.items)))))
     weights = _sequence_weights(sequences, sequences.distinct(), length_power)[sequences.users].numpy()
     items, left = sequences.items.numpy(), sequences.ages.numpy()  # items behind each
     total = [sparse.csr_array((n_items, n_items)) for _ in range(2)]
@@ -165,10 +168,13 @@ def sparse_regress(
     device: torch.device | None = None, positive: bool = False,
 ) -> sparse.csr_array:
     """The local form's weights, entry for entry as those of `regress` (laserrec.methods.local_regression). positive:
-    leave out the weights below zero. The order of items does not count in this form. Raises UserError where the memory
-    is not free."""
+    leave out the weights below zero. Raises UserError where the memory is not free."""
     check_size(n_items, config.model_copy(update={"form": RegressionForm.LOCAL}))
-    weights = local_weights(_weighted(sequences, n_items, config.length_power), config, text, device, positive)
+    steps = None
+    if config.order:
+        steps = step_products(sequences, n_items, config.decay, config.length_power)
+    x = _weighted(sequences, n_items, config.length_power)
+    weights = local_weights(x, config, text, device, positive, steps)
     if config.row_power:
         sums = torch.from_numpy(np.asarray(weights.maximum(0).sum(axis=1), dtype=np.float32))
         weights.data *= np.repeat(_row_factors(sums, config.row_power).numpy(), np.diff(weights.indptr))

@@ -39,7 +39,8 @@ def head(request, monkeypatch):
     monkeypatch.setattr(module, "_HEAD", request.param)
 
 
-@pytest.mark.parametrize("settings", [{}, {"row_power": 0.5, "length_power": 0.0}])
+@pytest.mark.parametrize("settings", [{}, {"row_power": 0.5, "length_power": 0.0}, {"order": 0.6},
+                                      {"order": 1.0, "decay": 1.0}])
 def test_with_all_items_as_candidates_it_is_the_exact_form(head, settings):
     config = NeighboursConfig(**{"l2": 0.7, "text_weight": 2.0, "candidates": 3 * N, **settings})
     got = sparse_regress(SEQUENCES, N, config, TEXT).toarray()

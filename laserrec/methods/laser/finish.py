@@ -24,7 +24,7 @@ from laserrec.methods.laser.blend import (
 )
 from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.task import LaserTask
-from laserrec.methods.neighbours import Neighbours, is_local, multiplications
+from laserrec.methods.neighbours import Neighbours, multiplications
 from laserrec.util.memory import rows_at_once
 from laserrec.util.progress import Progress
 
@@ -168,7 +168,7 @@ class _Parts:
             other.load_state_dict(own.state_dict())  # without order, the decay is no part of the regression
             return other
         work = multiplications(n_items, config, self.text.shape[1])
-        if not self.fits or work > self.work or (config.order != own.config.order and is_local(config, n_items)):
+        if not self.fits or work > self.work:
             return None
         self.fits, self.work = self.fits - 1, self.work - work
         other.fit(self.task.dataset.train_sequences, self.text)
