@@ -30,6 +30,7 @@ _REGRESSION: Choices = {"neighbours.l2": [100.0, 200.0, 400.0, 800.0, 1600.0],
                         "neighbours.length_power": [0.0, 0.5, 1.0], "neighbours.decay": [0.5, 0.8, 1.0],
                         "neighbours.row_power": [0.0, 0.5]}
 _TEXT: Choices = {"neighbours.text_weight": [1.0, 4.0, 16.0], **_REGRESSION}
+_ORDER: Choices = {"neighbours.order": [0.2, 0.5, 0.8, 1.0], **_TEXT}
 _SEQUENCE: Choices = {"id_model.shuffle": [0.0, 0.5], "id_model.dropout": [0.3, 0.5],
                       "id_model.weight_decay": [0.1, 1.0], "id_model.d_id": [64, 128]}
 
@@ -50,6 +51,7 @@ RIVALS = (
     Rival("popularity", "id", "popularity", {}, {}, False),
     Rival("EASE", "id", "ease", {"neighbours": EASE}, _REGRESSION, False),
     Rival("EASE with LLM text", "text", "ease-text", {"neighbours": EASE_TEXT}, _TEXT, False),
+    Rival("EASE with LLM text and order", "text", "ease-text", {"neighbours": {"order": 0.5}}, _ORDER, False),
     Rival("untrained LLM, nearest items", "text", "nearest-text", {}, {"neighbours.decay": [0.5, 0.8, 1.0]}, False),
     Rival("SASRec", "id", "sasrec", id_settings("sasrec"), _SEQUENCE, True),
     Rival("text SASRec", "text", "sasrec", id_settings("sasrec", items="text"), _SEQUENCE, True),
