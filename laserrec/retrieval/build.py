@@ -11,10 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laserrec.retrieval.folder import catalogue_sha256, index_folder, make_index
-from laserrec.retrieval.index import Index, IndexKind, library, recall_against_exact
+from laserrec.retrieval.graph import UsearchIndex
+from laserrec.retrieval.index import Index, IndexKind, library, recall
 from laserrec.retrieval.qdrant import QdrantIndex
 from laserrec.util.errors import UserError
 from laserrec.util.io import check_folder
+
+_GOAL = 0.99
+"""Recall that the search in a graph is set to."""
 
 
 def fill_index(vectors: Float[Tensor, "items d"], rows: Int[Tensor, "live"], kind: IndexKind, **place: Any) -> Index:
@@ -46,15 +50,20 @@ def check_place(kind: IndexKind, folder: Path | str, url: str | None) -> None:
 def build_index(vectors: Float[Tensor, "items d"], rows: Int[Tensor, "live"], kind: IndexKind, folder: Path | str,
                 queries: Float[np.ndarray, "queries d"], k: int = 10, **place: Any) -> dict[str, Any]:
     """Build into `folder` and measure. vectors: of the whole catalogue; rows: of the items that
-    can be recommended. Returns {kind, items, width, seconds, bytes, recall@k, queries}; bytes: on this disk. Raises
-    UserError for a folder that holds something else, and as `fill_index`."""
+    can be recommended. A graph's search looks at as many candidates as these queries need. Returns {kind, items, width,
+    seconds, bytes, recall@k, queries}, of a graph also expansion; bytes: on this disk. Raises UserError for a folder
+    that holds something else, and as `fill_index`."""
     check_place(kind, folder, place.get("url"))
     start = time.monotonic()
     with index_folder(folder) as write:
         index = fill_index(vectors, rows, kind, **place)
+        exact = index if kind == IndexKind.EXACT else fill_index(vectors, rows, IndexKind.EXACT)
+        truth, graph = exact.search(queries, k)[0], {}
+        if isinstance(index, UsearchIndex):
+            index.tune(queries, truth, _GOAL)
+            graph = {"expansion": index.expansion}
         write(index, catalogue_sha256(vectors, rows))
     seconds = time.monotonic() - start
-    exact = index if kind == IndexKind.EXACT else fill_index(vectors, rows, IndexKind.EXACT)
     return {"kind": str(kind), "items": len(index), "width": index.d, "seconds": round(seconds, 2),
-            "bytes": sum(f.stat().st_size for f in Path(folder).iterdir()),
-            f"recall@{k}": recall_against_exact(index, exact, queries, k), "queries": len(queries)}
+            "bytes": sum(f.stat().st_size for f in Path(folder).iterdir()), **graph,
+            f"recall@{k}": recall(index.search(queries, k)[0], truth), "queries": len(queries)}

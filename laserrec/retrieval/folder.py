@@ -42,6 +42,8 @@ class IndexFacts(BaseModel, strict=True):
     catalogue: str = ""
     """`catalogue_sha256` of what was indexed; empty: not told."""
     files: dict[str, Any] = {}
+    expansion: int = Field(256, ge=1, le=2**16)
+    """Of a graph: candidates that a search looks at (`UsearchIndex.tune`)."""
     url: str | None = None
     """Of a Qdrant server, and the collection there."""
     collection: str = "items"
@@ -85,7 +87,10 @@ def load_index(folder: Path | str, shared: bool = False) -> Index:
         raise UserError(f"{folder / _NOTE} is damaged: its files are not those of kind {facts.kind}; {AGAIN}")
     manifest.check(folder, facts.files, AGAIN, links=False)
     if kind is not QdrantIndex:
-        return kind.open(folder, facts.d, facts.items, shared)
+        index = kind.open(folder, facts.d, facts.items, shared)
+        if isinstance(index, UsearchIndex):
+            index.expansion = facts.expansion
+        return index
     if not facts.url:
         raise UserError(f"{folder / _NOTE} is damaged: it lacks the url of the Qdrant server; {AGAIN}")
     return QdrantIndex(facts.d, facts.url, facts.collection)

@@ -23,12 +23,14 @@ from laserrec.retrieval.index import (
     library,
     nothing,
     past_excluded,
+    recall,
     row_array,
 )
 from laserrec.util.errors import UserError
 
-_CONNECTIVITY, _EXPANSION = 32, 256
-"""Of the graph: neighbours of a node, and candidates looked at while building and searching."""
+_CONNECTIVITY, _EXPANSION, _MOST = 32, 256, 8192
+"""Of the graph: neighbours of a node, candidates looked at while building and searching, and to how many of them `tune`
+goes."""
 _FILE = "graph.usearch"
 
 
@@ -42,6 +44,22 @@ class UsearchIndex:
         self._index = library("usearch.index", "usearch").Index(
             ndim=d, metric="ip", dtype="f32", connectivity=_CONNECTIVITY, expansion_add=_EXPANSION,
             expansion_search=_EXPANSION)
+
+    @property
+    def expansion(self) -> int:
+        """Candidates that a search looks at. With more it finds more of the nearest and takes longer."""
+        return self._index.expansion_search
+
+    @expansion.setter
+    def expansion(self, count: int) -> None:
+        self._index.expansion_search = count
+
+    def tune(self, queries: Float[np.ndarray, "queries d"], truth: Int[np.ndarray, "queries k"], goal: float) -> None:
+        """Double the expansion until the recall of these queries' nearest rows, `truth`, reaches `goal`: a large
+        catalogue needs more than a small one."""
+        while (self.expansion < min(_MOST, len(self))
+               and recall(self.search(queries, truth.shape[1])[0], truth) < goal):
+            self.expansion *= 2
 
     def __len__(self) -> int:
         return len(self._index)
@@ -78,7 +96,7 @@ class UsearchIndex:
 
     def write(self, folder: Path) -> dict[str, Any]:
         self._index.save(str(folder / _FILE))
-        return {}
+        return {"expansion": self.expansion}
 
     @classmethod
     def open(cls, folder: Path, d: int, items: int, shared: bool) -> UsearchIndex:

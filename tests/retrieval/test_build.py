@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
-from laserrec.retrieval import build
+from laserrec.retrieval import build, graph
 from laserrec.retrieval.build import build_index, fill_index
 from laserrec.retrieval.folder import catalogue_sha256, load_index, make_index
-from laserrec.retrieval.index import IndexKind
+from laserrec.retrieval.index import IndexKind, recall
 from laserrec.util.errors import UserError
 
 
@@ -59,3 +60,23 @@ def test_a_folder_that_holds_something_else_is_told_before_the_work(vectors, liv
     monkeypatch.setattr(build, "fill_index", lambda *args, **more: pytest.fail("began"))
     with pytest.raises(UserError, match="is not empty and is not replaced"):
         build_index(vectors, live, IndexKind.EXACT, tmp_path, queries)
+
+
+def test_a_graph_looks_at_as_many_candidates_as_its_queries_need(tmp_path, monkeypatch):
+    monkeypatch.setattr(graph, "_EXPANSION", 4)
+    many = torch.nn.functional.normalize(torch.randn(2000, 24, generator=torch.Generator().manual_seed(0)), dim=-1)
+    asked = np.ascontiguousarray(many[:50].numpy()[:, ::-1])
+    facts = build_index(many, torch.arange(2000), IndexKind.USEARCH, tmp_path / "index", asked, 10)
+    assert facts["recall@10"] >= 0.99 and facts["expansion"] > 16
+    found = load_index(tmp_path / "index", shared=True)
+    truth = np.argsort(-(asked @ many.numpy().T), axis=1)[:, :10]
+    assert found.expansion == facts["expansion"] and recall(found.search(asked, 10)[0], truth) >= 0.99
+    found.expansion = 16
+    assert recall(found.search(asked, 10)[0], truth) < 0.99
+
+
+def test_an_impossible_goal_ends(vectors, live, queries):
+    index = fill_index(vectors, live, IndexKind.USEARCH)
+    index.expansion = 1
+    index.tune(queries, np.full((5, 3), 29), 1.0)
+    assert index.expansion == 32
