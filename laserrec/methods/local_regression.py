@@ -26,7 +26,8 @@ Steps = tuple[sparse.csr_array, sparse.csr_array]
 _CO_OCCURRING = 2 / 3
 """Share of the candidates that is chosen by co-occurrence, where there are texts to choose the rest by."""
 _KEPT = 500
-"""Co-occurring items that are kept of each item. Only items with more than so many, outside the head, lose any."""
+"""Co-occurring items that are kept of each item, or as many as are candidates. Only items with more than so many,
+outside the head, lose any."""
 _HEAD = 4096
 """Most frequent items, whose co-occurrence with each other is held as one dense block: their rows are long."""
 _AT_ONCE = 64
@@ -111,11 +112,12 @@ class _Problem:
             self.near_text = nearest(self.unit, min(config.candidates - self.most, n_items - 1))
         together, past, crossed = (1.0, None, None) if steps is None else (1 - config.order, *steps)
         self.diagonal = np.asarray(x.multiply(x).sum(axis=0), dtype=np.float32).ravel() * together
-        self.pairs = self.towards = co_occurrence(x)  # towards: row j is what is to be told of item j
+        kept = max(_KEPT, self.most)
+        self.pairs = self.towards = co_occurrence(x, kept)  # towards: row j is what is to be told of item j
         if past is not None and crossed is not None:
             self.diagonal += config.order * past.diagonal().astype(np.float32)
-            self.towards = together * self.pairs + config.order * _largest_pairs(crossed.T.tocsr())
-            self.pairs = together * self.pairs + config.order * _largest_pairs(past)
+            self.towards = together * self.pairs + config.order * _largest_pairs(crossed.T.tocsr(), kept)
+            self.pairs = together * self.pairs + config.order * _largest_pairs(past, kept)
         self.root = np.sqrt(self.diagonal + self.text_weight + config.l2)
         head = np.sort(np.argsort(-self.diagonal, kind="stable")[:_HEAD])
         self.place_in_head = np.full(n_items, -1, np.int32)
@@ -193,9 +195,9 @@ class _Problem:
         return weights[..., 0]
 
 
-def _largest_pairs(products: sparse.csr_array) -> sparse.csr_array:
+def _largest_pairs(products: sparse.csr_array, most: int) -> sparse.csr_array:
     """Of different items, as `co_occurrence`."""
-    return _without_rest(products, 0, _KEPT)
+    return _without_rest(products, 0, most)
 
 
 def co_occurrence(x: sparse.csr_array, most: int | None = None) -> sparse.csr_array:

@@ -41,7 +41,8 @@ def head(request, monkeypatch):
 
 @pytest.mark.parametrize("settings", [{}, {"row_power": 0.5, "length_power": 0.0}, {"order": 0.6},
                                       {"order": 1.0, "decay": 1.0}])
-def test_with_all_items_as_candidates_it_is_the_exact_form(head, settings):
+def test_with_all_items_as_candidates_it_is_the_exact_form(head, settings, monkeypatch):
+    monkeypatch.setattr(module, "_KEPT", 3)
     config = NeighboursConfig(**{"l2": 0.7, "text_weight": 2.0, "candidates": 3 * N, **settings})
     got = sparse_regress(SEQUENCES, N, config, TEXT).toarray()
     torch.testing.assert_close(torch.from_numpy(got), regress(SEQUENCES, N, config, TEXT), atol=2e-5, rtol=1e-4)
