@@ -4,8 +4,8 @@
 
 The model is like one of preset `instant`, on planted data: items in groups of ten within a thousand kinds, histories
 near groups, neighbours within the group. It is made without reading a million texts, is 64 wide, and embeds new items
-by the LLM as any other model does. Making it takes two minutes and 17 GB of memory, once; the index of a
-million items ten minutes.
+by the LLM as any other model does. Making it takes two minutes and 17 GB of memory, once; the index of a million items
+ten minutes.
 """
 
 from __future__ import annotations
