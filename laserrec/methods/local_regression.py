@@ -116,8 +116,8 @@ class _Problem:
         self.pairs = self.towards = co_occurrence(x, kept)  # towards: row j is what is to be told of item j
         if past is not None and crossed is not None:
             self.diagonal += config.order * past.diagonal().astype(np.float32)
-            self.towards = together * self.pairs + config.order * _largest_pairs(crossed.T.tocsr(), kept)
-            self.pairs = together * self.pairs + config.order * _largest_pairs(past, kept)
+            self.towards = together * self.pairs + config.order * _without_rest(crossed.T.tocsr(), 0, kept)
+            self.pairs = together * self.pairs + config.order * _without_rest(past, 0, kept)
         self.root = np.sqrt(self.diagonal + self.text_weight + config.l2)
         head = np.sort(np.argsort(-self.diagonal, kind="stable")[:_HEAD])
         self.place_in_head = np.full(n_items, -1, np.int32)
@@ -193,11 +193,6 @@ class _Problem:
         if bool((bad := failed > 0).any()):  # the pairs that were dropped may cost definiteness where l2 is small
             weights[bad] = torch.linalg.solve(left[bad], right[bad])
         return weights[..., 0]
-
-
-def _largest_pairs(products: sparse.csr_array, most: int) -> sparse.csr_array:
-    """Of different items, as `co_occurrence`."""
-    return _without_rest(products, 0, most)
 
 
 def co_occurrence(x: sparse.csr_array, most: int | None = None) -> sparse.csr_array:

@@ -133,7 +133,8 @@ def regress(
         weights = inverse.div_(-inverse.diagonal().clone())
     else:
         weights = inverse @ target
-        weights -= inverse * (weights.diagonal() / inverse.diagonal())
+        del target
+        weights.addcmul_(inverse, (weights.diagonal() / inverse.diagonal())[None], value=-1)
     weights.fill_diagonal_(0.0)
     if config.row_power:
         weights *= _row_factors(weights.clamp(min=0).sum(dim=1, keepdim=True), config.row_power)

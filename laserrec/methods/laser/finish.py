@@ -31,7 +31,7 @@ from laserrec.util.progress import Progress
 _FEWEST_USERS = 50
 """With fewer validation users nothing is chosen."""
 _WORK = 3e13
-"""Multiplications that may be spent on regressions: sixteen of 12,000 items, none of more than 200,000."""
+"""Multiplications that may be spent on regressions: sixteen of 12,000 items, or eight with order."""
 _ALONE = 0.001
 """Share of the cosines at which the neighbours alone decide."""
 _LADDERS: dict[str, tuple[float, ...]] = {
