@@ -152,11 +152,7 @@ class _Problem:
             rows[at, 0], rows[at, 1:count], real[at, :count] = item, candidates, 1.0
             self._fill(gram[at, :count, :count], rows[at, :count], place)
             if target is not None:
-                place[candidates] = 1 + np.arange(len(candidates))
-                own = slice(self.towards.indptr[item], self.towards.indptr[item + 1])
-                columns = place[self.towards.indices[own]]
-                target[at, columns[columns >= 0]] = self.towards.data[own][columns >= 0]
-                place[candidates] = -1
+                self._fill_target(target[at, :count], rows[at, :count], place)
         weights = self._ridge(torch.from_numpy(gram), torch.from_numpy(rows), torch.from_numpy(real),
                               None if target is None else torch.from_numpy(target))
         return rows[:, 1:], (weights.cpu() * torch.from_numpy(real[:, 1:])).numpy()
@@ -174,6 +170,15 @@ class _Problem:
         gram[columns[hit], lines] = rare.data[hit]
         gram[np.ix_(frequent, frequent)] = self.head[np.ix_(in_head[frequent], in_head[frequent])]
         np.fill_diagonal(gram, self.diagonal[items])
+        place[items] = -1
+
+    def _fill_target(self, target: np.ndarray, items: np.ndarray, place: np.ndarray) -> None:
+        """What is to be told of the first item by each of them. place: as in `_fill`."""
+        place[items] = np.arange(len(items))
+        own = slice(self.towards.indptr[items[0]], self.towards.indptr[items[0] + 1])
+        columns = place[self.towards.indices[own]]
+        hit = columns >= 0
+        target[columns[hit]] = self.towards.data[own][hit]
         place[items] = -1
 
     @torch.no_grad()

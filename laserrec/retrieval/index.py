@@ -55,11 +55,6 @@ class Index(Protocol):
         """Write its files and return what else is needed to open it (`laserrec.retrieval.folder.save_index`)."""
 
 
-def recall_against_exact(index: Index, exact: Index, queries: Float[np.ndarray, "queries d"], k: int = 10) -> float:
-    """Share of the exact k best that the index finds, mean over the queries."""
-    return recall(index.search(queries, k)[0], exact.search(queries, k)[0])
-
-
 def recall(mine: Int[np.ndarray, "queries k"], truth: Int[np.ndarray, "queries k"]) -> float:
     """Share of the rows in `truth` that are also in `mine`, mean over the queries. -1 is no row."""
     found = [len(set(m) & set(t) - {-1}) / max(1, len(set(t) - {-1})) for m, t in zip(mine, truth, strict=True)]

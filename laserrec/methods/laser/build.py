@@ -46,7 +46,7 @@ def compose(
         head = Head(settings, mean_items.means.shape[1], features.parts(items))
         if reader is not None:
             added = AddedOutput(settings, reader.backbone.d_llm, head.d_out)
-        elif config.transformer.blocks and config.student is None:
+        elif _has_transformer(config):
             transformer = HistoryTransformer(config.transformer, head.d_out)
         item_side, user_side = mean_items, SummedUsers(mean_items, head, decay, reader, added, transformer)
     else:
@@ -73,6 +73,11 @@ def _reader(config: Config, items: pl.DataFrame, features: TextFeatures, ids: Id
         return None, None
     texts = Texts(features.backbone, config.prompt, items, progress, world)
     return READERS[config.prompt.layout](config, features.backbone, texts, ids), texts
+
+
+def _has_transformer(config: Config) -> bool:
+    """Where the LLM reads histories, or a student does, there is none whatever the settings say."""
+    return config.transformer.blocks > 0 and config.prompt.layout == Layout.NONE and config.student is None
 
 
 def phases(laser: Laser, dataset: Dataset, world: World, progress: bool = False) -> list[Phase]:
@@ -109,7 +114,7 @@ def shapes(config: Config, n_known: int) -> dict[str, tuple[int, ...]]:
     out, mformer = {}, config.mformer
     if config.neighbours.count:
         out["neighbours.items"] = (n_known, min(config.neighbours.count, max(1, n_known - 1)))
-    if config.transformer.blocks and config.student is None:
+    if _has_transformer(config):
         size = config.transformer
         out["transformer.encoder.position.weight"] = (size.max_history, size.d_model)
         out[f"transformer.encoder.blocks.{size.blocks - 1}.feed.0.weight"] = (size.d_inner, size.d_model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from laserrec.config import TransformerConfig
 from laserrec.data.histories import Histories
 from laserrec.methods.parts import CausalEncoder
-from laserrec.methods.sequence import WEIGHT_STD, initialise
+from laserrec.methods.sequence import initialise
 from laserrec.util.device import move
 
 
@@ -26,8 +26,7 @@ class HistoryTransformer(nn.Module):
         self.max_history = config.max_history
         self.enter, self.encoder = nn.Linear(d_out, config.d_model), CausalEncoder(config)
         self.map = nn.Linear(config.d_model, d_out, bias=False)
-        nn.init.normal_(self.enter.weight, std=WEIGHT_STD)
-        nn.init.zeros_(self.enter.bias)
+        initialise(self.enter)
         initialise(self.encoder)
         nn.init.zeros_(self.map.weight)
 

@@ -215,6 +215,14 @@ def test_a_transformer_is_trained_saved_and_claimed(llm):
     assert laser.transformer.map.weight.abs().max() > 0
     weights = dict(laser.state_dict())
     claimed = shapes(laser.config, 20)
+    assert "transformer.encoder.position.weight" in claimed
     assert {name: tuple(weights[name].shape) for name in claimed} == claimed
     again = restore(laser.config, data.items, 20, laser.features, laser.ids.model, weights, laser.item_tensors())
     torch.testing.assert_close(again.score(ROWS), laser.eval().score(ROWS))
+
+
+def test_where_the_llm_reads_histories_no_transformer_is_claimed(llm):
+    laser, _ = started(llm, **{**LIGHT, "prompt": MEAN["prompt"], "mformer": {}})
+    claimed, weights = shapes(laser.config, 20), dict(laser.state_dict())
+    assert laser.transformer is None and laser.config.transformer.blocks == 1
+    assert {name: tuple(weights[name].shape) for name in claimed} == claimed
