@@ -171,9 +171,10 @@ class Cuts(StrEnum):
 
 
 class Negatives(StrEnum):
-    """What a target is told from in stage 1."""
+    """What a target is told from."""
 
     ALL = "all"
+    SAMPLED = "sampled"
     BATCH = "batch"
 
 
@@ -213,10 +214,14 @@ class TrainConfig(Section):
     """Stage 1 only: recompute the item embeddings from their LLM outputs at every step, so that the head gets gradients
     from the items too (not in the paper, where item embeddings are fixed within an epoch)."""
     negatives: Negatives = Negatives.ALL
-    """Stage 1. all: the softmax goes over all items, whose embeddings are those of the epoch's beginning (paper).
-    batch (not in the paper; prompt.item_side trained only): it goes over the batch's own targets, embedded anew at
-    every step, with gradient through the same prefix and suffix and corrected for how often each item is a target (Yi
-    et al. 2019). Stage 2 always takes all items."""
+    """all: the softmax goes over all items, whose embeddings are those of the epoch's beginning (paper). sampled (not
+    in the paper): over the batch's own targets and `sampled_items` others drawn at each step, corrected for how likely
+    each is to be among them; a step then costs the same however large the catalogue is. batch (not in the paper;
+    prompt.item_side trained only): in stage 1 over the batch's own targets, embedded anew at every step, with gradient
+    through the same prefix and suffix and corrected for how often each item is a target (Yi et al. 2019); in stage 2
+    over all items."""
+    sampled_items: int = Field(1024, ge=1)
+    """negatives sampled only: items drawn at each step. With as many items or fewer, the softmax is the full one."""
     history_negatives: bool = True
     """true: all items are negatives in the softmax (paper). false: the history's own items are left out, because they
     are the closest by text but almost never the target, and pushing them away would damage the text match (not in the

@@ -42,18 +42,17 @@ def item_contrast(
     return _ItemContrast.apply(scaled_users, items, targets, seen, offsets, columns)
 
 
-def batch_contrast(
+def contrast_of_some(
     users: Float[Tensor, "batch d"], items: Float[Tensor, "some d"], targets: Int[Tensor, "batch"],
-    temperature: float | Float[Tensor, ""], log_share: Float[Tensor, "some"], seen: Pairs | None = None,
+    temperature: float | Float[Tensor, ""], correction: Float[Tensor, "#batch some"], seen: Pairs | None = None,
     seen_offset: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
-    """As `item_contrast`, with a few items alone, those that are the batch's targets (not in the paper).
+    """As `item_contrast`, with a few items alone, all targets among them (not in the paper).
 
-    log_share: logarithm of each item's share of all targets, subtracted from its logits, since a popular item is among
-    a batch's items more often (Yi et al. 2019, "Sampling-Bias-Corrected Neural Modeling"). seen: pairs (user, place
-    among these items).
+    correction: is subtracted from the logits, since some items, popular ones above all, are among the few more often
+    than others. seen: pairs (user, place among these items).
     """
-    logits = F.normalize(users, dim=-1) @ F.normalize(items, dim=-1).T / temperature - log_share
+    logits = F.normalize(users, dim=-1) @ F.normalize(items, dim=-1).T / temperature - correction
     if seen is not None and seen_offset is not None:
         logits = logits.index_put((seen.users, seen.items), (seen_offset / temperature).expand(len(seen.users)), True)
     elif seen is not None:

@@ -19,10 +19,11 @@ from laserrec.config import Cuts, Negatives
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories, Pairs
 from laserrec.llm.whitening import fit_whitening, whiten
-from laserrec.methods.laser.losses import batch_contrast, item_contrast, load_balance
+from laserrec.methods.laser.losses import contrast_of_some, item_contrast, load_balance
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.readers import Reader
 from laserrec.methods.laser.sides import MeanItems
+from laserrec.methods.sampled_softmax import Candidates, Sampler
 from laserrec.util.device import move
 from laserrec.util.distributed import World
 from laserrec.util.progress import Progress
@@ -41,6 +42,8 @@ class Batch:
     targets: Int[Tensor, "batch"]
     hide: Bool[Tensor, "batch"]
     """Whose ID states are hidden (mformer.state_dropout)."""
+    candidates: Candidates | None
+    """Items that the targets are told from; None: all."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,13 @@ class LaserExamples:
     lengths: Int[np.ndarray, "examples"]
     """Tokens that the LLM reads."""
     state_dropout: float
+    sampler: Sampler | None = None
 
     def batch(self, index: Int[np.ndarray, "batch"]) -> Batch:
         """Histories on the CPU; what is drawn here is the same in all processes."""
         histories, targets = cut_histories(self.sequences, self.of[index], self.cut[index])
-        return Batch(histories, targets, torch.rand(len(index)) < self.state_dropout)
+        hide = torch.rand(len(index)) < self.state_dropout
+        return Batch(histories, targets, hide, None if self.sampler is None else self.sampler.draw(targets))
 
 
 def cut_histories(sequences: Histories, of: Int[Tensor, "some"], cut: Int[Tensor, "some"]
@@ -205,7 +210,7 @@ class LaserTask:
         of, cut = epoch_examples(sequences, train.cuts, seed, train.epoch_examples, train.epoch_items,
                                  self.module.config.prompt.max_items)
         return LaserExamples(sequences, of, cut, self._tokens(sequences, of, cut),
-                             self.module.config.mformer.state_dropout)
+                             self.module.config.mformer.state_dropout, self._sampler)
 
     def _tokens(self, sequences: Histories, of: Tensor, cut: Tensor) -> Int[np.ndarray, "examples"]:
         """What the LLM reads of each example, or its items where it reads none."""
@@ -223,12 +228,15 @@ class LaserTask:
         users, route = laser.user_side.text(histories, hide)
         offset = None if laser.seen is None else laser.seen.offset
         seen = histories.distinct() if offset is not None or not train.history_negatives else None
-        if train.negatives == Negatives.BATCH and not self.fixed:
-            contrast = self._batch_contrast(users, batch, rows, seen, offset)
+        targets = batch.targets[torch.as_tensor(rows)]
+        if batch.candidates is not None:
+            contrast = self._sampled_contrast(users, batch.candidates, targets, seen, offset)
+        elif train.negatives == Negatives.BATCH and not self.fixed:
+            contrast = self._batch_contrast(users, batch, targets, seen, offset)
         else:
-            targets = move(batch.targets[torch.as_tensor(rows)], laser.device)
             there = None if seen is None else seen.to(laser.device)
-            contrast = item_contrast(users, self._items_to_learn_from(), targets, laser.temperature, there, offset)
+            contrast = item_contrast(users, self._items_to_learn_from(), move(targets, laser.device), laser.temperature,
+                                     there, offset)
         share = len(rows) / len(batch.targets)
         contrast = contrast * share
         told = {"contrast": contrast} | ({} if offset is None else {"seen_offset": offset.detach() * share})
@@ -241,19 +249,43 @@ class LaserTask:
         loss = contrast + train.balance_weight * balance
         return {"loss": loss, **told, "balance": balance, "experts": route.users_per_expert()}
 
-    def _batch_contrast(self, users: Float[Tensor, "some d_text"], batch: Batch, rows: Int[np.ndarray, "some"],
+    def _sampled_contrast(self, users: Float[Tensor, "some d_text"], candidates: Candidates,
+                          targets: Int[Tensor, "some"], seen: Pairs | None, offset: Tensor | None) -> Tensor:
+        """With the items drawn for the batch. A user's own target is among them for certain, so it counts once."""
+        place = torch.searchsorted(candidates.items, targets)
+        drawn = candidates.log_probability(torch.ones_like(place[:1]))
+        correction = drawn.repeat(len(targets), 1).scatter_(1, place[:, None], 0.0)
+        items = self._items_to_learn_from(candidates.items)
+        return self._contrast_of_some(users, items, candidates.items, place, correction, seen, offset)
+
+    def _batch_contrast(self, users: Float[Tensor, "some d_text"], batch: Batch, targets: Int[Tensor, "some"],
                         seen: Pairs | None, offset: Tensor | None) -> Tensor:
-        """With all targets of the whole batch, embedded anew."""
-        laser = self.module
-        items, place = torch.unique(batch.targets, return_inverse=True)
-        fresh = laser.head(laser.item_side.outputs(move(items, laser.device)))
+        """With all targets of the whole batch, embedded anew. The popular are among them more often (Yi et al. 2019,
+        "Sampling-Bias-Corrected Neural Modeling")."""
+        laser, rows = self.module, torch.unique(batch.targets)
+        items = laser.head(laser.item_side.outputs(move(rows, laser.device)))
+        return self._contrast_of_some(users, items, rows, torch.searchsorted(rows, targets),
+                                      self._log_shares[None, rows], seen, offset)
+
+    def _contrast_of_some(self, users: Float[Tensor, "some d_text"], items: Float[Tensor, "few d_text"],
+                          rows: Int[Tensor, "few"], place: Int[Tensor, "some"],
+                          correction: Float[Tensor, "#some few"], seen: Pairs | None, offset: Tensor | None) -> Tensor:
+        """rows: of those items, ascending. place: of each user's target among them."""
+        device = self.module.device
         if seen is not None:
-            own = torch.searchsorted(items, seen.items).clamp(max=len(items) - 1)
-            there = items[own] == seen.items
-            seen = Pairs(seen.users[there], own[there]).to(laser.device)
-        targets, share = place[torch.as_tensor(rows)], self._log_shares[items]
-        return batch_contrast(users, fresh, move(targets, laser.device), laser.temperature, move(share, laser.device),
-                              seen, offset)
+            own = torch.searchsorted(rows, seen.items).clamp(max=len(rows) - 1)
+            there = rows[own] == seen.items
+            seen = Pairs(seen.users[there], own[there]).to(device)
+        return contrast_of_some(users, items, move(place, device), self.module.temperature, move(correction, device),
+                                seen, offset)
+
+    @cached_property
+    def _sampler(self) -> Sampler | None:
+        """Of the items that a step's targets are told from, where those are not all."""
+        train, n_items = self.module.config.train, self.dataset.n_items
+        if train.negatives != Negatives.SAMPLED or train.sampled_items >= n_items:
+            return None
+        return Sampler(self.dataset.train_sequences, n_items, train.sampled_items)
 
     @cached_property
     def _log_shares(self) -> Float[Tensor, "n_items"]:
@@ -261,15 +293,15 @@ class LaserTask:
         counts = torch.bincount(self.dataset.train_sequences.items, minlength=self.dataset.n_items).clamp(min=1)
         return (counts / counts.sum()).log()
 
-    def _items_to_learn_from(self) -> Float[Tensor, "n_items d_text"]:
+    def _items_to_learn_from(self, rows: Int[Tensor, "some"] | None = None) -> Float[Tensor, "some d_text"]:
         """The text part of the epoch's item embeddings (paper), or with train.item_gradient the same with gradient to
-        the head."""
-        laser = self.module
+        the head. rows: None: of all items."""
+        laser, at = self.module, slice(None) if rows is None else move(rows, self.module.device)
         if not laser.config.train.item_gradient or self.fixed:
-            return laser.vectors[:, : laser.d_text]
+            return laser.vectors[at, : laser.d_text]
         if self._white is None or self._white[0] is not self.outputs:
             self._white = self.outputs, laser.head.whiten(self.outputs)
-        return laser.head.project(self._white[1])
+        return laser.head.project(self._white[1][at])
 
     # -- what the trainer keeps ---------------------------------------------------------------------------------
 

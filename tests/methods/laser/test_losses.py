@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from laserrec.data.histories import Pairs
-from laserrec.methods.laser.losses import batch_contrast, item_contrast, load_balance
+from laserrec.methods.laser.losses import contrast_of_some, item_contrast, load_balance
 from laserrec.methods.laser.mformer import Route, Router
 
 
@@ -127,7 +127,7 @@ def test_users_without_items_alone_give_zero_and_no_nan():
     assert not router.weight.weight.grad.any()
 
 
-def test_batch_contrast_by_hand():
+def test_contrast_of_some_by_hand():
     torch.manual_seed(0)
     users, items, tau = torch.randn(4, 5), torch.randn(3, 5), 0.3
     targets, share = torch.tensor([2, 0, 2, 1]), torch.tensor([0.5, 0.2, 0.3]).log()
@@ -136,14 +136,14 @@ def test_batch_contrast_by_hand():
         logits = [float(F.cosine_similarity(user, item, dim=0)) / tau - float(s) for item, s in zip(items, share,
                                                                                                     strict=True)]
         losses.append(-logits[target] + math.log(sum(map(math.exp, logits))))
-    assert float(batch_contrast(users, items, targets, tau, share)) == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert float(contrast_of_some(users, items, targets, tau, share[None])) == pytest.approx(sum(losses) / 4, rel=1e-5)
 
 
-def test_batch_contrast_over_all_items_without_shares_is_the_full_softmax():
+def test_contrast_of_all_without_a_correction_is_the_full_softmax():
     torch.manual_seed(0)
     users, items, targets = torch.randn(4, 5), torch.randn(6, 5), torch.tensor([2, 0, 5, 1])
     seen, offset = Pairs(torch.tensor([0, 0, 2]), torch.tensor([2, 3, 1])), torch.tensor(-0.7)
     for more in ((), (seen,), (seen, offset)):
         whole = item_contrast(users, items, targets, 0.2, *more)
-        assert float(batch_contrast(users, items, targets, 0.2, torch.zeros(6), *more)) == pytest.approx(
+        assert float(contrast_of_some(users, items, targets, 0.2, torch.zeros(1, 6), *more)) == pytest.approx(
             float(whole), rel=1e-5)

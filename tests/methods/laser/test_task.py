@@ -1,5 +1,7 @@
 """What Laser's two stages train on, and that they learn."""
 
+import math
+
 import numpy as np
 import pytest
 import tiny
@@ -194,6 +196,62 @@ def test_targets_of_the_batch_alone_are_learnt_from_and_teach_the_items_too(llm,
     assert float(whole.detach()) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
     fixed = LaserTask(laser, data, tiny.World(), fixed=True)
     assert float(fixed.loss(batch, np.arange(12))["loss"]) != pytest.approx(float(whole.detach()), rel=1e-3)
+
+
+def sampled_task(llm, fixed: bool, **train) -> LaserTask:
+    given = {"negatives": "sampled", "sampled_items": 5, "history_negatives": False, "item_gradient": True} | train
+    laser = tiny.laser(llm(), n=N, prompt={"layout": "none", "item_side": "mean"}, train=given,
+                       mformer={"prefix": "none"}, head={"whiten_dims": 9, "projection": True})
+    with torch.no_grad():
+        laser.head.projection.weight.add_(torch.randn_like(laser.head.projection.weight) * 0.3)
+    task = LaserTask(laser, tiny.planted(N, 20), tiny.World(), fixed)
+    task.start(lambda: None)
+    return task
+
+
+@pytest.mark.parametrize("more", [{}, {"history_negatives": True}], ids=["no history negatives", "plain"])
+@pytest.mark.parametrize("fixed", [False, True], ids=["stage 1", "stage 2"])
+def test_a_few_items_drawn_at_each_step_are_weighed_by_how_often_they_are_drawn(llm, fixed, more):
+    task = sampled_task(llm, fixed, **more)
+    laser, rows = task.module, np.arange(12)
+    batch = task.begin_epoch(1).batch(rows)
+    few, targets = batch.candidates.items.tolist(), batch.targets.tolist()
+    assert set(targets) <= set(few) and 5 <= len(few) < N
+    unit = torch.nn.functional.normalize
+    laser.head.dropout.p = 0.0
+    items = laser.vectors[:, : laser.d_text] if fixed else laser.head(task.outputs)
+    users, _ = laser.user_side.text(batch.histories)
+    counts = np.bincount(task.dataset.train_sequences.items, minlength=N)
+    cosines, losses = (unit(users, dim=-1) @ unit(items, dim=-1).T).tolist(), []
+    for row, (history, target) in enumerate(zip(batch.histories.lists(), targets, strict=True)):
+        total = 0.0
+        for item in few:
+            missed = (1 - 5 / N) * (1 - counts[item] / counts.sum()) ** 11
+            allowed = bool(more) or item == target or item not in history
+            total += allowed * math.exp(cosines[row][item] / laser.temperature) / (1 - missed * (item != target))
+        losses.append(math.log(total) - cosines[row][target] / laser.temperature)
+    whole = task.loss(batch, rows)["loss"]
+    assert float(whole.detach()) == pytest.approx(sum(losses) / 12, rel=1e-4)
+    in_parts = sum(task.loss(batch, part)["loss"] for part in (rows[:5], rows[5:]))
+    assert float(in_parts.detach()) == pytest.approx(float(whole.detach()), rel=1e-4)
+
+
+def test_a_sample_of_all_items_is_the_full_softmax(llm):
+    found = []
+    for train in ({"sampled_items": N}, {"negatives": "all"}):
+        torch.manual_seed(0)
+        task = sampled_task(llm, False, **train)
+        torch.manual_seed(1)
+        loss = task.loss(task.begin_epoch(1).batch(np.arange(12)), np.arange(12))["loss"]
+        loss.backward()
+        found.append((loss.detach(), task.module.head.projection.weight.grad))
+    tiny.assert_same(*(dict(enumerate(each)) for each in found))
+
+
+def test_only_the_items_drawn_get_gradient_and_other_steps_draw_others(llm):
+    task = sampled_task(llm, False)
+    one, other = (task.begin_epoch(1).batch(np.arange(3)).candidates.items.tolist() for _ in range(2))
+    assert one != other and len(one) < N / 2
 
 
 def test_batch_negatives_need_items_that_are_trained():
