@@ -1,7 +1,8 @@
 """What each choice of Laser's recipe is worth, one at a time: `python benchmarks/choices.py OUT`.
 
-Every variant is the preset `small` with one thing changed, trained for one epoch of random cuts, one seed, and scored
-by the text part's cosines alone on validation. All is kept in OUT, and what is there is not run again. Differences
+Every variant is the preset `bi-tuning` with one thing changed, trained for one epoch of random cuts, one seed, and
+scored by the text part's cosines alone on validation. All is kept in OUT, and what is there is not run again.
+Differences
 below .001 in NDCG@10 are within the noise of a seed. The test split is not touched.
 """
 
@@ -25,7 +26,7 @@ from laserrec.util.io import write_json
 _BASE: dict[str, Any] = {"neighbours": {"count": 0}, "head": {"id_share": 0.0},
                          "train": {"cuts": "random", "stage_one_epochs": 1, "stage_two_epochs": 0}}
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "small": {},
+    "bi-tuning": {},
     "no prefix": {"mformer": {"prefix": "none"}},
     "learned prefix": {"mformer": {"prefix": "learned"}},
     "one expert": {"mformer": {"prefix": "one_expert"}},
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    config = load_config("small")
+    config = load_config("bi-tuning")
     prepare_source("amazon-scientific", given.out / "data", config.data)
     rows = [Row("ID model", "id", "sasrec"),
             *(Row(name, "laser", "laser", merge(_BASE, _VARIANTS[name])) for name in given.variants)]

@@ -35,9 +35,9 @@ from laserrec.llm.backbone import load_backbone
 from laserrec.llm.precision import resolve_precision
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.laser.build import compose
+from laserrec.methods.laser.examples import LaserExamples, epoch_examples
 from laserrec.methods.laser.losses import item_contrast, load_balance
 from laserrec.methods.laser.model import Laser
-from laserrec.methods.laser.task import LaserExamples, epoch_examples
 from laserrec.methods.sasrec import SASRec
 from laserrec.training.batching import batches, split_by_tokens
 from laserrec.util.device import CPU
@@ -73,8 +73,8 @@ class Setting:
     runs: int = 7
 
     def config(self, engine: Engine, precision: Precision = Precision.AUTO, compiled: bool = True) -> Config:
-        """The small preset with the paper's layout, text budget and item side."""
-        return load_config("small", None, merge(
+        """The preset bi-tuning with the paper's layout, text budget and item side."""
+        return load_config("bi-tuning", None, merge(
             {"prompt": {"layout": "prefix_first", "item_side": "trained", "max_item_tokens": 64},
              "head": {"whiten_dims": 0, "projection": False, "id_share": 0.0}, "neighbours": {"count": 0}},
             {"backbone": {"name": self.backbone, "layers": self.layers, "mean_layers": (), "engine": engine,
@@ -232,8 +232,8 @@ def bench_encode(setting: Setting, progress: bool = True) -> dict[str, Any]:
 
 
 def _bench_shared_items(setting: Setting, dataset: Dataset, progress: bool) -> dict[str, Any]:
-    """Items as the small preset reads them: no prefix, [EOS] as suffix. Ours reads the instruction once and every item
-    behind it, once per fit; an epoch then costs one token per item. transformers reads all of it for every item and
+    """Items read with no prefix and [EOS] as suffix. Ours reads the instruction once and every item behind it, once per
+    fit; an epoch then costs one token per item. transformers reads all of it for every item and
     epoch. The same outputs, which is checked. `ratio` is an epoch's, `ratio_with_reading` a one-epoch fit's."""
     small = {"prompt": {"item_side": "plain", "max_item_tokens": 64}, "neighbours": {"count": 0},
              "head": {"whiten_dims": 0, "projection": False, "id_share": 0.0}}
@@ -242,8 +242,8 @@ def _bench_shared_items(setting: Setting, dataset: Dataset, progress: bool) -> d
 
     def laser(engine: Engine, precision: Precision, layout: str) -> Laser:
         backbone = setting.config(engine, precision).backbone.model_dump()
-        return _laser(load_config("small", None, merge(small, {"prompt": {"layout": layout}, "backbone": backbone})),
-                      some)
+        changes = merge(small, {"prompt": {"layout": layout}, "backbone": backbone})
+        return _laser(load_config("bi-tuning", None, changes), some)
 
     def ours(mine: Laser) -> Tensor:
         return torch.cat([mine.item_outputs(part) for part in rows.split(setting.batch_size)])
@@ -277,13 +277,13 @@ def _bench_shared_items(setting: Setting, dataset: Dataset, progress: bool) -> d
 def tokens_per_epoch(setting: Setting) -> dict[str, int]:
     """LLM tokens an epoch of training and item encoding takes, by scheme."""
     dataset = Dataset.load(setting.data)
-    side, small = Side(setting, Engine.NATIVE, compiled=False, dataset=dataset), load_config("small")
+    side, config = Side(setting, Engine.NATIVE, compiled=False, dataset=dataset), load_config("bi-tuning")
     items = side.lengths(_each(np.arange(dataset.n_items)), as_item=True).sum()
     everyone, one = (_histories(dataset, *epoch_examples(dataset.train_sequences, cuts, (0,)))[0]
                      for cuts in (Cuts.ALL, Cuts.RANDOM))
-    prompt = PromptEncoder(side.reader.backbone.tokenizer, small.prompt)
+    prompt = PromptEncoder(side.reader.backbone.tokenizer, config.prompt)
     text = len(prompt.instruction) + sum(len(prompt.block(t)) for t in prompt.item_tokens(dataset.items))
-    added = small.mformer.queries + 1
+    added = config.mformer.queries + 1
     counts = {"per_position": side.lengths(everyone).sum() + items, "random_cut": side.lengths(one).sum() + items,
               "ours": added * len(everyone), "ours_random_cut": added * len(one), "ours_once_per_fit": text}
     return {name: int(count) for name, count in counts.items()}

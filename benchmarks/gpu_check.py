@@ -63,7 +63,7 @@ most."""
 HISTORIES, HISTORY_TOKENS = 128, (100, 200)
 """A training batch."""
 NEW_TOKENS = 33
-"""The preset small's prefix and suffix."""
+"""The preset bi-tuning's prefix and suffix."""
 RUNS = 10
 
 
@@ -198,7 +198,7 @@ def short_fit(llm: Llm, device: torch.device) -> dict[str, Any]:
     walks = [[(start + step) % 60 for step in range(8)] for start in draw.integers(0, 60, 120)]
     rows = [(f"u{u}", f"i{i}", at) for u, walk in enumerate(walks) for at, i in enumerate(walk)]
     raw = from_frames(pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row"), catalogue(60))
-    config = load_config("small", None, {
+    config = load_config("bi-tuning", None, {
         "data": {"min_item_interactions": 1}, "id_model": {"max_epochs": 2, "dropout": 0.0},
         "backbone": {"name": str(llm.folder), "precision": "fp32", "layers": 2, "mean_layers": [2]},
         "prompt": {"max_items": 4}, "mformer": {"dropout": 0.0}, "head": {"whiten_dims": 32, "dropout": 0.0},

@@ -1,11 +1,11 @@
-"""Whether reading the history with the LLM is worth its cost: variants of the preset `small`, trained alike.
+"""Whether reading the history with the LLM is worth its cost: variants of the preset `bi-tuning`, trained alike.
 
 Every try is trained, blended and ranked on the same data, ID model, examples and users. One JSON line per try and seed
 is appended to OUT, users' NDCG goes into the folder OUT without its ending; what stands there is not run again. In the
 end a table compares all tries of these settings with `none`, user by user.
 
   none          no reading: the decayed sum of the history's items alone
-  small         as shipped; no-prefix, learned: with no prefix, or one for all users
+  bi-tuning     as shipped; no-prefix, learned: with no prefix, or one for all users
   distil        the suffix's output is drawn to the ID model's user state; users and items spread (Wang & Isola 2020)
   each          a token from the ID model's state behind each item of the history, in place of the prefix at the end
   transformer   no LLM: a small causal transformer over the items' frozen vectors
@@ -17,7 +17,7 @@ end a table compares all tries of these settings with `none`, user by user.
 
 Tries are joined with +: distil+gate.
 
-  python benchmarks/reading.py DATA --id-model DIR --tries none small --device cuda --out F.jsonl
+  python benchmarks/reading.py DATA --id-model DIR --tries none bi-tuning --device cuda --out F.jsonl
   python benchmarks/reading.py DATA --id-model DIR --out F.jsonl --set train.epoch_examples=2000 distil_weight=0.3
 """
 
@@ -67,7 +67,7 @@ _COSINE_USERS = 1_000
 
 
 def find_try(names: str) -> Try:
-    """Of a name, or of several joined with +, each of which changes what differs from `small`."""
+    """Of a name, or of several joined with +, each of which changes what differs from `bi-tuning`."""
     found = Try()
     for name in names.split("+"):
         if name not in TRIES:
@@ -79,7 +79,7 @@ def find_try(names: str) -> Try:
 
 
 def settings_of(tried: Try, overrides: dict[str, Any], seed: int, device: torch.device) -> Config:
-    config = load_config("small", overrides=overrides)
+    config = load_config("bi-tuning", overrides=overrides)
     reads = tried.reading not in (None, "transformer")
     layout = {"lora": Layout.PREFIX_FIRST}.get(tried.reading, Layout.TEXT_FIRST) if reads else Layout.NONE
     prefix = Prefix(tried.prefix) if reads and tried.reading != "each" else Prefix.NONE
@@ -307,10 +307,10 @@ def main() -> int:
     for name in given.tries:
         find_try(name)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    shared = Shared(given.data, given.id_model, load_config("small", overrides=tree), device)
+    shared = Shared(given.data, given.id_model, load_config("bi-tuning", overrides=tree), device)
     tree["id_model"] = shared.below.config.id_model.model_dump(mode="json")
     group = digest([shared.dataset.fingerprint, shared.below.facts.get("fingerprint"), given.users, asdict(o),
-                    load_config("small", overrides=tree).model_dump(mode="json")])
+                    load_config("bi-tuning", overrides=tree).model_dump(mode="json")])
     for seed in given.seeds:
         for name in given.tries:
             config = settings_of(find_try(name), tree, seed, device)

@@ -44,7 +44,7 @@ class Try:
 
 
 TRIES = {
-    "none": Try(None), "small": Try(), "no-prefix": Try(prefix="none"), "learned": Try(prefix="learned"),
+    "none": Try(None), "bi-tuning": Try(), "no-prefix": Try(prefix="none"), "learned": Try(prefix="learned"),
     "distil": Try(distil=True), "each": Try("each"), "transformer": Try("transformer"),
     "items-first": Try(items_first=True), "none-items-first": Try(None, items_first=True), "gate": Try(fast=True),
     "alone": Try(summed=False), "both-depths": Try("depths", layers=12), "layers-12": Try(layers=12),

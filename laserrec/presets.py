@@ -62,31 +62,35 @@ _PAPER_SMALL: dict[str, Any] = {
               "tokens_per_pass": 4096, "validation_users": 2000},
 }
 
-# For two CPU cores too, with what was found to help on amazon-scientific.
+# For two CPU cores too, with what was found to help. The LLM reads each item's text once; a small transformer over the
+# items' vectors reads the histories, so that the LLM is needed for new items alone.
 _SMALL: dict[str, Any] = {
     "id_model": {"kind": "sasrec", "items": "llm_start", "seen_offset": True, **ID_MODELS["sasrec"]},
     "backbone": {"layers": 6, "mean_layers": (6, 20, 30)},
-    "prompt": {"layout": "text_first", "item_side": "mean", "max_item_tokens": 24},
-    "mformer": {"experts": 4, "queries": 4, "blocks": 2, "d_model": 128, "heads": 4, "zero_init": True,
-                "routing": "gate_scaled", "state_dropout": 0.05},
-    "head": {"suffix_from_eos": True, "whiten_dims": 512, "projection": True, "dropout": 0.1, "id_share": 0.4,
-             "id_product": True, "seen_offset": True},
+    "prompt": {"layout": "none", "item_side": "mean", "max_item_tokens": 24},
+    "mformer": {"prefix": "none"},
+    "transformer": {"blocks": 2},
+    "head": {"whiten_dims": 512, "projection": True, "dropout": 0.1, "id_share": 0.4, "id_product": True,
+             "seen_offset": True},
     "neighbours": {"count": 100, "temperature": 0.1, "share": 16.0, "order": 0.5},
     "blend": {"trials": 300, "shuffles": (0.0,)},
     "train": {"lr": 1e-3, "weight_decay": 0.5, "batch_size": 128, "stage_one_epochs": 2, "stage_two_epochs": 1,
               "warmup_fraction": 0.05, "cosine_decay": True, "epoch_examples": 50_000, "epoch_items": 300_000,
-              "item_gradient": True, "history_negatives": False, "temperature": 0.07},
+              "item_gradient": True, "negatives": "sampled", "history_negatives": False, "temperature": 0.07},
     "eval": {"batch_size": 64},
 }
 
-# `small` with a small transformer over the items' vectors in place of the LLM's reading of histories. The LLM is then
-# needed for new items alone.
-_LIGHT: dict[str, Any] = {
-    **_SMALL,
-    "prompt": {**_SMALL["prompt"], "layout": "none"},
-    "mformer": {"prefix": "none"},
-    "transformer": {"blocks": 2},
+READING: dict[str, Any] = {
+    "prompt": {"layout": "text_first"},
+    "mformer": {"prefix": "mformer", "experts": 4, "queries": 4, "blocks": 2, "d_model": 128, "heads": 4,
+                "zero_init": True, "routing": "gate_scaled", "state_dropout": 0.05},
+    "transformer": {"blocks": 0},
+    "head": {"suffix_from_eos": True},
 }
+"""Laid on `small`: the paper's way of reading histories in the transformer's place, the LLM with prefix and suffix."""
+
+_BI_TUNING: dict[str, Any] = {
+    **_SMALL, **{section: {**_SMALL[section], **settings} for section, settings in READING.items()}}
 
 # Closed forms alone: item-to-item regression on sequences and the LLM's text vectors; no ID model, no training by
 # gradient, and no LLM to answer with.
@@ -112,5 +116,5 @@ _QUICKSTART: dict[str, Any] = {
               "validation_users": 2000},
 }
 
-PRESETS: dict[str, dict[str, Any]] = {"small": _SMALL, "light": _LIGHT, "instant": _INSTANT,
+PRESETS: dict[str, dict[str, Any]] = {"small": _SMALL, "bi-tuning": _BI_TUNING, "instant": _INSTANT,
                                       "quickstart": _QUICKSTART, "paper-small": _PAPER_SMALL, "paper": _PAPER}

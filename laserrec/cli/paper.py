@@ -144,6 +144,7 @@ def _one(name: str, out: Path, data: list[str] | None, bases: list[str] | None, 
     from laserrec.experiments.paper import counts
     from laserrec.experiments.paper.run import Setup, reproduce
     from laserrec.experiments.paper.show import cells, groups, heads, write
+    from laserrec.experiments.paper.spec import EXPERIMENTS
     from laserrec.util.io import write_json
 
     _check_numbers(seeds, budget, workers)
@@ -153,7 +154,7 @@ def _one(name: str, out: Path, data: list[str] | None, bases: list[str] | None, 
     if name == "table1":
         return _counted(name, out, counts.table1(folders),
                         ("data", "users", "items", "interactions", "mean_history", "density", "published"))
-    wanted = bases or ["paper-small", "small"]
+    wanted = bases or EXPERIMENTS[name]().bases
     setup = Setup(folders, {base: load_config(base, file, given(flags)) for base in wanted}, out, device, not quiet)
     found_now = reproduce(name, setup, range(seeds), None if budget is None else 60 * budget, workers)
     result: dict[str, Any] = {"machine": describe(), **found_now}

@@ -20,7 +20,7 @@ from laserrec.evaluation.evaluate import Scorer
 from laserrec.experiments.table import Place, Row, Table, compare, summarise
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.neighbours import Neighbours
-from laserrec.presets import EASE, EASE_TEXT, ID_MODELS
+from laserrec.presets import EASE, EASE_TEXT, ID_MODELS, READING
 from laserrec.recommender.distil import distil
 from laserrec.recommender.fitting import Fitted
 from laserrec.recommender.recommender import LaserRecommender
@@ -28,6 +28,7 @@ from laserrec.util.device import choose
 from laserrec.util.io import write_json
 
 LASER = "Laser"
+BI_TUNING = "Laser, histories read by the LLM (bi-tuning)"
 _RRF = 60
 """Constant of reciprocal rank fusion (Cormack, Clarke & Buettcher 2009)."""
 
@@ -55,8 +56,9 @@ def rows() -> list[Row]:
         Row("text SASRec", "text", "sasrec", id_settings("sasrec", items="text")),
         Row(LASER, "laser", "laser"),
         Row("Laser without its neighbours (cosines)", "laser", of=(LASER,), make=_cosines),
-        Row("Laser, distilled (no LLM for users)", "laser", settings={"student": StudentConfig().model_dump()},
-            of=(LASER,), make=_distilled),
+        Row(BI_TUNING, "laser", "laser", READING),
+        Row("... distilled (no LLM for users)", "laser", settings={"student": StudentConfig().model_dump()},
+            of=(BI_TUNING,), make=_distilled),
         Row("SASRec + Laser, ranks fused", "fusion", of=("SASRec", LASER), make=_fused),
     ]
 

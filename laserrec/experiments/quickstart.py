@@ -138,7 +138,6 @@ def verdict(line: dict[str, Any], k: int = 10) -> str:
 def _next(out: Path, history: list[str]) -> str:
     commands = {f"laserrec recommend {out / 'model'} --history {','.join(history)}": "the same question to Laser",
                 f"laserrec report {out}": "one page: curves, results, a map of the items",
-                f"laserrec distil {out / 'data'} {out / 'model'} {out / 'fast'}": "a model that needs no LLM to answer",
                 f"laserrec serve {out / 'model'}": "HTTP API and a page to try it",
                 "laserrec prepare orders.csv runs/data --items goods.csv": "your own data: see README.md",
                 "laserrec reproduce quality": "all rivals, several seeds, at full size: hours"}

@@ -26,7 +26,7 @@ from laserrec.data.histories import Histories, Pairs
 from laserrec.data.prompt import PromptEncoder
 from laserrec.llm.backbone import Backbone
 from laserrec.llm.decoder import NativeDecoder, Shape
-from laserrec.methods.laser.task import cut_histories, epoch_examples
+from laserrec.methods.laser.examples import cut_histories, epoch_examples
 from laserrec.methods.lrurec import LRURec, retriever_phase
 from laserrec.methods.lrurec import shapes as retriever_shapes
 from laserrec.methods.protocol import Phase, ScoreTerm

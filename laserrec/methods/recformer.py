@@ -27,7 +27,7 @@ from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories
 from laserrec.llm.backbone import Backbone
 from laserrec.methods.attribute_text import CLS, Attributes, Texts
-from laserrec.methods.laser.task import Batch, LaserExamples, epoch_examples
+from laserrec.methods.laser.examples import Batch, LaserExamples, epoch_examples
 from laserrec.methods.protocol import Phase, ScoreTerm
 from laserrec.util.device import move
 from laserrec.util.errors import UserError

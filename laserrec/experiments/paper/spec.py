@@ -31,7 +31,7 @@ class Experiment:
     published: Mapping[str, Mapping[str, Figures]] = field(default_factory=dict)
     """Data set of the paper -> row -> figures."""
     split: str = "test"
-    bases: tuple[str, ...] = ("paper-small", "small")
+    bases: tuple[str, ...] = ("paper-small", "bi-tuning")
     """Presets that it is run for."""
 
 
@@ -79,7 +79,8 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
                       "RecGURU": (.0781, .0575, .0566), "ZESRec": (.1260, .0843, .0745),
                       "RECFORMER": (.1114, .0722, .0650), "FDSA": (.0967, .0716, .0692),
                       "LLM4REC": (.1257, .0764, .0683), "KAR": (.1265, .0894, .0813),
-                      "LlamaRec": (.1275, .0857, .0793), LASER: (.1396, .0970, .0893)}}),
+                      "LlamaRec": (.1275, .0857, .0793), LASER: (.1396, .0970, .0893)}},
+        bases=("paper-small", "small")),
     "table4": lambda: Experiment("table4", "Laser without its parts", (
         _laser(LASER),
         _laser("w/o MoE (one expert)", mformer={"prefix": "one_expert"}),

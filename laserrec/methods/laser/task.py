@@ -7,18 +7,18 @@ Stage 2: training goes on from there against that epoch's item embeddings, which
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laserrec.config import Cuts, Negatives
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories, Pairs
 from laserrec.llm.whitening import fit_whitening, whiten
+from laserrec.methods.laser.examples import Batch, LaserExamples, WindowExamples, epoch_examples, epoch_windows
 from laserrec.methods.laser.losses import contrast_of_some, item_contrast, load_balance
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.readers import Reader
@@ -32,74 +32,6 @@ _SCALE_USERS = 256
 """Users whose cosines set the neighbours' scale."""
 _TEXT_DIMS = 512
 """Of the whitened text vectors in the regression, for each depth."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Predict each target from its history, both of one user's training sequence."""
-
-    histories: Histories
-    targets: Int[Tensor, "batch"]
-    hide: Bool[Tensor, "batch"]
-    """Whose ID states are hidden (mformer.state_dropout)."""
-    candidates: Candidates | None
-    """Items that the targets are told from; None: all."""
-
-
-@dataclass(frozen=True)
-class LaserExamples:
-    """One epoch's examples, as places in the training sequences."""
-
-    sequences: Histories
-    of: Int[Tensor, "examples"]
-    """The sequence of each."""
-    cut: Int[Tensor, "examples"]
-    """Its target's place there; the history is everything before."""
-    lengths: Int[np.ndarray, "examples"]
-    """Tokens that the LLM reads."""
-    state_dropout: float
-    sampler: Sampler | None = None
-
-    def batch(self, index: Int[np.ndarray, "batch"]) -> Batch:
-        """Histories on the CPU; what is drawn here is the same in all processes."""
-        histories, targets = cut_histories(self.sequences, self.of[index], self.cut[index])
-        hide = torch.rand(len(index)) < self.state_dropout
-        return Batch(histories, targets, hide, None if self.sampler is None else self.sampler.draw(targets))
-
-
-def cut_histories(sequences: Histories, of: Int[Tensor, "some"], cut: Int[Tensor, "some"]
-                  ) -> tuple[Histories, Int[Tensor, "some"]]:
-    """What stands in sequence of[i] before place cut[i], and the item there."""
-    whole = sequences.take(of)
-    histories = whole.where(torch.arange(len(whole.items)) - whole.starts[whole.users] < cut[whole.users])
-    return histories, whole.items[whole.starts + cut]
-
-
-def epoch_examples(sequences: Histories, cuts: Cuts, seed: tuple[int, ...], limit: int | None = None,
-                   items: int | None = None, window: int = 1
-                   ) -> tuple[Int[Tensor, "examples"], Int[Tensor, "examples"]]:
-    """Sequences and places of this epoch's targets: every place that has a history (all), or one random such place per
-    sequence; of these at most `limit`, and as many as have about `items` items in the newest `window` of each history,
-    drawn at random."""
-    of, cut = _targets(sequences, cuts, seed)
-    if items is not None and len(cut):
-        most = max(1, int(items / float(cut.clamp(max=window).double().mean())))
-        limit = most if limit is None else min(limit, most)
-    if limit is None or len(of) <= limit:
-        return of, cut
-    some = torch.from_numpy(np.random.default_rng((*seed, 1)).choice(len(of), limit, replace=False)).sort().values
-    return of[some], cut[some]
-
-
-def _targets(sequences: Histories, cuts: Cuts, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    long = (sequences.lengths > 1).nonzero()[:, 0]
-    lengths = sequences.lengths[long]
-    if cuts == Cuts.RANDOM:
-        draws = torch.from_numpy(np.random.default_rng(seed).random(len(long)))
-        return long, 1 + (draws * (lengths - 1)).long()
-    of = torch.repeat_interleave(long, lengths - 1)
-    first = torch.repeat_interleave((lengths - 1).cumsum(0) - (lengths - 1), lengths - 1)
-    return of, torch.arange(len(of)) - first + 1
 
 
 def scale_histories(dataset: Dataset) -> Histories:
@@ -202,15 +134,24 @@ class LaserTask:
 
     # -- one step -----------------------------------------------------------------------------------------------
 
-    def begin_epoch(self, number: int) -> LaserExamples:
+    def begin_epoch(self, number: int) -> LaserExamples | WindowExamples:
         """Examples by train.cuts."""
         self.module.train()
         train, sequences = self.module.config.train, self.dataset.train_sequences
         seed = train.seed, 2 if self.fixed else 1, number
+        if train.cuts == Cuts.SEQUENCES:
+            windows = epoch_windows(sequences, self._window + 1, seed, train.epoch_examples)
+            return WindowExamples(windows, self.module.config.mformer.state_dropout, self._sampler)
         of, cut = epoch_examples(sequences, train.cuts, seed, train.epoch_examples, train.epoch_items,
                                  self.module.config.prompt.max_items)
         return LaserExamples(sequences, of, cut, self._tokens(sequences, of, cut),
                              self.module.config.mformer.state_dropout, self._sampler)
+
+    @property
+    def _window(self) -> int:
+        """Newest items of a history that are read one by one."""
+        transformer = self.module.transformer
+        return self.module.config.prompt.max_items if transformer is None else transformer.max_history
 
     def _tokens(self, sequences: Histories, of: Tensor, cut: Tensor) -> Int[np.ndarray, "examples"]:
         """What the LLM reads of each example, or its items where it reads none."""
@@ -223,12 +164,12 @@ class LaserTask:
 
     def loss(self, batch: Batch, rows: Int[np.ndarray, "some"]) -> dict[str, Tensor]:
         """Item contrast (Eq. 8) + balance_weight x load balance (Eq. 9-12), as shares of the whole batch's means."""
-        laser, train = self.module, self.module.config.train
-        histories, hide = batch.histories.take(rows), batch.hide[torch.as_tensor(rows)]
+        laser, train, some = self.module, self.module.config.train, batch.rows_of(rows)
+        histories, hide = batch.histories.take(some), batch.hide[some]
         users, route = laser.user_side.text(histories, hide)
         offset = None if laser.seen is None else laser.seen.offset
         seen = histories.distinct() if offset is not None or not train.history_negatives else None
-        targets = batch.targets[torch.as_tensor(rows)]
+        targets = batch.targets[some]
         if batch.candidates is not None:
             contrast = self._sampled_contrast(users, batch.candidates, targets, seen, offset)
         elif train.negatives == Negatives.BATCH and not self.fixed:
@@ -237,7 +178,7 @@ class LaserTask:
             there = None if seen is None else seen.to(laser.device)
             contrast = item_contrast(users, self._items_to_learn_from(), move(targets, laser.device), laser.temperature,
                                      there, offset)
-        share = len(rows) / len(batch.targets)
+        share = len(some) / len(batch.targets)
         contrast = contrast * share
         told = {"contrast": contrast} | ({} if offset is None else {"seen_offset": offset.detach() * share})
         if laser.log_temperature is not None:

@@ -12,8 +12,9 @@ from laserrec.data.dataset import Dataset
 from laserrec.evaluation.evaluate import evaluate
 from laserrec.methods.closed_form import Popularity
 from laserrec.methods.laser import task as module
+from laserrec.methods.laser.examples import LaserExamples, epoch_examples
 from laserrec.methods.laser.readers import Reader
-from laserrec.methods.laser.task import LaserExamples, LaserTask, epoch_examples
+from laserrec.methods.laser.task import LaserTask
 from laserrec.methods.protocol import Phase
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.sequence_task import SequenceTask
