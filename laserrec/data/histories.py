@@ -151,8 +151,8 @@ class Prefixes(Histories):
 
     def take(self, users: Int[Tensor, "some"] | np.ndarray | Sequence[int]) -> Prefixes:
         """As `Histories.take`."""
-        own = super().take(users)
-        rows, of = torch.unique(self.whole_of[torch.as_tensor(users, device=self.device)], return_inverse=True)
+        users = torch.as_tensor(users, dtype=torch.long, device=self.device)
+        own, (rows, of) = super().take(users), torch.unique(self.whole_of[users], return_inverse=True)
         return Prefixes(own.items, own.ends, self.whole.take(rows), of)
 
 
