@@ -167,7 +167,6 @@ class Cuts(StrEnum):
     """Which positions of a training sequence are targets."""
 
     ALL = "all"
-    SEQUENCES = "sequences"
     RANDOM = "random"
 
 
@@ -203,10 +202,8 @@ class TrainConfig(Section):
     """prefix_first only: split each batch into passes of about this many tokens through the LLM and add up their
     gradients. Limits memory and does not change the result."""
     cuts: Cuts = Cuts.ALL
-    """all: every position of a training sequence is a target in every epoch (paper). sequences: the same, but an
-    example is a whole sequence with all its targets, of which `batch_size` counts as one; a transformer then reads each
-    sequence once. Long sequences are cut into windows of transformer.max_history items, at other places in each epoch.
-    random: one random position per user and epoch."""
+    """all: every position of a training sequence is a target in every epoch (paper). random: one random position per
+    user and epoch."""
     epoch_examples: int | None = Field(None, ge=1)
     """Train on at most this many targets per epoch, drawn anew for each epoch; none: all of `cuts`. Keeps the cost of
     an epoch the same however many interactions there are."""

@@ -132,31 +132,6 @@ class Histories:
 
 
 @dataclass(frozen=True)
-class Prefixes(Histories):
-    """Histories that are beginnings of a few others. A causal model reads those once for all of them."""
-
-    whole: Histories
-    whole_of: Int[Tensor, "users"]
-    """Which of those each is a beginning of."""
-
-    @staticmethod
-    def all_of(whole: Histories) -> Prefixes:
-        """Every beginning of at least one item that leaves out at least one."""
-        lengths = (whole.lengths - 1).clamp(min=0)
-        of = torch.repeat_interleave(torch.arange(len(whole), device=whole.device), lengths)
-        each = torch.arange(len(of), device=whole.device) - (lengths.cumsum(0) - lengths)[of] + 1  # items
-        ends = each.cumsum(0)
-        shift = torch.repeat_interleave(whole.starts[of] - (ends - each), each)
-        return Prefixes(whole.items[torch.arange(len(shift), device=whole.device) + shift], ends, whole, of)
-
-    def take(self, users: Int[Tensor, "some"] | np.ndarray | Sequence[int]) -> Prefixes:
-        """As `Histories.take`."""
-        users = torch.as_tensor(users, dtype=torch.long, device=self.device)
-        own, (rows, of) = super().take(users), torch.unique(self.whole_of[users], return_inverse=True)
-        return Prefixes(own.items, own.ends, self.whole.take(rows), of)
-
-
-@dataclass(frozen=True)
 class Pairs:
     """Pairs (user, item row), each once, ascending."""
 

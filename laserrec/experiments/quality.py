@@ -28,7 +28,7 @@ from laserrec.util.device import choose
 from laserrec.util.io import write_json
 
 LASER = "Laser"
-BI_TUNING = "Laser, histories read by the LLM (bi-tuning)"
+BI_TUNING = "Laser, bi-tuning (the LLM reads histories)"
 _RRF = 60
 """Constant of reciprocal rank fusion (Cormack, Clarke & Buettcher 2009)."""
 
@@ -57,8 +57,8 @@ def rows() -> list[Row]:
         Row(LASER, "laser", "laser"),
         Row("Laser without its neighbours (cosines)", "laser", of=(LASER,), make=_cosines),
         Row(BI_TUNING, "laser", "laser", READING),
-        Row("... distilled (no LLM for users)", "laser", settings={"student": StudentConfig().model_dump()},
-            of=(BI_TUNING,), make=_distilled),
+        Row("Laser, bi-tuning, distilled (no LLM for users)", "laser",
+            settings={"student": StudentConfig().model_dump()}, of=(BI_TUNING,), make=_distilled),
         Row("SASRec + Laser, ranks fused", "fusion", of=("SASRec", LASER), make=_fused),
     ]
 

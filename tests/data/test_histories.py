@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laserrec.data.histories import Histories, Prefixes
+from laserrec.data.histories import Histories
 
 ROWS = st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=6)
 
@@ -52,16 +52,3 @@ def test_windows_hold_every_step_once(rows, length, data):
             end, size = max(0, end - size) + 1, length
     assert found == want
     assert all(len(window) <= length for window in found)
-
-
-@settings(max_examples=100, deadline=None)
-@given(ROWS, st.data())
-def test_prefixes_are_all_beginnings_and_know_their_whole(rows, data):
-    found = Prefixes.all_of(Histories.of(rows))
-    want = [(u, row[:end]) for u, row in enumerate(rows) for end in range(1, len(row))]
-    assert list(zip(found.whole_of.tolist(), found.lists(), strict=True)) == want
-    some = data.draw(st.lists(st.integers(0, len(want) - 1), max_size=8)) if want else []
-    part = found.take(some)
-    assert part.lists() == [want[i][1] for i in some]
-    assert [part.whole.lists()[u] for u in part.whole_of.tolist()] == [rows[want[i][0]] for i in some]
-    assert len(part.whole) == len({want[i][0] for i in some})

@@ -23,7 +23,7 @@ def test_all_models_of_all_seeds_once(small, tmp_path, monkeypatch):
     dataset = tiny.planted(15, 30)
     result = quality.reproduce(dataset, small, tmp_path, [0], progress=False, device="cpu")
     assert {row["model"] for row in result["rows"]} == {row.name for row in quality.rows()}
-    assert len(result["rows"]) == len(quality.rows()) == 12
+    assert len(result["rows"]) == len(quality.rows()) == 13
     assert all({"model", "kind", "seed", "recall@10", "ndcg@10", "mrr", "train_seconds"} <= row.keys()
                for row in result["rows"])
     assert json.loads((tmp_path / "quality.json").read_text(encoding="utf-8")) == result

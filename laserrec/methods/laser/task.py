@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from laserrec.config import Cuts, Negatives
+from laserrec.config import Negatives
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories, Pairs
 from laserrec.llm.whitening import fit_whitening, whiten
-from laserrec.methods.laser.examples import Batch, LaserExamples, WindowExamples, epoch_examples, epoch_windows
+from laserrec.methods.laser.examples import Batch, LaserExamples, epoch_examples
 from laserrec.methods.laser.losses import contrast_of_some, item_contrast, load_balance
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.readers import Reader
@@ -134,24 +134,15 @@ class LaserTask:
 
     # -- one step -----------------------------------------------------------------------------------------------
 
-    def begin_epoch(self, number: int) -> LaserExamples | WindowExamples:
+    def begin_epoch(self, number: int) -> LaserExamples:
         """Examples by train.cuts."""
         self.module.train()
         train, sequences = self.module.config.train, self.dataset.train_sequences
         seed = train.seed, 2 if self.fixed else 1, number
-        if train.cuts == Cuts.SEQUENCES:
-            windows = epoch_windows(sequences, self._window + 1, seed, train.epoch_examples)
-            return WindowExamples(windows, self.module.config.mformer.state_dropout, self._sampler)
         of, cut = epoch_examples(sequences, train.cuts, seed, train.epoch_examples, train.epoch_items,
                                  self.module.config.prompt.max_items)
         return LaserExamples(sequences, of, cut, self._tokens(sequences, of, cut),
                              self.module.config.mformer.state_dropout, self._sampler)
-
-    @property
-    def _window(self) -> int:
-        """Newest items of a history that are read one by one."""
-        transformer = self.module.transformer
-        return self.module.config.prompt.max_items if transformer is None else transformer.max_history
 
     def _tokens(self, sequences: Histories, of: Tensor, cut: Tensor) -> Int[np.ndarray, "examples"]:
         """What the LLM reads of each example, or its items where it reads none."""
@@ -164,7 +155,7 @@ class LaserTask:
 
     def loss(self, batch: Batch, rows: Int[np.ndarray, "some"]) -> dict[str, Tensor]:
         """Item contrast (Eq. 8) + balance_weight x load balance (Eq. 9-12), as shares of the whole batch's means."""
-        laser, train, some = self.module, self.module.config.train, batch.rows_of(rows)
+        laser, train, some = self.module, self.module.config.train, torch.as_tensor(rows)
         histories, hide = batch.histories.take(some), batch.hide[some]
         users, route = laser.user_side.text(histories, hide)
         offset = None if laser.seen is None else laser.seen.offset

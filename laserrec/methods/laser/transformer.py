@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from laserrec.config import TransformerConfig
-from laserrec.data.histories import Histories, Prefixes
+from laserrec.data.histories import Histories
 from laserrec.methods.parts import CausalEncoder
 from laserrec.methods.sequence import initialise
 from laserrec.util.device import move
@@ -33,18 +33,10 @@ class HistoryTransformer(nn.Module):
     def forward(self, histories: Histories, vectors: Callable[[Tensor], Float[Tensor, "some d_out"]]
                 ) -> Float[Tensor, "users d_out"]:
         """To be added; nothing for an empty history. vectors: item rows -> their vectors of any length."""
-        device, (read, of) = self.map.weight.device, self._sequences(histories)
-        rows, of = move(read.padded(0), device), move(of, device)
-        lengths = move(histories.lengths.clamp(max=self.max_history), device)
+        recent, device = histories.last(self.max_history), self.map.weight.device
+        rows, lengths = move(recent.padded(0), device), move(recent.lengths, device)
         items, place = torch.unique(rows, return_inverse=True)
         whole = F.normalize(vectors(items), dim=-1) * self.enter.in_features**0.5  # as long as a whitened output
         states = self.encoder(self.enter(whole)[place])
-        last = states[of, (lengths - 1).clamp(min=0)]
+        last = states[torch.arange(len(rows), device=device), (lengths - 1).clamp(min=0)]
         return self.map(last) * (lengths > 0)[:, None]
-
-    def _sequences(self, histories: Histories) -> tuple[Histories, Int[Tensor, "users"]]:
-        """What is read, and in which row of it each history is."""
-        if isinstance(histories, Prefixes) and int(histories.whole.lengths.max()) <= self.max_history + 1:
-            whole = histories.whole
-            return whole.where(whole.ages > 0), histories.whole_of  # no history has the newest
-        return histories.last(self.max_history), torch.arange(len(histories))
