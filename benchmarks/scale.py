@@ -213,6 +213,35 @@ def sasrec(items: int, interactions: int, folder: Path, softmax: str = "auto") -
     return work
 
 
+def laser(items: int, interactions: int, folder: Path) -> Work:
+    """The default Laser from nothing, but for the reading of texts: items have vectors of their own. Two epochs of its
+    ID model; the rest as the preset `small` has it."""
+    import polars as pl
+
+    from laserrec import LaserRecommender
+    from laserrec.config import load_config
+    from laserrec.data.dataset import Dataset
+    from laserrec.data.prepare import prepare_source
+
+    rows = planted(items, interactions)
+    names = pl.Series([f"item-{row}" for row in range(items)])
+    pl.DataFrame({"user_id": np.repeat(np.arange(len(rows)), LENGTH), "item_id": names.gather(rows.ravel()),
+                  "timestamp": np.tile(np.arange(LENGTH), len(rows))}).write_parquet(folder / "interactions.parquet")
+    pl.DataFrame({"item_id": names, "title": names}).write_parquet(folder / "items.parquet")
+    pl.DataFrame({"item_id": names, "vector": texts(items)}).write_parquet(folder / "vectors.parquet")
+    prepare_source([folder / "interactions.parquet", folder / "items.parquet"], folder / "data",
+                   vectors=folder / "vectors.parquet")
+    config = load_config("small", None, {"backbone": {"item_vectors": "instead"}, "head": {"whiten_dims": D_TEXT},
+                                         "id_model": {"max_epochs": 2}, "blend": {"shuffles": ()}})
+
+    def work() -> Facts:
+        model = LaserRecommender.fit_dataset(Dataset.load(folder / "data"), config, folder / "model", progress=False)
+        told = model.facts["training"]
+        return lambda: {"laser_seconds": told["seconds"], "ndcg@10": told["parts"]["ndcg@10"]}
+
+    return work
+
+
 PARTS: dict[str, Callable[[int, int, Path], Work]] = {
     "neighbours": neighbours,
     "neighbours, exact": lambda *size: neighbours(*size, form="exact"),
@@ -220,6 +249,7 @@ PARTS: dict[str, Callable[[int, int, Path], Work]] = {
     "prepare": prepare,
     "sasrec": sasrec,
     "sasrec, full": lambda *size: sasrec(*size, softmax="full"),
+    "laser": laser,
     "sasrec, sampled": lambda *size: sasrec(*size, softmax="sampled"),
 }
 """(items, interactions, an empty folder) -> the work, which returns what tells its facts afterwards."""

@@ -152,6 +152,8 @@ class LLM4RecConfig(RivalConfig):
     """Peak learning rate of AdamW."""
     batch_size: int = Field(32, ge=1)
     """Users per training step."""
+
+
 class SequenceRivalConfig(RivalConfig):
     """A rival with a transformer over the history."""
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from laserrec.config import merge
-from laserrec.experiments.quality import id_settings
+from laserrec.experiments.quality import closed_forms, id_settings
 from laserrec.experiments.table import Row
 from laserrec.methods.all import METHODS
-from laserrec.presets import EASE, EASE_TEXT, METHOD_SETTINGS, RIVAL_SIZES
+from laserrec.presets import METHOD_SETTINGS, RIVAL_SIZES
 
 LASER = "Laser"
 Figures = tuple[float, float, float]
@@ -53,8 +53,7 @@ def _table2() -> tuple[Row, ...]:
               "FDSA": ("fdsa", "text"), "LLM4REC": ("llm4rec", "text"), "KAR": ("kar", "text"),
               "LlamaRec": ("llamarec", "text")}
     rivals += [_rival(name, *kind) for name, kind in others.items() if kind[0] in METHODS]
-    closed = [Row("EASE", "id", "ease", {"neighbours": EASE}, seeded=False),
-              Row("EASE with LLM text", "text", "ease-text", {"neighbours": EASE_TEXT}, seeded=False)]
+    closed = (row for row in closed_forms() if row.method in ("ease", "ease-text"))
     return (*rivals, *closed, _laser(LASER))
 
 
