@@ -10,7 +10,8 @@ end a table compares all tries of these settings with `none`, user by user.
   each          a token from the ID model's state behind each item of the history, in place of the prefix at the end
   transformer   no LLM: a small causal transformer over the items' frozen vectors
   items-first   the head learns to tell items' neighbours in training sequences first; none-items-first: without reading
-  layers-12, layers-20, both-depths   a deeper pass; both-depths: the outputs of the middle and the last of 12 layers
+  layers-12, -20, -30, both-depths   a deeper pass; both-depths: the outputs of the middle and the last of 12 layers
+  every-layer   prefix tuning at every layer, beside the M-Former's prefix at the input
   gate          what the output adds is learnt at a higher rate
   alone         the output at the suffix alone, without the sum
   lora          not in the default list, since nothing can be cached: the whole text through layers with LoRA

@@ -48,7 +48,7 @@ TRIES = {
     "distil": Try(distil=True), "each": Try("each"), "transformer": Try("transformer"),
     "items-first": Try(items_first=True), "none-items-first": Try(None, items_first=True), "gate": Try(fast=True),
     "alone": Try(summed=False), "both-depths": Try("depths", layers=12), "layers-12": Try(layers=12),
-    "layers-20": Try(layers=20), "lora": Try("lora"),
+    "layers-20": Try(layers=20), "layers-30": Try(layers=30), "every-layer": Try("every layer"), "lora": Try("lora"),
 }
 DEAR = ("lora",)
 
@@ -186,6 +186,36 @@ class Depths(TextFirst):
                 total = (x.float() + delta.float())[attention.ends]
                 found.append(F.rms_norm(total, total.shape[-1:], decoder.final_norm, decoder.shape.norm_eps))
         return torch.cat(found, dim=-1)
+
+
+class EveryLayer(TextFirst):
+    """Prefix tuning at every layer beside the input's (Li & Liang 2021; Liu et al. 2022, "P-Tuning v2"): what is added
+    to the prefix tokens' keys and values is trained, layer by layer, zero at first."""
+
+    def __init__(self, config: Config, backbone: Backbone, texts: Texts, ids: IdStates):
+        super().__init__(config, backbone, texts, ids)
+        h = backbone.decoder.shape
+        self.added = nn.Parameter(torch.zeros(h.layers, config.mformer.queries, 2 * h.kv_heads, h.head_dim))
+        self.to(backbone.device)
+
+    def _outputs(self, histories: Histories, prefix: Tensor, suffix: Tensor, as_item: bool) -> Tensor:
+        tokens = torch.cat([prefix, suffix.expand(len(prefix), 1, -1)], dim=1)
+        decoder = self.texts.decoder
+        behind = decoder.behind(self.texts.past(histories), tokens.shape[1])
+        return decoder.read(tokens.flatten(0, 1), Changed(behind, self.added, len(prefix)), last_only=True)
+
+
+class Changed:
+    """Attention in which the first new tokens' keys and values are changed."""
+
+    def __init__(self, attention: Any, added: Tensor, batch: int):
+        self.attention, self.added, self.batch, self.ends = attention, added, batch, attention.ends
+
+    def __call__(self, qkv: Tensor, layer: int, last_only: bool) -> Tensor:
+        queries, kv = self.added.shape[1:3]
+        change = F.pad(self.added[layer], (0, 0, qkv.shape[1] - kv, 0, 0, len(qkv) // self.batch - queries))
+        qkv = (qkv.unflatten(0, (self.batch, -1)) + change.to(qkv.dtype)).flatten(0, 1)
+        return self.attention(qkv, layer, last_only)
 
 
 class Lora(PrefixFirst):
@@ -352,5 +382,5 @@ def read_by(name: str, config: Config, texts: Texts, ids: IdStates, o: Options) 
     """A reader, and at how many depths it reads."""
     if name == "lora":
         return Lora(config, texts.backbone, texts, ids, o.lora_rank), 1
-    kind = {"suffix": TextFirst, "each": Each, "depths": Depths}[name]
+    kind = {"suffix": TextFirst, "each": Each, "depths": Depths, "every layer": EveryLayer}[name]
     return kind(config, texts.backbone, texts, ids), 2 if kind is Depths else 1
