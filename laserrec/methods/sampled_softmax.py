@@ -26,7 +26,7 @@ from laserrec.util.device import move
 if TYPE_CHECKING:
     from laserrec.methods.sequence import Targets
 
-FULL_ITEMS = 50_000
+FULL_ITEMS = 10_000
 """Items up to which `auto` means the full softmax."""
 
 

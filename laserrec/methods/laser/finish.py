@@ -21,6 +21,7 @@ from laserrec.methods.laser.blend import (
     search,
     search_guarded,
     shrunken,
+    towards_closed_form,
 )
 from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.task import LaserTask
@@ -122,14 +123,15 @@ class _Parts:
     # -- the choice ---------------------------------------------------------------------------------------------
 
     def choose(self, settings: BlendConfig) -> _Choice:
-        """The regression first, on its own; then the blend, drawn back to the start."""
+        """The regression first, on its own; then the blend, drawn back to the start and towards the regression."""
         laser, start = self.laser, self._start()
         neighbours, candidates = laser.neighbours, self.candidates(laser.neighbours)
         self.given = candidates.ndcg(start)
         if neighbours is not None:
             neighbours, candidates = self._best_regression(neighbours, candidates, settings.regressions)
         best, _ = search_guarded(candidates, start, self.grid, settings.trials)
-        return _Choice(neighbours, candidates, *shrunken(candidates, start, best))
+        blend, _ = shrunken(candidates, start, best)
+        return _Choice(neighbours, candidates, *towards_closed_form(candidates, blend))
 
     def _start(self) -> Blend:
         config, seen = self.config, self.laser.seen

@@ -13,6 +13,7 @@ from laserrec.methods.laser.blend import (
     search,
     search_guarded,
     shrunken,
+    towards_closed_form,
 )
 
 USERS, ITEMS = 300, 60
@@ -108,3 +109,17 @@ def test_a_blend_that_is_better_by_chance_alone_is_not_followed():
     assert blend != far and lost.mean() <= lost.std() / USERS**0.5
     dropped = replace(best, id_share=0.0, share=None)
     assert (shrunken(found, START, dropped)[0].id_share, shrunken(found, START, dropped)[0].share) == (0.0, None)
+    ndcg = shrunken(found, far, best, 0.001)[1]
+    assert found.ndcg(best).mean() - ndcg.mean() <= 0.001 * found.ndcg(best).mean()
+
+
+def test_neighbours_count_more_where_that_costs_next_to_nothing():
+    flat, steep = planted(3, 0.1, 0.1, 3.0), planted(4, 0.2, 0.2, 0.0)
+    best = Blend(id_share=0.5, share=32.0, temperature=0.1, seen_offset=-0.5)
+    for found, moves in ((flat, True), (steep, False)):
+        blend, ndcg = towards_closed_form(found, best)
+        whole = found.ndcg(best)
+        assert (blend.share < best.share) == moves and replace(blend, share=32.0) == best
+        assert whole.mean() - ndcg.mean() <= 0.01 * whole.mean()
+    for stays in (replace(best, share=None), replace(best, share=1.0)):
+        assert towards_closed_form(flat, stays)[0] == stays
