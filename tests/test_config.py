@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from laserrec.config import Config, StudentConfig, load_config, merge
-from laserrec.presets import ID_MODELS, PRESETS
+from laserrec.presets import ID_MODELS, PRESETS, READING
 from laserrec.util.errors import UserError
 
 
@@ -126,3 +126,11 @@ def test_endless_toml_is_refused_briefly(tmp_path, text):
 def test_a_config_that_is_a_folder(tmp_path):
     with pytest.raises(UserError, match="can't be read"):
         load_config("small", tmp_path)
+
+
+def test_bi_tuning_differs_from_small_in_how_histories_are_read_alone():
+    small, reading = (load_config(name).model_dump(mode="json") for name in ("small", "bi-tuning"))
+    differs = {(section, name) for section, values in small.items() if isinstance(values, dict)
+               for name, value in values.items() if reading[section][name] != value}
+    assert differs == {(section, name) for section, values in READING.items() for name in values}
+    assert reading["prompt"]["layout"] == "text_first" and small["transformer"]["blocks"] == 2
