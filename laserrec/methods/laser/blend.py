@@ -145,8 +145,12 @@ def search(candidates: Candidates, start: Blend, grid: Grid, trials: int) -> tup
 
 _STEPS = (0.0, 0.25, 0.5, 0.75)
 """Of the way from the start to the best blend."""
-_CLOSED_SHARE, _GIVEN_UP = 2.0, 0.01
-"""The cosines' share where the closed form leads, and how much of NDCG is given up on the way to it."""
+_CLOSED_SHARE, _CLOSED_TEMPERATURE = 2.0, 0.14
+"""Of the cosines, where the closed form leads."""
+_ID_SHARES = (0.3, 0.6)
+"""Of the further starts of the search."""
+_GIVEN_UP = 0.01
+"""Of NDCG, for more of the closed form."""
 
 
 def shrunken(candidates: Candidates, start: Blend, best: Blend, most: float = 1.0
@@ -200,3 +204,17 @@ def search_guarded(candidates: Candidates, start: Blend, grid: Grid, trials: int
         others = candidates.take(judged_on)
         gain += float((others.ndcg(blend) - others.ndcg(start)).sum())
     return (best, found) if gain > 0 else (start, candidates.ndcg(start))
+
+
+def choose(candidates: Candidates, start: Blend, grid: Grid, trials: int) -> tuple[Blend, Float[Tensor, "users"]]:
+    """The blend to take and its users' NDCG: the best one found from `start` and from starts where the closed form
+    leads, each with at most `trials` trials, since one start may end at a local optimum; drawn back to where the search
+    came from, and towards the closed form."""
+    starts = [start]
+    if start.share is not None:
+        closed = replace(start, share=_CLOSED_SHARE, temperature=_CLOSED_TEMPERATURE)
+        starts += [replace(closed, id_share=share) for share in (_ID_SHARES if start.id_share else (0.0,))]
+    found = [(one, *search_guarded(candidates, one, grid, trials)) for one in starts]
+    origin, best, _ = max(found, key=lambda each: float(each[2].mean()))  # the first of equals
+    blend, _ = shrunken(candidates, origin, best)
+    return towards_closed_form(candidates, blend)

@@ -13,16 +13,7 @@ from torch import Tensor
 from laserrec.config import BlendConfig, Config, NeighboursConfig
 from laserrec.data.dataset import Cases
 from laserrec.data.histories import Histories
-from laserrec.methods.laser.blend import (
-    Blend,
-    Candidates,
-    full_grid,
-    gather_candidates,
-    search,
-    search_guarded,
-    shrunken,
-    towards_closed_form,
-)
+from laserrec.methods.laser.blend import Blend, Candidates, choose, full_grid, gather_candidates, search
 from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.task import LaserTask
 from laserrec.methods.neighbours import Neighbours, multiplications
@@ -123,15 +114,13 @@ class _Parts:
     # -- the choice ---------------------------------------------------------------------------------------------
 
     def choose(self, settings: BlendConfig) -> _Choice:
-        """The regression first, on its own; then the blend, drawn back to the start and towards the regression."""
+        """The regression first, on its own; then the blend."""
         laser, start = self.laser, self._start()
         neighbours, candidates = laser.neighbours, self.candidates(laser.neighbours)
         self.given = candidates.ndcg(start)
         if neighbours is not None:
             neighbours, candidates = self._best_regression(neighbours, candidates, settings.regressions)
-        best, _ = search_guarded(candidates, start, self.grid, settings.trials)
-        blend, _ = shrunken(candidates, start, best)
-        return _Choice(neighbours, candidates, *towards_closed_form(candidates, blend))
+        return _Choice(neighbours, candidates, *choose(candidates, start, self.grid, settings.trials))
 
     def _start(self) -> Blend:
         config, seen = self.config, self.laser.seen

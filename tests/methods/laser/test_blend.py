@@ -8,6 +8,7 @@ import torch
 from laserrec.methods.laser.blend import (
     Blend,
     Candidates,
+    choose,
     full_grid,
     gather_candidates,
     search,
@@ -123,3 +124,29 @@ def test_neighbours_count_more_where_that_costs_next_to_nothing():
         assert whole.mean() - ndcg.mean() <= 0.01 * whole.mean()
     for stays in (replace(best, share=None), replace(best, share=1.0)):
         assert towards_closed_form(flat, stays)[0] == stays
+
+
+@pytest.mark.parametrize("sizes", [(0.1, 0.1, 3.0), (0.2, 0.05, 0.5), (0.05, 0.3, 0.2)])
+def test_the_choice_gives_up_no_more_than_the_rules_allow(sizes):
+    found = planted(6, *sizes)
+    blend, ndcg = choose(found, START, GRID, 300)
+    best = search(found, START, GRID, 300)[1]
+    assert torch.equal(found.ndcg(blend), ndcg)
+    assert best.mean() - ndcg.mean() <= 0.01 * best.mean() + (best - ndcg).std() / USERS**0.5
+
+
+def test_a_score_without_neighbours_or_ids_stays_without():
+    found = planted(7, 0.3, 0.0, 0.0)
+    alone = replace(START, share=None, id_share=0.0)
+    assert choose(found, alone, full_grid(ids=False, neighbours=False, seen=True), 50)[0].share is None
+    no_ids = choose(found, replace(START, id_share=0.0), full_grid(ids=False, neighbours=True, seen=True), 100)[0]
+    assert no_ids.id_share == 0.0
+
+
+def test_other_starts_find_what_the_first_one_misses():
+    """Weights that are tried one after another end at a local optimum: here only the further starts know of IDs."""
+    found = planted(8, 0.0, 0.4, 0.0)
+    grid = {names: values for names, values in GRID.items() if names != ("id_share",)}
+    first = replace(START, id_share=0.01)
+    assert choose(found, first, grid, 300)[0].id_share > 0.2
+    assert choose(found, first, grid, 300)[1].mean() > search(found, first, grid, 300)[1].mean() + 0.1

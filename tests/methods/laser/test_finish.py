@@ -72,7 +72,7 @@ def test_a_dropped_part_costs_nothing(llm, monkeypatch):
         return Blend(0.0, None, start.temperature, 0.0), found.ndcg(start)
 
     monkeypatch.setattr(finish, "search", settled)
-    monkeypatch.setattr(finish, "search_guarded", settled)
+    monkeypatch.setattr(finish, "choose", settled)
     config, _ = choose_blend(task)
     assert config.neighbours.count == 0 and config.head.id_share == 0 and laser.neighbours is None
     assert laser.vectors.shape == (N, laser.d_text) == (N, laser.d_out)
