@@ -170,8 +170,8 @@ def shrunken(candidates: Candidates, start: Blend, best: Blend, most: float = 1.
 
 def towards_closed_form(candidates: Candidates, best: Blend) -> tuple[Blend, Float[Tensor, "users"]]:
     """A blend in which the neighbours count more, if it is no worse than `best` by more than a standard error and a
-    hundredth. What is trained by gradient loses more from validation to later interactions than a closed form does
-    (amazon-scientific: cosines .1086 and .0983, neighbours .1079 and .1069), which validation can't show."""
+    hundredth. What is trained by gradient loses more from validation to later interactions than a closed form does,
+    which validation can't show."""
     if best.share is None or best.share <= _CLOSED_SHARE:
         return best, candidates.ndcg(best)
     return shrunken(candidates, replace(best, share=_CLOSED_SHARE), best, _GIVEN_UP)
@@ -207,14 +207,15 @@ def search_guarded(candidates: Candidates, start: Blend, grid: Grid, trials: int
 
 
 def choose(candidates: Candidates, start: Blend, grid: Grid, trials: int) -> tuple[Blend, Float[Tensor, "users"]]:
-    """The blend to take and its users' NDCG: the best one found from `start` and from starts where the closed form
-    leads, each with at most `trials` trials, since one start may end at a local optimum; drawn back to where the search
-    came from, and towards the closed form."""
-    starts = [start]
-    if start.share is not None:
-        closed = replace(start, share=_CLOSED_SHARE, temperature=_CLOSED_TEMPERATURE)
-        starts += [replace(closed, id_share=share) for share in (_ID_SHARES if start.id_share else (0.0,))]
-    found = [(one, *search_guarded(candidates, one, grid, trials)) for one in starts]
-    origin, best, _ = max(found, key=lambda each: float(each[2].mean()))  # the first of equals
-    blend, _ = shrunken(candidates, origin, best)
-    return towards_closed_form(candidates, blend)
+    """The blend to take and its users' NDCG: the best one found from `start`, drawn back to it, or the best one from
+    other starts, where the closed form leads, if that is better by more than a standard error; then towards the closed
+    form. Each search has at most `trials` trials, and from one start alone it may end at a local optimum."""
+    best, _ = search_guarded(candidates, start, grid, trials)
+    best, ndcg = shrunken(candidates, start, best)
+    for share in () if start.share is None else _ID_SHARES if start.id_share else (0.0,):
+        closed = replace(start, id_share=share, share=_CLOSED_SHARE, temperature=_CLOSED_TEMPERATURE)
+        other, found = search_guarded(candidates, closed, grid, trials)
+        gain = found - ndcg
+        if gain.mean() > gain.std() / len(gain) ** 0.5:
+            best, ndcg = other, found
+    return towards_closed_form(candidates, best)
