@@ -44,7 +44,7 @@ def test_settings_come_from_preset_file_and_flags(run, settings, data, tmp_path)
     tree = json.loads((model / "model.json").read_text())["config"]
     assert tree["train"]["lr"] == 2e-3  # the flag
     assert tree["mformer"]["experts"] == 2  # the file
-    assert tree["mformer"]["routing"] == "gate_scaled"  # the preset
+    assert tree["train"]["negatives"] == "sampled"  # the preset
     code, _, err = run("fit", data, model, "--config", settings, "--train.lr", "0.5", "--quiet")
     assert code == 2 and "other settings" in err
 
