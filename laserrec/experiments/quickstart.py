@@ -62,7 +62,7 @@ def run(out: Path, config: Config, progress: bool = True, device: str = "auto") 
     with _step(console, 4, "Train SASRec, which knows items by their ids alone"):
         table.result(_SASREC)
         _training(console, table, _SASREC)
-    with _step(console, 5, "Train Laser on top of it: the items' texts, read by the LLM, and a transformer over a history"):
+    with _step(console, 5, "Train Laser on top of it: item texts read by the LLM, a transformer over the history"):
         table.result(LASER)
         tell_card(out / "model", data_name=_DATA)
         _training(console, table, LASER)
