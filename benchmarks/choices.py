@@ -2,8 +2,7 @@
 
 Every variant is the preset `bi-tuning` with one thing changed, trained for one epoch of random cuts, one seed, and
 scored by the text part's cosines alone on validation. All is kept in OUT, and what is there is not run again.
-Differences
-below .001 in NDCG@10 are within the noise of a seed. The test split is not touched.
+Differences below .001 in NDCG@10 are within the noise of a seed. The test split is not touched.
 """
 
 from __future__ import annotations

@@ -233,8 +233,8 @@ def bench_encode(setting: Setting, progress: bool = True) -> dict[str, Any]:
 
 def _bench_shared_items(setting: Setting, dataset: Dataset, progress: bool) -> dict[str, Any]:
     """Items read with no prefix and [EOS] as suffix. Ours reads the instruction once and every item behind it, once per
-    fit; an epoch then costs one token per item. transformers reads all of it for every item and
-    epoch. The same outputs, which is checked. `ratio` is an epoch's, `ratio_with_reading` a one-epoch fit's."""
+    fit; an epoch then costs one token per item. transformers reads all of it for every item and epoch. The same
+    outputs, which is checked. `ratio` is an epoch's, `ratio_with_reading` a one-epoch fit's."""
     small = {"prompt": {"item_side": "plain", "max_item_tokens": 64}, "neighbours": {"count": 0},
              "head": {"whiten_dims": 0, "projection": False, "id_share": 0.0}}
     some = replace(dataset, items=dataset.items.sample(setting.items, seed=0))

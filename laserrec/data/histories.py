@@ -138,6 +138,12 @@ class Pairs:
     users: Int[Tensor, "pairs"]
     items: Int[Tensor, "pairs"]
 
+    def among(self, rows: Int[Tensor, "rows"]) -> Pairs:
+        """Those whose item is one of these rows, which ascend, with its place there for the item."""
+        place = torch.searchsorted(rows, self.items).clamp(max=len(rows) - 1)
+        there = rows[place] == self.items
+        return Pairs(self.users[there], place[there])
+
     def to(self, device: torch.device) -> Pairs:
         """The same on another device."""
         return Pairs(move(self.users, device), move(self.items, device))

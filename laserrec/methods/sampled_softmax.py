@@ -88,8 +88,7 @@ def sampled_loss(logits: Float[Tensor, "targets candidates"], part: Targets, off
     correction[row, column] = 0.0  # the targets of a row's own sequence
     logits -= correction[row]
     if offset is not None:
-        place = torch.searchsorted(candidates.items, part.seen.items).clamp(max=len(candidates.items) - 1)
-        found = candidates.items[place] == part.seen.items
-        at = part.seen.users[found] * len(candidates.items) + place[found]
+        seen = part.seen.among(candidates.items)
+        at = seen.users * len(candidates.items) + seen.items
         logits = logits.flatten().index_add(0, at, offset.expand(len(at))).view_as(logits)
     return F.cross_entropy(logits, column, reduction="sum")

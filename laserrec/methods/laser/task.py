@@ -204,12 +204,9 @@ class LaserTask:
                           correction: Float[Tensor, "#some few"], seen: Pairs | None, offset: Tensor | None) -> Tensor:
         """rows: of those items, ascending. place: of each user's target among them."""
         device = self.module.device
-        if seen is not None:
-            own = torch.searchsorted(rows, seen.items).clamp(max=len(rows) - 1)
-            there = rows[own] == seen.items
-            seen = Pairs(seen.users[there], own[there]).to(device)
+        there = None if seen is None else seen.among(rows).to(device)
         return contrast_of_some(users, items, move(place, device), self.module.temperature, move(correction, device),
-                                seen, offset)
+                                there, offset)
 
     @cached_property
     def _sampler(self) -> Sampler | None:

@@ -249,7 +249,7 @@ def test_a_sample_of_all_items_is_the_full_softmax(llm):
     tiny.assert_same(*(dict(enumerate(each)) for each in found))
 
 
-def test_only_the_items_drawn_get_gradient_and_other_steps_draw_others(llm):
+def test_each_step_draws_other_items(llm):
     task = sampled_task(llm, False)
     one, other = (task.begin_epoch(1).batch(np.arange(3)).candidates.items.tolist() for _ in range(2))
     assert one != other and len(one) < N / 2
