@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ _PATIENCE = timedelta(hours=24)
 this limit is for a machine that disappears. It must be longer than a slow machine lags behind a fast one."""
 _MEETING = timedelta(minutes=30)
 """How long the first process waits for all others to connect."""
+
+_LETTING_GO = 0.2
+"""Seconds for gloo's threads to let go of the last tensors, at the end of a process; they need microseconds."""
 
 
 class PeerLostError(UserError):
@@ -228,9 +232,14 @@ def _backend() -> str:
 
 
 def _leave() -> None:
-    """Close gloo's threads: a process that exits while they run is sometimes aborted, a failure to torchrun."""
+    """Close gloo's threads: a process that exits while they run is sometimes aborted, a failure to torchrun.
+
+    Threads of a sharded LLM's group do not close, since torch keeps the group. A thread like that must have let go of
+    its last tensor before Python ends; sleeping gives it the interpreter's lock, which it needs for that.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(_LETTING_GO)
 
 
 def alone(what: str) -> None:
