@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from laserrec.util.io import read_json
 
-COLOURS = {"id": "#8a8f98", "text": "#5b8db8", "laser": "#d1495b", "fusion": "#edae49"}
+COLOURS = {"id": "#8a8f98", "text": "#5b8db8", "laser": "#d1495b"}
 
 
 def plot(result: dict[str, Any], file: Path) -> None:

@@ -29,8 +29,6 @@ from laserrec.util.io import write_json
 
 LASER = "Laser"
 BI_TUNING = "Laser, bi-tuning (the LLM reads histories)"
-_RRF = 60
-"""Constant of reciprocal rank fusion (Cormack, Clarke & Buettcher 2009)."""
 
 
 def id_settings(kind: str, **others: Any) -> dict[str, Any]:
@@ -59,7 +57,6 @@ def rows() -> list[Row]:
         Row(BI_TUNING, "laser", "laser", READING),
         Row("Laser, bi-tuning, distilled (no LLM for users)", "laser",
             settings={"student": StudentConfig().model_dump()}, of=(BI_TUNING,), make=_distilled),
-        Row("SASRec + Laser, ranks fused", "fusion", of=("SASRec", LASER), make=_fused),
     ]
 
 
@@ -91,21 +88,6 @@ class CosinesAlone:
         return scores
 
 
-class FusedRanks:
-    """Reciprocal rank fusion: an item's score is the sum of 1 / (60 + rank) over the models."""
-
-    def __init__(self, *models: Scorer):
-        self.models = models
-
-    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
-        """Sums of reciprocal ranks."""
-        return torch.stack([1 / (_RRF + _ranks(model.score(histories))) for model in self.models]).sum(dim=0)
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1).double() + 1
-
-
 def _cosines(place: Place, laser: Fitted) -> tuple[Scorer, float]:
     return CosinesAlone(laser.model), 0.0
 
@@ -114,7 +96,3 @@ def _distilled(place: Place, laser: Fitted) -> tuple[Scorer, float]:
     settings = (place.config.student or StudentConfig()).model_copy(update={"seed": place.config.train.seed})
     student = distil(LaserRecommender(laser), place.dataset, place.folder, settings, place.progress)
     return student, student.facts["student"]["seconds"]
-
-
-def _fused(place: Place, *models: Fitted) -> tuple[Scorer, float]:
-    return FusedRanks(*(fitted.model for fitted in models)), 0.0

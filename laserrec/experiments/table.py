@@ -57,7 +57,7 @@ class Row:
 
     name: str
     kind: str
-    """What it knows of items: id, text, laser (both) or fusion (several models)."""
+    """What it knows of items: id, text or laser (both)."""
     method: str = ""
     """In laserrec.methods.all.METHODS; "": no model of its own."""
     settings: dict[str, Any] = field(default_factory=dict)

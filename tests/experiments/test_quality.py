@@ -1,4 +1,4 @@
-"""The table of qualities in small; fusion and cosines against naive ones."""
+"""The table of qualities in small; cosines against naive ones."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 
 from laserrec.config import Config
 from laserrec.experiments import quality, table
-from laserrec.experiments.quality import LASER, CosinesAlone, FusedRanks
+from laserrec.experiments.quality import CosinesAlone
 
 
 @pytest.fixture
@@ -23,14 +23,11 @@ def test_all_models_of_all_seeds_once(small, tmp_path, monkeypatch):
     dataset = tiny.planted(15, 30)
     result = quality.reproduce(dataset, small, tmp_path, [0], progress=False, device="cpu")
     assert {row["model"] for row in result["rows"]} == {row.name for row in quality.rows()}
-    assert len(result["rows"]) == len(quality.rows()) == 13
+    assert len(result["rows"]) == len(quality.rows()) == 12
     assert all({"model", "kind", "seed", "recall@10", "ndcg@10", "mrr", "train_seconds"} <= row.keys()
                for row in result["rows"])
     assert json.loads((tmp_path / "quality.json").read_text(encoding="utf-8")) == result
     assert [line["kind"] for line in result["laser_over"]] == ["id", "text"]
-    rows = {row["model"]: row for row in result["rows"]}
-    assert rows["SASRec + Laser, ranks fused"]["train_seconds"] == pytest.approx(
-        rows[LASER]["train_seconds"] + rows["SASRec"]["train_seconds"], abs=0.11)
     monkeypatch.setattr(table, "evaluate", None)  # nothing is measured twice
     monkeypatch.setattr(table, "fit", None)
     assert quality.reproduce(dataset, small, tmp_path, [0], progress=False, device="cpu") == result
@@ -41,20 +38,6 @@ def test_rivals_are_on_equal_terms():
         config = Config.model_validate({**Config().model_dump(), **row.settings})
         assert row.method not in ("sasrec", "bert4rec") or config.id_model.seen_offset
         assert row.method not in ("sasrec", "bert4rec") or config.id_model.kind == row.method
-
-
-class Fixed:
-    def __init__(self, *scores):
-        self.scores = torch.tensor([scores])
-
-    def score(self, histories):
-        return self.scores
-
-
-def test_fused_ranks_are_reciprocal_ranks():
-    fused = FusedRanks(Fixed(3.0, 1.0, 2.0, 0.0), Fixed(0.0, 5.0, 4.0, 1.0)).score(tiny.histories([1]))
-    ranks = [(1, 4), (3, 1), (2, 2), (4, 3)]
-    assert fused[0].tolist() == pytest.approx([1 / (60 + x) + 1 / (60 + y) for x, y in ranks])
 
 
 def test_cosines_alone_are_a_user_and_all_items_with_the_seen_offset(small, llm, tmp_path):

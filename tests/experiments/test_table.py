@@ -26,7 +26,7 @@ class Doubled:
 
 
 ROWS = [Row("popularity", "id", "popularity", seeded=False), Row("SASRec", "id", "sasrec", SASREC),
-        Row("twice", "fusion", of=("SASRec",), make=lambda place, fitted: (Doubled(fitted.model), 3.0))]
+        Row("twice", "id", of=("SASRec",), make=lambda place, fitted: (Doubled(fitted.model), 3.0))]
 
 
 @pytest.fixture
