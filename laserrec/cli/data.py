@@ -39,15 +39,17 @@ def prepare(
       laserrec prepare amazon-scientific runs/data
       laserrec prepare orders.csv runs/data --items goods.csv --columns user_id=customer item_id=sku title=name
       laserrec prepare orders.csv runs/data --items goods.csv --vectors images.parquet
+      laserrec prepare clicks.csv runs/data
 
     Parameters
     ----------
     source
-        A bundled data set's name, a folder with both files, or the interactions' file (with --items).
+        A bundled data set's name, a folder with both files, or the interactions' file.
     out
         The data folder to make.
     items
-        The items' file, when SOURCE is the interactions' file.
+        The items' file, when SOURCE is the interactions' file. Without it, SOURCE may have the items' columns too;
+        items have no text where it has none.
     format
         Of the files; auto looks at their names and columns.
     columns

@@ -27,7 +27,7 @@ class DataConfig(Section):
     """Further columns of the items to keep as text, such as price or colour. prompt.attributes can name them."""
     drop_untitled: bool = True
     """Drop items without a title, and their interactions, before the k-core filter. The paper drops them after it
-    (4.1.1)."""
+    (4.1.1). No effect where no item has a title."""
     drop_duplicates: bool = True
     """Keep one of several interactions with the same user, item and timestamp."""
     split: Split = Split.LEAVE_ONE_OUT

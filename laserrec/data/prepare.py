@@ -61,9 +61,9 @@ def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig,
     A folder that holds this very result already is left untouched and "reused" is True. An interrupted call leaves
     `out` as it was.
     Titled items that are left without interactions, since nobody bought them or too few did, go to new_items.parquet.
-    Raises UserError when nothing is left after cleaning, when a temporal split lacks timestamps or a part would be
-    empty, when `out` holds something else (without `overwrite` always, with it unless that is a data folder), and when
-    it can't be written.
+    Where no item has a title, none is dropped for that. Raises UserError when nothing is left after cleaning, when a
+    temporal split lacks timestamps or a part would be empty, when `out` holds something else (without `overwrite`
+    always, with it unless that is a data folder), and when it can't be written.
     """
     return _prepare(_Numbered.of(Raw(interactions, items, dict(notes or {}))), config, Path(out), overwrite)
 
@@ -185,7 +185,7 @@ def _clean(given: _Numbered, config: DataConfig) -> tuple[pl.DataFrame, pl.DataF
         steps.append({"step": why, **after, "dropped": {key: before[key] - after[key] for key in after}})
         return kept
 
-    if config.drop_untitled:
+    if config.drop_untitled and (items.is_empty() or items["title"].is_not_null().any()):
         acts = drop("item has no row in the metadata (untitled)", acts.join(items, "item_id", "semi",
                                                                             maintain_order="left"))
         titled = items.filter(pl.col("title").is_not_null())

@@ -33,20 +33,22 @@ class Raw:
     """Counts for the report: skipped_lines (broken, on_error = skip), duplicate_item_rows."""
 
 
-def from_frames(interactions: Any, items: Any, columns: Mapping[str, str] | None = None,
+def from_frames(interactions: Any, items: Any = None, columns: Mapping[str, str] | None = None,
                 on_error: str = "raise", extra: Sequence[str] = (), vectors: Any = None) -> Raw:
     """Polars or pandas frames or Arrow tables in memory.
 
     interactions: user_id, item_id and optionally timestamp, position (numbers, small = old). items: item_id,
-    title and optionally brand, category (text or lists of text). `columns` maps these names to the frames' own, as
+    title and optionally brand, category (text or lists of text); None: the interactions' own columns of these names,
+    and no text where there are none. `columns` maps these names to the frames' own, as
     {"user_id": "customer"}; "interactions.item_id" and "items.item_id" where one name does not fit both. extra: further
     columns of the items to keep as text. vectors: a frame of item vectors (see `extras.with_vectors`).
     Raises UserError for a missing column (it lists those that exist) and for an empty id, an unreadable time or
     position (it names the row), unless on_error is "skip", which leaves such rows out and counts them.
     """
     FileOptions(on_error)
-    acts, goods = to_polars(interactions, "interactions"), to_polars(items, "items")
-    raw = from_tables(Table(acts, "interactions"), Table(goods, "items"), columns, on_error, extra)
+    acts = Table(to_polars(interactions, "interactions"), "interactions")
+    goods = None if items is None else Table(to_polars(items, "items"), "items")
+    raw = from_tables(acts, goods, columns, on_error, extra)
     return raw if vectors is None else join_vectors(raw, Table(to_polars(vectors, "vectors"), "vectors"))
 
 
@@ -56,17 +58,22 @@ def join_vectors(raw: Raw, vectors: Table) -> Raw:
     return replace(raw, items=items, notes={**raw.notes, "items_without_vector": items[VECTOR].null_count()})
 
 
-def from_tables(interactions: Table, items: Table, columns: Mapping[str, str] | None = None,
+def from_tables(interactions: Table, items: Table | None, columns: Mapping[str, str] | None = None,
                 on_error: str = "raise", extra: Sequence[str] = ()) -> Raw:
     """`from_frames` for tables that know their files."""
     columns = dict(columns or {})
     _check_map(columns, extra)
-    acts, goods = _pick(interactions, "interactions", columns), _pick(items, "items", columns, extra)
-    acts, skipped_acts = _checked_interactions(acts, on_error)
+    acts = _pick(interactions, "interactions", columns)
+    goods = (_pick(interactions, "items", columns, extra, needed={"item_id"}) if items is None
+             else _pick(items, "items", columns, extra))
+    acts, skipped = _checked_interactions(acts, on_error)
+    skipped += interactions.skipped
     goods, skipped_items = _checked_items(goods, on_error, extra=extra)
-    skipped = interactions.skipped + items.skipped + skipped_acts + skipped_items
     goods, duplicates = _one_row_per_item(goods)
-    return Raw(acts, goods, {"skipped_lines": skipped, "duplicate_item_rows": duplicates})
+    if items is None:  # each row tells of an interaction first, and was counted as one
+        return Raw(acts, goods, {"skipped_lines": skipped, "duplicate_item_rows": 0})
+    return Raw(acts, goods, {"skipped_lines": skipped + items.skipped + skipped_items,
+                             "duplicate_item_rows": duplicates})
 
 
 def read_items(frame: Any, name: str = "new items", catalogue: pl.DataFrame | None = None) -> pl.DataFrame:
@@ -139,11 +146,12 @@ def _check_map(columns: dict[str, str], extra: Sequence[str] = ()) -> None:
                             "with 'items.' or 'interactions.' before it for one table alone")
 
 
-def _pick(table: Table, kind: str, given: dict[str, str] | None, extra: Sequence[str] = ()) -> Table:
+def _pick(table: Table, kind: str, given: dict[str, str] | None, extra: Sequence[str] = (),
+          needed: set[str] | None = None) -> Table:
     """Our columns under our names, and the `extra` ones. given: the caller's names for them; None where the caller
-    can't give any."""
-    needed, optional = _COLUMNS[kind]
-    needed = needed | set(extra)
+    can't give any. needed: those that the table must have, in place of this kind's."""
+    own, optional = _COLUMNS[kind]
+    needed, optional = (own if needed is None else needed) | set(extra), own | optional
     columns = given or {}
     chosen = {name: columns.get(f"{kind}.{name}", columns.get(name, name)) for name in sorted(needed | optional)}
     asked = {name for name in chosen if name in columns or f"{kind}.{name}" in columns}

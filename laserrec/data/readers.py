@@ -59,12 +59,12 @@ def _amazon(path: Path | str, columns: Mapping[str, tuple[str, ...]], options: F
 # -- tables with a column map -------------------------------------------------------------------------------------
 
 
-def read_tables(interactions: Path | str, items: Path | str, columns: Mapping[str, str] | None = None,
+def read_tables(interactions: Path | str, items: Path | str | None = None, columns: Mapping[str, str] | None = None,
                 options: FileOptions = _PLAIN, extra: Sequence[str] = ()) -> Raw:
-    """Two tables of any ending that `files.read_table` reads. Columns, `columns` and `extra` as in
+    """Tables of any ending that `files.read_table` reads. Columns, `items`, `columns` and `extra` as in
     `raw.from_frames`."""
-    acts, goods = read_table(interactions, options), read_table(items, options)
-    return from_tables(acts, goods, columns, options.on_error, extra)
+    goods = None if items is None else read_table(items, options)
+    return from_tables(read_table(interactions, options), goods, columns, options.on_error, extra)
 
 
 # -- RecBole and MovieLens ------------------------------------------------------------------------------------------
@@ -80,21 +80,22 @@ _RECBOLE_NAMES = {
 }
 
 
-def read_recbole(interactions: Path | str, items: Path | str, columns: Mapping[str, str] | None = None,
+def read_recbole(interactions: Path | str, items: Path | str | None = None, columns: Mapping[str, str] | None = None,
                  options: FileOptions = _PLAIN, extra: Sequence[str] = ()) -> Raw:
-    """RecBole's atomic files `.inter` and `.item`: tab-separated, header `name:type`.
+    """RecBole's atomic files `.inter` and `.item` (None: items have no text): tab-separated, header `name:type`.
 
     The names RecBole's own data sets use are found (title, item_name, movie_title ...; categories, class, genre ...);
     `columns` maps others by their names without the type. Times in `.inter` may be floats (see `clean.times`).
     """
-    acts, goods = (_without_types(read_table(p, options)) for p in (interactions, items))
+    acts = _without_types(read_table(interactions, options))
+    goods = None if items is None else _without_types(read_table(items, options))
     if "item_id_list" in acts.frame.columns:
         raise UserError(f"{acts.name}: holds augmented sequences (item_id_list); give the .inter file with one "
                         "interaction a line")
     found, override = {}, dict(columns or {})
     for ours, theirs in _RECBOLE_NAMES.items():
         kind, _, column = ours.partition(".")
-        have = (acts if kind == "interactions" else goods).frame.columns
+        have = (acts if kind == "interactions" or goods is None else goods).frame.columns
         name = next((name for name in theirs if name in have), None)
         if name and column not in override:
             found[ours] = name

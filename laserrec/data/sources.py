@@ -18,9 +18,10 @@ Source = str | Path | Sequence[str | Path]
 
 def read_source(source: Source, format: str = "auto", columns: Mapping[str, str] | None = None,
                 options: FileOptions | None = None, extra: Sequence[str] = ()) -> Raw:
-    """Read `source`: two files [interactions, items], a folder that holds them, or a bundled data set's name.
+    """Read `source`: two files [interactions, items], a folder that holds them, a bundled data set's name, or one file
+    of interactions, which may have the items' columns too; items have no text where it has none.
 
-    Each of the two may be a folder of parts or a pattern instead (`files.parts_of`). In a folder the items are in the
+    Each of the files may be a folder of parts or a pattern instead (`files.parts_of`). In a folder the items are in the
     file whose name starts with meta, item or product or ends in .item.
     `format` is one of FORMATS; csv and parquet both read every ending that `files.read_table` knows.
     extra: further columns of the items to keep, of csv, parquet and recbole.
@@ -29,26 +30,30 @@ def read_source(source: Source, format: str = "auto", columns: Mapping[str, str]
     options = options or FileOptions()
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; there are: {', '.join(FORMATS)}")
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, Path)) and not Path(source).is_file():
         folder = _folder(source)
         if format == "movielens" or (format == "auto" and _is_movielens(folder)):
             _refuse_columns("movielens", columns, extra)
             return read_movielens(folder, options)
         pair = _pair_in(folder)
     else:
-        pair = [Path(p) for p in source]
-        if len(pair) != 2:
-            raise UserError(f"give two files, interactions and items; {len(pair)} were given")
+        pair = [Path(p) for p in ([source] if isinstance(source, (str, Path)) else source)]
+        if len(pair) not in (1, 2):
+            raise UserError(f"give two files, interactions and items, or one of both; {len(pair)} were given")
         if format == "movielens":
             raise UserError("format movielens reads a folder; give the folder's path")
-    first = [parts_of(path)[0] for path in pair]
-    format = _guess(*first, options.encoding) if format == "auto" else format
+    first, *_ = [parts_of(path)[0] for path in pair]
+    format = _guess(first, options.encoding) if format == "auto" else format
+    interactions, items = pair[0], pair[1] if len(pair) == 2 else None
     if format == "recbole":
-        return read_recbole(*pair, columns, options, extra)
+        return read_recbole(interactions, items, columns, options, extra)
     if format in ("csv", "parquet"):
-        return read_tables(*pair, columns, options, extra)
+        return read_tables(interactions, items, columns, options, extra)
     _refuse_columns(format, columns, extra)
-    return (read_amazon_2018 if format == "amazon2018" else read_amazon_2023)(*pair, options)
+    if items is None:
+        raise UserError(f"{interactions} is one file of format {format}, whose items are in a file of their own; give "
+                        "both")
+    return (read_amazon_2018 if format == "amazon2018" else read_amazon_2023)(interactions, items, options)
 
 
 def bundled(name: str = "amazon-scientific") -> Path:
@@ -67,8 +72,6 @@ def _folder(source: str | Path) -> Path:
         return path
     if str(source) in BUNDLED:
         return bundled(str(source))
-    if path.is_file():
-        raise UserError(f"{path} is one file; give interactions and items, or the folder that holds both")
     raise UserError(f"no such folder: {path}; bundled data sets are: {', '.join(BUNDLED)}")
 
 
@@ -78,7 +81,7 @@ def _pair_in(folder: Path) -> list[Path]:
     acts = [p for p in files if not _names_items(p)]
     if any(p.name.endswith(".inter") for p in acts):
         acts = [p for p in acts if p.name.endswith(".inter")]
-    if len(items) == 1 and len(acts) == 1:
+    if len(items) <= 1 and len(acts) == 1:
         return [*acts, *items]
     raise UserError(f"{folder}: can't tell interactions and items apart among: "
                     f"{', '.join(p.name for p in files) or 'no data files'}; give the two files")
@@ -97,7 +100,7 @@ def _is_movielens(folder: Path) -> bool:
     return any((folder / f"ratings{e}").is_file() and (folder / f"movies{e}").is_file() for e in (".csv", ".dat"))
 
 
-def _guess(interactions: Path, items: Path, encoding: str) -> str:
+def _guess(interactions: Path, encoding: str) -> str:
     if interactions.name.endswith(".inter"):
         return "recbole"
     kind = ending(interactions)

@@ -24,7 +24,9 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     if why := report["unmatched"].get("why"):
         lines.append(f"{report['unmatched']['items']:,} of {_count(read['items'], 'item ids')} of the interactions are "
                      f"not among the items: {why}")
-    if count := report["untitled_items"]:
+    if report["share_of_items_without"]["title"] == 1:
+        lines.append("No item has a title.")
+    elif count := report["untitled_items"]:
         lines.append(f"Without a title: {_count(count, 'items')} of the metadata.")
     if count := report.get("duplicate_item_rows"):
         lines.append(f"Left out {_count(count, 'rows')} that repeat an item; each keeps its most frequent title.")

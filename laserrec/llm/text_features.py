@@ -266,23 +266,27 @@ def _load(path: Path, key: str, rows: int) -> tuple[dict[str, Tensor], bool]:
 def _means(
     backbone: Backbone, lines: list[np.ndarray], progress: Callable[[int], None] | None, world: World
 ) -> Float[Tensor, "n_items d_means"]:
-    """Mean outputs of each line's tokens. Lines go through the LLM in chunks of like length; the processes of `world`
-    take the chunks in turn and exchange what they found, unless the LLM itself is shared out among them."""
-    out = torch.empty(len(lines), backbone.d_means, device=backbone.device)
-    order = np.argsort([len(line) for line in lines], kind="stable")
+    """Mean outputs of each line's tokens; equal lines are read once. They go through the LLM in chunks of like length;
+    the processes of `world` take the chunks in turn and exchange what they found, unless the LLM itself is shared out
+    among them."""
+    number: dict[bytes, int] = {}
+    rows = np.array([number.setdefault(line.tobytes(), len(number)) for line in lines])
+    _, firsts, counts = np.unique(rows, return_index=True, return_counts=True)
+    out = torch.empty(len(number), backbone.d_means, device=backbone.device)
+    order = np.argsort([len(lines[at]) for at in firsts], kind="stable")
     chunks = [order[at : at + _AT_ONCE] for at in range(0, len(order), _AT_ONCE)]
     alone = World() if backbone.sharded else world
     for mine in alone.share(len(chunks)):
         chunk = chunks[mine]
-        out[move(torch.as_tensor(chunk), backbone.device)] = _chunk_means(backbone, [lines[i] for i in chunk])
+        out[move(torch.as_tensor(chunk), backbone.device)] = _chunk_means(backbone, [lines[i] for i in firsts[chunk]])
         if progress:
-            progress(sum(map(len, chunks[mine : mine + alone.size])))
-    for number, chunk in enumerate(chunks if alone.size > 1 else []):
-        rows = move(torch.as_tensor(chunk), backbone.device)
-        part = out[rows]
-        alone.follow([part], leader=number % alone.size)
-        out[rows] = part
-    return out
+            progress(sum(int(counts[each].sum()) for each in chunks[mine : mine + alone.size]))
+    for turn, chunk in enumerate(chunks if alone.size > 1 else []):
+        at = move(torch.as_tensor(chunk), backbone.device)
+        part = out[at]
+        alone.follow([part], leader=turn % alone.size)
+        out[at] = part
+    return out if len(number) == len(lines) else out[move(torch.as_tensor(rows), backbone.device)]
 
 
 def _chunk_means(backbone: Backbone, lines: list[np.ndarray]) -> Float[Tensor, "lines d_means"]:

@@ -9,6 +9,8 @@ from torch import Tensor
 _LEAST_VARIANCE = 1e-9
 """Share of the largest direction's below which a direction's variance is none: to scale such a one up to unit variance
 would make large numbers of rounding errors, and larger ones of items that were not among the rows."""
+_ROUNDING = 1e-13
+"""Of float32, squared: variance below this share of the mean's square is none, as where all texts are alike."""
 
 
 @torch.no_grad()
@@ -46,7 +48,8 @@ def _fit(outputs: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     mean = x.mean(dim=0)
     values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
     values, vectors = values[-dims:].flip(0), vectors[:, -dims:].flip(1)
-    scale = torch.where(values > _LEAST_VARIANCE * values[0], values.clamp(min=1e-300).rsqrt(), 0.0)
+    least = torch.maximum(_LEAST_VARIANCE * values[0], _ROUNDING * mean.square().sum())
+    scale = torch.where(values > least, values.clamp(min=1e-300).rsqrt(), 0.0)
     # The sign of an eigenvector is arbitrary; fix it so that two machines agree.
     largest = vectors.abs().argmax(dim=0, keepdim=True)
     return mean.float(), (vectors * torch.sign(vectors.gather(0, largest)) * scale).float()

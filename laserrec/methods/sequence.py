@@ -270,8 +270,9 @@ class SequenceModel(NextItemModel):
 
     @torch.no_grad()
     def _start_from(self, text: Float[Tensor, "n_items d_text"]) -> None:
-        dims = min(self.d_id, text.shape[1])
-        self.item.weight[: self.n_items, :dims] = text[:, :dims] / text[:, :dims].std().clamp(min=1e-8) * WEIGHT_STD
+        some = text[:, : self.d_id]
+        if bool(some.any()):  # texts that are all alike have no directions
+            self.item.weight[: self.n_items, : some.shape[1]] = some / some.std().clamp(min=1e-8) * WEIGHT_STD
 
     @classmethod
     def shapes(cls, config: IdModelConfig, n_known: int) -> dict[str, tuple[int, ...]]:

@@ -64,13 +64,14 @@ class LaserRecommender:
     # -- make ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def fit(cls, interactions: Any, items: Any, config: Config | None = None, folder: Path | str | None = None,
+    def fit(cls, interactions: Any, items: Any = None, config: Config | None = None, folder: Path | str | None = None,
             columns: Mapping[str, str] | None = None, progress: bool = True, method: str = "laser",
             device: str = "auto", vectors: Any = None) -> LaserRecommender:
         """Prepare polars or pandas frames and fit a method on them.
 
         interactions: user_id, item_id, and timestamp or position (else row order); items: item_id, title, and brand,
-        category and what else config.prompt.attributes names. `columns` maps these names to yours. vectors: a frame of
+        category and what else config.prompt.attributes names; None: the interactions' own columns of these names, and
+        no text where there are none. `columns` maps these names to yours. vectors: a frame of
         item_id and vector, the items' own vectors (see config.backbone.item_vectors). With `folder` all steps are kept
         there (data, model), and the same call resumes an interrupted fit. device: auto, cpu, cuda, cuda:N or mps.
         UserError for bad input.

@@ -124,10 +124,15 @@ def test_nothing_left_is_an_error_with_its_cause(tmp_path):
     with pytest.raises(UserError, match=r"1 of 1 interactions have an item that .*: leading zeros.*like '7'.*'07'"):
         prepare(acts(("u", "7", 1)), goods(**{"07": "A"}), LOOSE, tmp_path / "out")
     with pytest.raises(UserError, match="1 of 1 interactions went: item has no title"):
-        prepare(acts(("u", "a", 1)), goods(a=None), LOOSE, tmp_path / "out")
+        prepare(acts(("u", "a", 1)), goods(a=None, b="B"), LOOSE, tmp_path / "out")
     with pytest.raises(UserError, match="no interactions at all"):
         prepare(acts(), goods(a="A"), DataConfig(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_item_has_a_title_none_is_dropped_for_that(tmp_path):
+    report = prepare(acts(("u", "a", 1), ("u", "b", 2)), goods(a=None), LOOSE, tmp_path / "out")
+    assert report["table1"]["items"] == 2 and "No item has a title." in summary_lines(report)
 
 
 # -- losses are told ----------------------------------------------------------------------------------------------

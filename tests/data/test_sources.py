@@ -5,6 +5,7 @@ import json
 import polars as pl
 import pytest
 
+from laserrec.data.files import FileOptions
 from laserrec.data.sources import bundled, read_source
 from laserrec.util.errors import UserError
 
@@ -55,6 +56,29 @@ def test_parquet_is_recognised(tmp_path):
     assert read_source(tmp_path, columns={"item_id": "sku"}).interactions["item_id"].to_list() == ["a"]
 
 
+SALES = "user_id,item_id,title\nu,a,Drill\nv,a,Drill\nv,b,\n"
+
+
+@pytest.mark.parametrize(("files", "items"), [
+    ({"x__csv": CSV}, [("a", None, None, None)]),
+    ({"x__csv": SALES}, [("a", "Drill", None, None), ("b", None, None, None)]),
+    ({"x__inter": "user_id:token\titem_id:token\tclass:token\nu\ta\tDrama\n"}, [("a", None, None, "Drama")]),
+])
+def test_one_file_of_interactions_may_tell_of_items_too(make, files, items):
+    folder = make(**files)
+    for source in (folder / next(iter(files)).replace("__", "."), folder):
+        raw = read_source(source)
+        assert raw.items.sort("item_id").rows() == items and raw.notes["duplicate_item_rows"] == 0
+        assert raw.interactions["item_id"].unique().sort().to_list() == [item[0] for item in items]
+
+
+def test_a_broken_line_of_one_file_is_told_once(make):
+    file = make(x__csv=SALES + "u,,Saw\n") / "x.csv"
+    with pytest.raises(UserError, match=r"x\.csv:5, column item_id: empty id"):
+        read_source(file)
+    assert read_source(file, options=FileOptions("skip")).notes["skipped_lines"] == 1
+
+
 def test_what_cannot_be_told_is_an_error(make, tmp_path):
     with pytest.raises(UserError, match="unknown format 'amazon'; there are: auto, amazon2018"):
         read_source(tmp_path, "amazon")
@@ -63,10 +87,10 @@ def test_what_cannot_be_told_is_an_error(make, tmp_path):
     folder = make(a__csv=CSV, b__csv=CSV)
     with pytest.raises(UserError, match=r"can't tell interactions and items apart among: a\.csv, b\.csv"):
         read_source(folder)
-    with pytest.raises(UserError, match="is one file; give interactions and items"):
-        read_source(folder / "a.csv")
-    with pytest.raises(UserError, match="give two files"):
-        read_source([folder / "a.csv"])
+    with pytest.raises(UserError, match=r"x\.json is one file of format amazon2018, .*; give both"):
+        read_source(make(x__json=AMAZON_2018) / "x.json")
+    with pytest.raises(UserError, match="give two files, interactions and items, or one of both; 3 were given"):
+        read_source([folder / "a.csv"] * 3)
     with pytest.raises(UserError, match=r"no such file: .*items\.csv"):
         read_source([folder / "a.csv", folder / "items.csv"])
     with pytest.raises(UserError, match="no such folder"):

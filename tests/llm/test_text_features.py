@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 import tiny
 import torch
@@ -86,6 +87,15 @@ def test_a_catalogue_is_read_once(llm_folder, counted):
     assert torch.equal(own.means(ITEMS), kept) and counted == {"loaded": 1, "read": 70}
     own.means(ITEMS[:5])
     assert counted == {"loaded": 1, "read": 75}
+
+
+def test_equal_texts_are_read_once(llm_folder, counted):
+    twice = ITEMS[[*range(70), 3, *range(70)]]
+    assert torch.equal(features(llm_folder).means(twice), features(llm_folder).means(ITEMS)[twice["item"].to_list()])
+    assert counted["read"] == 140
+    no_text = ITEMS.with_columns(pl.lit(None, pl.String).alias(name) for name in ("title", "brand", "category"))
+    vectors = features(llm_folder).vectors(no_text)
+    assert vectors.shape == (70, 32) and not vectors.any() and counted["read"] == 141
 
 
 def test_a_folder_saves_the_loading_too(llm_folder, tmp_path, counted):

@@ -30,9 +30,9 @@ def fit(llm, settings):
     """(data, folder, method, below=folder of the ID model, **sections) -> LaserRecommender, with the LLM that is loaded
     already."""
 
-    def make(data: Dataset, folder, method: str = "laser", below=None, **sections):
+    def make(data: Dataset, folder, method: str = "laser", below=None, progress=False, **sections):
         tree = settings(**sections)
         return LaserRecommender(fitting.fit(method, data, tree, folder, CPU, below, tiny.features(llm(), tree),
-                                            progress=False))
+                                            progress=progress))
 
     return make

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -84,6 +85,34 @@ def test_a_fitted_model_is_measured_saved_and_loaded(whole, name, llm, tmp_path)
         again = LaserRecommender.from_pretrained(place, llm())
         same(again, model)
         assert again.method == name and again.config == model.config and again.recommend(ASK, k=4).equals(want)
+
+
+TEXTS = {"id_model": {**tiny.ID_MODEL.model_dump(), "items": "llm_start", "max_epochs": 2, "lr": 1e-2,
+                      "batch_size": 16},
+         "prompt": {"layout": "none", "item_side": "mean"}, "transformer": {"d_model": 16, "d_inner": 16, "heads": 2},
+         "head": {"whiten_dims": 8, "projection": True, "id_share": 0.4}, "neighbours": {"count": 6, "l2": 1.0}}
+
+
+def test_without_texts_a_laser_is_its_regression_and_id_model(fit, llm, no_text, tmp_path, capsys):
+    model = fit(no_text, tmp_path / "m", progress=True, **TEXTS)
+    assert "no item has a text" in capsys.readouterr().err
+    config = model.config
+    assert config.transformer.blocks == config.train.stage_one_epochs == config.neighbours.text_weight == 0
+    assert model.model.ids.model.config.items == "ids" and model.model.transformer is None
+    assert evaluate("laser", model, no_text, "test", k=3).plain.recall > 3 / N
+    again = LaserRecommender.from_pretrained(tmp_path / "m", llm())
+    same(again, model)
+    same(fit(no_text, tmp_path / "m", **TEXTS), model)  # found again by the settings that were given
+    again.add_items(pl.DataFrame({"item_id": ["new"], "title": ["a saw"]}))
+    assert again.recommend(ASK, k=4).height == 8
+    start = fit(no_text, tmp_path / "ids", "sasrec", id_model=TEXTS["id_model"]).model.item.weight
+    assert len(start.unique(dim=0)) == len(start)  # not all alike for want of texts
+
+
+@pytest.fixture
+def no_text():
+    items = DATA.items.with_columns(pl.lit(None, pl.String).alias(name) for name in ("title", "brand", "category"))
+    return replace(DATA, items=items, meta={"sha256": "planted without texts"})
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -137,6 +137,8 @@ class _Parts:
         alone = replace(self._start(), share=_ALONE)
         ndcg = candidates.ndcg(alone).mean()
         for name, rungs in _LADDERS.items():
+            if name == "text_weight" and not self.text.any():
+                continue
             for ladder in _both_ways(rungs, getattr(neighbours.config, name)):
                 gained = False
                 for value in ladder:
