@@ -25,6 +25,8 @@ from laserrec.util.errors import UserError
 
 WEIGHT_STD = 0.02
 """Standard deviation of fresh weights."""
+_SHORT = 4
+"""Histories up to so many items are not grouped by their length."""
 _SEEN_OFFSET_START = -2.0
 """Where a learnt seen offset starts, in logits: most people buy something new."""
 
@@ -107,6 +109,22 @@ def make_targets(inputs: Tensor, targets: Tensor, visible: Callable[[Tensor, Ten
     return Targets(inputs, row * inputs.shape[1] + column, targets[row, column], seen)
 
 
+def by_length(rows: Int[Tensor, "batch seq"], lengths: Int[Tensor, "batch"],
+              make: Callable[[Tensor, Tensor], Float[Tensor, "some *more"]]) -> Float[Tensor, "batch *more"]:
+    """make(rows, lengths) of rows that are padded on the right, in groups of like length, each cut to its longest:
+    users come in any order, and most of a batch would be padding. All at once on a GPU, where the number of calls is
+    what takes time. Training needs no groups: its batches are of like length."""
+    if rows.device.type != "cpu" or rows.shape[1] <= _SHORT:
+        return make(rows, lengths)
+    group = lengths.clamp(min=_SHORT).log2().ceil()
+    order, parts = [], []
+    for size in group.unique():
+        some = (group == size).nonzero()[:, 0]
+        order.append(some)
+        parts.append(make(rows[some, : max(1, int(lengths[some].max()))], lengths[some]))
+    return torch.cat(parts)[torch.cat(order).argsort()]
+
+
 def initialise(model: nn.Module) -> None:
     """Small normal weights of tables and linear layers, no biases."""
     for module in model.modules():
@@ -152,7 +170,7 @@ class NextItemModel(nn.Module):
 
     @abstractmethod
     def states(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d"]:
-        """One state per item of each history, which is padded on the right."""
+        """One state per item of each history, which is padded on the right; the padding changes no item's state."""
 
     def next_item_state(self, items: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch d"]:
         """The state that predicts the item after each history: a causal model's newest."""
@@ -185,9 +203,15 @@ class NextItemModel(nn.Module):
             raise UserError(f"history {row} (counted from 0) is empty; a sequence model needs at least one item")
         return move(histories.last(self.config.max_history).padded(self.pad), self.device)
 
+    def last_states(self, histories: Histories) -> Float[Tensor, "users d"]:
+        """The state for the next item. Raises UserError for an empty history."""
+        items = self.pad_histories(histories)
+        lengths = histories.lengths.to(items.device).clamp(max=items.shape[1])
+        return by_length(items, lengths, lambda some, _: self.next_item_state(some))
+
     def users(self, histories: Histories) -> Float[Tensor, "users d_out"]:
         """The state for the next item."""
-        return self.next_item_state(self.pad_histories(histories))
+        return self.last_states(histories)
 
     def items(self, rows: Int[Tensor, "some"] | None = None) -> Float[Tensor, "items d_out"]:
         """Embeddings."""

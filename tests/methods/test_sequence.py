@@ -14,6 +14,7 @@ from laserrec.methods.all import METHODS, Given
 from laserrec.methods.bert4rec import BERT4Rec
 from laserrec.methods.gru4rec import GRU4Rec
 from laserrec.methods.sasrec import SASRec
+from laserrec.methods.sequence import by_length
 from laserrec.methods.sequence_task import SequenceTask
 from laserrec.util.errors import UserError
 
@@ -65,6 +66,19 @@ def test_an_output_does_not_depend_on_its_batch(kind):
         alone = model.states(torch.tensor([history]))[0]
         assert torch.allclose(together[row, : len(history)], alone, atol=1e-5)
         assert torch.allclose(score(model, history)[0], scores[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_last_states_are_those_of_the_padded_batch(kind):
+    """Found in groups of like length, in whatever order the lengths come."""
+    model, given = make(kind, max_history=20), Histories.of(histories(count=40, longest=30))
+    padded = model.next_item_state(model.pad_histories(given))
+    assert torch.allclose(model.last_states(given), padded, atol=1e-5)
+    widths = []
+    by_length(torch.zeros(5, 20, dtype=torch.long), torch.tensor([20, 0, 9, 3, 10]),
+              lambda rows, lengths: widths.append((rows.shape[1], lengths.tolist())) or lengths.float())
+    assert widths == [(3, [0, 3]), (10, [9, 10]), (20, [20])]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -68,8 +68,7 @@ class IdStates:
         known = self._known_part(histories)
         some = (known.lengths > 0).nonzero()[:, 0]
         if len(some):
-            states = self.model.next_item_state(self.model.pad_histories(known.take(some)))
-            out[move(some, self.device)] = states.float()
+            out[move(some, self.device)] = self.model.last_states(known.take(some)).float()
         return out
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from laserrec.config import TransformerConfig
 from laserrec.data.histories import Histories
 from laserrec.methods.parts import CausalEncoder
-from laserrec.methods.sequence import initialise
+from laserrec.methods.sequence import by_length, initialise
 from laserrec.util.device import move
 
 
@@ -37,6 +37,10 @@ class HistoryTransformer(nn.Module):
         rows, lengths = move(recent.padded(0), device), move(recent.lengths, device)
         items, place = torch.unique(rows, return_inverse=True)
         whole = F.normalize(vectors(items), dim=-1) * self.enter.in_features**0.5  # as long as a whitened output
-        states = self.encoder(self.enter(whole)[place])
-        last = states[torch.arange(len(rows), device=device), (lengths - 1).clamp(min=0)]
-        return self.map(last) * (lengths > 0)[:, None]
+        entered = self.enter(whole)
+
+        def last(some: Tensor, lengths: Tensor) -> Tensor:
+            newest = (lengths - 1).clamp(min=0)
+            return self.encoder(entered[some])[torch.arange(len(some), device=device), newest]
+
+        return self.map(by_length(place, lengths, last)) * (lengths > 0)[:, None]
