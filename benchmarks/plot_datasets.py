@@ -1,4 +1,4 @@
-"""One panel per data set, NDCG@10 of each model: the picture in docs/datasets.md; prints its table in Markdown too.
+"""One panel per data set, NDCG@10 of each model: the picture in docs/results.md.
 
     python benchmarks/plot_datasets.py benchmarks/results/datasets.json docs/_static/datasets.svg
 """
@@ -39,27 +39,5 @@ def plot(table: pl.DataFrame, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def markdown(table: pl.DataFrame) -> str:
-    """A row per model, a column per data set: Recall@10 / NDCG@10."""
-    names = table["data"].unique(maintain_order=True).to_list()
-    models = table.group_by("model").agg(pl.len()).sort("len", "model", descending=[True, False])["model"].to_list()
-    models.sort(key=lambda model: model != "Laser")
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for model in models:
-        cells = []
-        for name in names:
-            found = table.filter((pl.col("data") == name) & (pl.col("model") == model))
-            best = table.filter(pl.col("data") == name)["ndcg@10"].max()
-            if not found.height:
-                cells.append("")
-                continue
-            recall, ndcg = (f"{found[metric][0]:.4f}".lstrip("0") for metric in ("recall@10", "ndcg@10"))
-            cells.append(f"{recall} / " + (f"**{ndcg}**" if found["ndcg@10"][0] == best else ndcg))
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    result = pl.DataFrame(means(read_json(Path(sys.argv[1]), "make it with laserrec reproduce datasets"), 10))
-    plot(result, Path(sys.argv[2]))
-    print(markdown(result))
+    plot(pl.DataFrame(means(read_json(Path(sys.argv[1]), "make it with laserrec reproduce datasets"), 10)), Path(sys.argv[2]))

@@ -22,6 +22,7 @@ from sphinx.application import Sphinx
 
 from laserrec.cli.main import app as command_line
 from laserrec.config import Config
+from laserrec.experiments.datasets import means
 from laserrec.presets import PRESETS
 
 _DOCS = Path(__file__).parents[1]
@@ -176,7 +177,7 @@ def _members(file: Path) -> str:
 # -- the pages in order ---------------------------------------------------------------------------------------------
 
 _GUIDES = ("concepts", "data", "troubleshooting", "python", "watching", "serving", "security", "sharing", "scaling",
-           "reproducing", "method", "code")
+           "results", "reproducing", "method", "code")
 
 
 def guides() -> str:
@@ -260,6 +261,26 @@ def cold_start() -> str:
     return _table(rows)
 
 
+def datasets() -> str:
+    """benchmarks/results/datasets.json: Recall@10 / NDCG@10 of each model on each data set, means over seeds."""
+    rows = means(json.loads((_RESULTS / "datasets.json").read_text(encoding="utf-8")), 10)
+    found = {(row["model"], row["data"]): row for row in rows}
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    best = {name: max(row["ndcg@10"] for row in rows if row["data"] == name) for name in names}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    models.sort(key=lambda model: (model != "Laser", -sum((model, name) in found for name in names)))
+
+    def cell(model: str, name: str) -> str:
+        row = found.get((model, name))
+        if row is None:
+            return ""
+        ndcg = _figure(row["ndcg@10"])
+        return f"{_figure(row['recall@10'])} / {f'**{ndcg}**' if row['ndcg@10'] == best[name] else ndcg}"
+
+    return _table([["", *names], ["---"] * (len(names) + 1),
+                   *([model, *(cell(model, name) for name in names)] for model in models)])
+
+
 def _table(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
@@ -268,7 +289,7 @@ def _table(rows: list[list[str]]) -> str:
 
 PARTS: dict[str, Callable[..., str]] = {"api": api, "commands": commands, "settings": settings,
                                        "sections": sections, "guides": guides, "modules": modules,
-                                       "quality": quality, "cold-start": cold_start}
+                                       "quality": quality, "cold-start": cold_start, "datasets": datasets}
 """The function that generates each NAME."""
 _MARK = re.compile(r"^<!-- generated: (\S+)(.*) -->$", re.MULTILINE)
 
