@@ -40,4 +40,5 @@ def plot(table: pl.DataFrame, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    plot(pl.DataFrame(means(read_json(Path(sys.argv[1]), "make it with laserrec reproduce datasets"), 10)), Path(sys.argv[2]))
+    rows = read_json(Path(sys.argv[1]), "make it with laserrec reproduce datasets")
+    plot(pl.DataFrame(means(rows, 10)), Path(sys.argv[2]))

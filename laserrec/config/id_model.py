@@ -62,8 +62,8 @@ class IdModelConfig(Section):
     softmax: Softmax = Softmax.AUTO
     """loss cross_entropy only. full: over all items (paper). sampled: over the batch's own targets and items drawn at
     each step, corrected for how likely each is to be among them; a step then costs the same however large the catalogue
-    is. auto: full up to 10,000 items, sampled above."""
-    negatives: int = Field(4096, ge=1)
+    is. auto: sampled above 10,000 items, of kind sasrec above 3,000; else full."""
+    negatives: int = Field(1024, ge=1)
     """softmax sampled only: items drawn at each step."""
     items: ItemTable = ItemTable.IDS
     """ids: one trained vector per item, random at first (paper). llm_start: one trained vector per item that starts as

@@ -169,8 +169,9 @@ def test_what_never_is_a_target_has_no_share():
 
 
 def test_it_is_chosen_above_a_number_of_items():
-    auto = IdModelConfig()
-    assert not is_sampled(auto, FULL_ITEMS) and is_sampled(auto, FULL_ITEMS + 1)
+    for kind, most in FULL_ITEMS.items():
+        auto = IdModelConfig(kind=kind)
+        assert not is_sampled(auto, most) and is_sampled(auto, most + 1)
     assert is_sampled(IdModelConfig(softmax="sampled"), 3)
     assert not is_sampled(IdModelConfig(softmax="full"), 10**9)
     assert not is_sampled(IdModelConfig(loss="bce"), 10**9)
