@@ -78,7 +78,7 @@ def _keep(file: Path, make: Any) -> None:
 
 
 def _ours(dataset: Dataset, kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    config = load_config("small", None, {"id_model": {"kind": kind, "items": "ids", "seed": seed,
+    config = load_config("small", None, {"id_model": {"kind": kind, "items": "ids", "seed": seed, "softmax": "full",
                                                       **args.ours.get(kind, {})}})
     fitted = fit(kind, dataset, config, args.work / f"ours-{kind}-{seed}", CPU)
     return {"test": evaluate(f"laserrec {kind}", fitted.model, dataset, "test").row(),
