@@ -105,6 +105,9 @@ def test_without_texts_a_laser_is_its_regression_and_id_model(fit, llm, no_text,
     same(fit(no_text, tmp_path / "m", **TEXTS), model)  # found again by the settings that were given
     again.add_items(pl.DataFrame({"item_id": ["new"], "title": ["a saw"]}))
     assert again.recommend(ASK, k=4).height == 8
+    more = replace(no_text, interactions=tiny.planted(N, USERS + 6).interactions, meta={"sha256": "more without texts"})
+    newer = model.refit(more, tmp_path / "newer", progress=False)
+    assert evaluate("laser", newer, more, "test", k=3).plain.recall > 3 / N
     start = fit(no_text, tmp_path / "ids", "sasrec", id_model=TEXTS["id_model"]).model.item.weight
     assert len(start.unique(dim=0)) == len(start)  # not all alike for want of texts
 
