@@ -18,6 +18,7 @@ from laserrec.evaluation.evaluate import evaluate
 from laserrec.llm.backbone import load_backbone
 from laserrec.methods.all import METHODS
 from laserrec.methods.closed_form import FitOnce
+from laserrec.methods.laser import finish
 from laserrec.recommender import fitting
 from laserrec.recommender import folder as folders
 from laserrec.recommender.results import record_result
@@ -93,8 +94,9 @@ TEXTS = {"id_model": {**tiny.ID_MODEL.model_dump(), "items": "llm_start", "max_e
          "head": {"whiten_dims": 8, "projection": True, "id_share": 0.4}, "neighbours": {"count": 6, "l2": 1.0}}
 
 
-def test_without_texts_a_laser_is_its_regression_and_id_model(fit, llm, no_text, tmp_path, capsys):
-    model = fit(no_text, tmp_path / "m", progress=True, **TEXTS)
+def test_without_texts_a_laser_is_its_regression_and_id_model(fit, llm, no_text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finish, "_FEWEST_USERS", 1)
+    model = fit(no_text, tmp_path / "m", progress=True, **TEXTS, blend={"trials": 20})
     assert "no item has a text" in capsys.readouterr().err
     config = model.config
     assert config.transformer.blocks == config.train.stage_one_epochs == config.neighbours.text_weight == 0
@@ -102,7 +104,9 @@ def test_without_texts_a_laser_is_its_regression_and_id_model(fit, llm, no_text,
     assert evaluate("laser", model, no_text, "test", k=3).plain.recall > 3 / N
     again = LaserRecommender.from_pretrained(tmp_path / "m", llm())
     same(again, model)
-    same(fit(no_text, tmp_path / "m", **TEXTS), model)  # found again by the settings that were given
+    told = model.facts["training"]["parts"]["ndcg@10"]
+    assert "chosen" in told and "without the text part" not in told
+    same(fit(no_text, tmp_path / "m", **TEXTS, blend={"trials": 20}), model)  # found by the settings that were given
     again.add_items(pl.DataFrame({"item_id": ["new"], "title": ["a saw"]}))
     assert again.recommend(ASK, k=4).height == 8
     more = replace(no_text, interactions=tiny.planted(N, USERS + 6).interactions, meta={"sha256": "more without texts"})

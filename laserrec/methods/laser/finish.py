@@ -178,7 +178,7 @@ class _Parts:
             without["without neighbours"] = {"share": None}
         if best.id_share:
             without["without the ID part"] = {"id_share": 0.0}
-        if self.has_ids or best.share is not None:
+        if (self.has_ids or best.share is not None) and found.text.any():
             without["without the text part"] = {"id_share": 1.0}
         for name, change in without.items():
             rest = {names: values for names, values in self.grid.items() if not set(names) & set(change)}
