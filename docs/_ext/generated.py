@@ -220,7 +220,7 @@ def _summary(file: Path) -> str:
 # -- measured figures ---------------------------------------------------------------------------------------------
 
 
-def _results(name: str) -> dict[str, Any]:
+def _results(name: str) -> Any:
     return json.loads((_RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -263,7 +263,7 @@ def cold_start() -> str:
 
 def datasets() -> str:
     """benchmarks/results/datasets.json: Recall@10 / NDCG@10 of each model on each data set, means over seeds."""
-    rows = means(json.loads((_RESULTS / "datasets.json").read_text(encoding="utf-8")), 10)
+    rows = means(_results("datasets"), 10)
     found = {(row["model"], row["data"]): row for row in rows}
     names = list(dict.fromkeys(row["data"] for row in rows))
     best = {name: max(row["ndcg@10"] for row in rows if row["data"] == name) for name in names}

@@ -67,13 +67,14 @@ def from_tables(interactions: Table, items: Table | None, columns: Mapping[str, 
     goods = (_pick(interactions, "items", columns, extra, needed={"item_id"}) if items is None
              else _pick(items, "items", columns, extra))
     acts, skipped = _checked_interactions(acts, on_error)
-    skipped += interactions.skipped
     goods, skipped_items = _checked_items(goods, on_error, extra=extra)
     goods, duplicates = _one_row_per_item(goods)
-    if items is None:  # each row tells of an interaction first, and was counted as one
-        return Raw(acts, goods, {"skipped_lines": skipped, "duplicate_item_rows": 0})
-    return Raw(acts, goods, {"skipped_lines": skipped + items.skipped + skipped_items,
-                             "duplicate_item_rows": duplicates})
+    skipped += interactions.skipped
+    if items is None:
+        duplicates = 0  # each row is an interaction first, and was counted as one
+    else:
+        skipped += items.skipped + skipped_items
+    return Raw(acts, goods, {"skipped_lines": skipped, "duplicate_item_rows": duplicates})
 
 
 def read_items(frame: Any, name: str = "new items", catalogue: pl.DataFrame | None = None) -> pl.DataFrame:

@@ -42,8 +42,8 @@ def read_source(source: Source, format: str = "auto", columns: Mapping[str, str]
             raise UserError(f"give two files, interactions and items, or one of both; {len(pair)} were given")
         if format == "movielens":
             raise UserError("format movielens reads a folder; give the folder's path")
-    first, *_ = [parts_of(path)[0] for path in pair]
-    format = _guess(first, options.encoding) if format == "auto" else format
+    parts = [parts_of(path) for path in pair]  # a missing file is told before the other one is read
+    format = _guess(parts[0][0], options.encoding) if format == "auto" else format
     interactions, items = pair[0], pair[1] if len(pair) == 2 else None
     if format == "recbole":
         return read_recbole(interactions, items, columns, options, extra)

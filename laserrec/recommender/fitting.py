@@ -17,25 +17,16 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from laserrec.config import (
-    BackboneConfig,
-    Config,
-    IdModelKind,
-    ItemSide,
-    ItemTable,
-    ItemVectors,
-    Layout,
-    Precision,
-    Prefix,
-)
+from laserrec.config import BackboneConfig, Config, IdModelKind, ItemTable, Precision
 from laserrec.config.rivals import FOLDERS
 from laserrec.data.dataset import Dataset
-from laserrec.data.extras import VECTOR, extra_names
+from laserrec.data.extras import extra_names
 from laserrec.llm.backbone import Backbone
 from laserrec.llm.fetch import DEFAULT_NAME, fetch_default
 from laserrec.llm.precision import resolve_precision
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import METHODS, Given, Method, find_method
+from laserrec.methods.laser.build import has_texts, without_texts
 from laserrec.methods.sequence import SequenceModel
 from laserrec.recommender import folder as folders
 from laserrec.recommender.folder import Saved
@@ -89,7 +80,7 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
     same method, from whose weights training starts. Under torchrun all processes call this with the same arguments, fit
     together and get the same model.
 
-    Where no item has a text, Laser leaves out the parts that read texts (`without_texts`).
+    Where no item has a text, Laser leaves out the parts that read texts (laserrec.methods.laser.build.without_texts).
 
     Raises UserError for a folder of other settings or data, one that holds something else or that another process
     uses, and where the memory is too small.
@@ -97,7 +88,7 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
     method, folder, world = find_method(name), Path(folder), join()
     method.needs(config, dataset.n_items)
     _check_attributes(method, config, dataset)
-    if name == "laser" and not _has_texts(dataset, config):
+    if name == "laser" and not has_texts(config, dataset.items):
         config = without_texts(config)
         if progress and world.is_main:
             print("no item has a text: the parts that read texts are left out", file=sys.stderr)
@@ -135,25 +126,6 @@ def _check_attributes(method: Method, config: Config, dataset: Dataset) -> None:
         raise UserError(f"prompt.attributes names {missing[0]!r}, which is no column of the data folder's items; there "
                         f"are: {', '.join(('brand', 'category', *extra_names(dataset.items)))}; prepare the data again "
                         "with data.item_columns")
-
-
-def _has_texts(dataset: Dataset, config: Config) -> bool:
-    """Whether the items of a model of these settings differ in what is known of them beside their IDs."""
-    items, vectors = dataset.items, config.backbone.item_vectors != ItemVectors.NONE and VECTOR in dataset.items.columns
-    return vectors or any(items[name].null_count() < items.height for name in ("title", *config.prompt.attributes))
-
-
-def without_texts(config: Config) -> Config:
-    """The parts of Laser that need no item texts: regression and ID model. As it is where items are made by the trained
-    reader, which has nothing beside it (paper)."""
-    if config.prompt.item_side != ItemSide.MEAN:
-        return config
-    ids = {"items": ItemTable.IDS} if config.id_model.items == ItemTable.LLM_START else {}
-    changes: dict[str, dict[str, Any]] = {
-        "prompt": {"layout": Layout.NONE}, "mformer": {"prefix": Prefix.NONE}, "transformer": {"blocks": 0},
-        "neighbours": {"text_weight": 0.0}, "id_model": ids, "train": {"stage_one_epochs": 0, "stage_two_epochs": 0}}
-    return config.model_copy(update={name: getattr(config, name).model_copy(update=changed)
-                                     for name, changed in changes.items()})
 
 
 def _train(name: str, method: Method, given: Given, dataset: Dataset, folder: Path, fingerprint: str,

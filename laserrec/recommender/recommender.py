@@ -71,10 +71,9 @@ class LaserRecommender:
 
         interactions: user_id, item_id, and timestamp or position (else row order); items: item_id, title, and brand,
         category and what else config.prompt.attributes names; None: the interactions' own columns of these names, and
-        no text where there are none. `columns` maps these names to yours. vectors: a frame of
-        item_id and vector, the items' own vectors (see config.backbone.item_vectors). With `folder` all steps are kept
-        there (data, model), and the same call resumes an interrupted fit. device: auto, cpu, cuda, cuda:N or mps.
-        UserError for bad input.
+        no text where there are none. `columns` maps these names to yours. vectors: a frame of item_id and vector, the
+        items' own vectors (see config.backbone.item_vectors). With `folder` all steps are kept there (data, model), and
+        the same call resumes an interrupted fit. device: auto, cpu, cuda, cuda:N or mps. UserError for bad input.
         """
         alone("LaserRecommender.fit")
         config = load_config() if config is None else config

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laserrec.config import Config, ItemSide, Layout, Prefix
+from laserrec.config import Config, ItemSide, ItemTable, ItemVectors, Layout, Prefix
 from laserrec.data.dataset import Dataset
+from laserrec.data.extras import VECTOR
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.laser.head import AddedOutput, Head
 from laserrec.methods.laser.id_states import IdStates
@@ -63,6 +64,25 @@ def compose(
                                 neighbours, seen))
     laser.n_known = n_known
     return laser
+
+
+def has_texts(config: Config, items: pl.DataFrame) -> bool:
+    """Whether anything is known of items beside their IDs that a model of these settings reads."""
+    vectors = config.backbone.item_vectors != ItemVectors.NONE and VECTOR in items.columns
+    return vectors or any(items[name].null_count() < items.height for name in ("title", *config.prompt.attributes))
+
+
+def without_texts(config: Config) -> Config:
+    """The parts that need no item texts: regression and ID model. As it is where items are made by the trained reader,
+    which has nothing beside it (paper)."""
+    if config.prompt.item_side != ItemSide.MEAN:
+        return config
+    ids = {"items": ItemTable.IDS} if config.id_model.items == ItemTable.LLM_START else {}
+    changes: dict[str, dict[str, Any]] = {
+        "prompt": {"layout": Layout.NONE}, "mformer": {"prefix": Prefix.NONE}, "transformer": {"blocks": 0},
+        "neighbours": {"text_weight": 0.0}, "id_model": ids, "train": {"stage_one_epochs": 0, "stage_two_epochs": 0}}
+    return config.model_copy(update={name: getattr(config, name).model_copy(update=changed)
+                                     for name, changed in changes.items()})
 
 
 def _reader(config: Config, items: pl.DataFrame, features: TextFeatures, ids: IdStates, world: World | None,
