@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -232,26 +231,29 @@ def _id_model_settings(config: Config) -> list[Config]:
     others = [value for value in dict.fromkeys(config.blend.shuffles) if value != config.id_model.shuffle]
     if not config.eval.validates:
         others = []
-    return [config, *(config.model_copy(update={"id_model": config.id_model.model_copy(update={"shuffle": value})})
-                      for value in others)]
+    return [config, *(_with_id_model(config, shuffle=value) for value in others)]
+
+
+def _with_id_model(config: Config, **settings: Any) -> Config:
+    return config.model_copy(update={"id_model": config.id_model.model_copy(update=settings)})
 
 
 def _best_id_model(dataset: Dataset, config: Config, folder: Path, device: torch.device, features: TextFeatures,
                    progress: bool, start: Fitted | None) -> Fitted:
-    """Fitted into FOLDER/id_model, from the weights of `start` if it is given; of several settings the one that is best
-    on validation, the first of equals."""
-    kind, place, tries = config.id_model.kind.value, folder / "id_model", _id_model_settings(config)
-    if len(tries) == 1:
-        return fit(kind, dataset, config, place, device, features=features, progress=progress, start=start)
-    folders_of = [folder / folders.TRIALS / f"shuffle-{tree.id_model.shuffle:g}" for tree in tries]
-    found = [fit(kind, dataset, tree, own, device, features=features, progress=progress, start=start)
-             for tree, own in zip(tries, folders_of, strict=True)]
-    best = max(range(len(found)), key=lambda at: _validation_ndcg(found[at], config.eval.k))
-    world = join()
-    if world.is_main:
-        shutil.copytree(folders_of[best], place, dirs_exist_ok=True)
-    world.wait()
-    return found[best]
+    """Fitted into FOLDER/id_model, from the weights of `start` if it is given. Of several settings each is fitted for
+    blend.shuffle_epochs first; the one that is best on validation then, the first of equals, is fitted to its end."""
+    def fit_into(place: Path, settings: Config) -> Fitted:
+        return fit(config.id_model.kind.value, dataset, settings, place, device, features=features, progress=progress,
+                   start=start)
+
+    tries = best, *others = _id_model_settings(config)
+    if others:
+        epochs = min(config.blend.shuffle_epochs, config.id_model.max_epochs)
+        reached = [_validation_ndcg(fit_into(folder / folders.TRIALS / f"shuffle-{settings.id_model.shuffle:g}",
+                                             _with_id_model(settings, max_epochs=epochs)), config.eval.k)
+                   for settings in tries]
+        best = tries[reached.index(max(reached))]
+    return fit_into(folder / "id_model", best)
 
 
 def _validation_ndcg(fitted: Fitted, k: int) -> float:
