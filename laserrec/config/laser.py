@@ -250,11 +250,11 @@ class BlendConfig(Section):
     """Most fits of neighbours with other settings (order, decay, text_weight, l2, row_power, length_power) that are
     tried. Large catalogues get fewer, since the time grows with the items cubed."""
     shuffles: tuple[float, ...] = ()
-    """Further values of id_model.shuffle that are tried when the ID model is fitted with Laser: each is trained for
-    `shuffle_epochs`, and the one with the best validation NDCG then is trained to its end. Where order counts,
-    shuffling harms."""
+    """Further values of id_model.shuffle that are tried when the ID model is fitted with Laser; the one with the best
+    validation NDCG stays. Where order counts, shuffling harms."""
     shuffle_epochs: int = Field(6, ge=1)
-    """Epochs after which the values in `shuffles` are compared."""
+    """Epochs after which values in `shuffles` are given up whose validation NDCG is more than 10% below the best one's.
+    The others are trained to their end."""
     users: int = Field(4000, ge=1)
     """Validation users that the choice is made on, drawn at random if there are more."""
 

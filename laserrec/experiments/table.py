@@ -26,7 +26,7 @@ from laserrec.evaluation.evaluate import Scorer, evaluate, save_ranks
 from laserrec.evaluation.significance import bootstrap_interval, read_ranks, user_ndcg
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import find_method
-from laserrec.recommender.fitting import Fitted, fit
+from laserrec.recommender.fitting import Fitted, fit, fit_id_model
 from laserrec.recommender.folder import model_identity
 from laserrec.recommender.results import record_result
 from laserrec.util.io import read_json, write_json
@@ -137,7 +137,7 @@ class Table:
         for name, seed in asked:
             row, config, below = self.rows[name], self._settings(name, seed), self._below(name, seed)
             if below is not None:
-                self._fit(config.id_model.kind.value, config, below)
+                self._fit_below(config, below)
                 self._fitted.clear()
             if row.method and find_method(row.method).reads_text(config) and self._same_texts(config):
                 self.features.means(self.dataset.items)
@@ -152,13 +152,18 @@ class Table:
              start: Fitted | None = None) -> Fitted:
         if folder not in self._fitted:
             if below is not None:
-                self._fit(config.id_model.kind.value, config, below)
+                self._fit_below(config, below)
             same = self._same_texts(config)
             if same and find_method(method).reads_text(config):
                 self.features.means(self.dataset.items)  # so that no row's time holds the reading
             self._fitted[folder] = fit(method, self.dataset, config, folder, self.device, below,
                                        self.features if same else None, self.progress, False, start)
         return self._fitted[folder]
+
+    def _fit_below(self, config: Config, folder: Path) -> None:
+        if folder not in self._fitted:
+            features = self.features if self._same_texts(config) else None
+            self._fitted[folder] = fit_id_model(self.dataset, config, folder, self.device, features, self.progress)
 
     def _same_texts(self, config: Config) -> bool:
         """Whether the table's own text features are these settings'."""
@@ -169,16 +174,17 @@ class Table:
         config = self._settings(name, seed)
         if self.rows[name].method != "laser" or config.id_model.kind == IdModelKind.NONE:
             return None
-        if config.blend.shuffles or self.starts is not None:
-            return None  # it fits several and chooses, or starts from another Laser's
-        for other, row in self.rows.items():
+        if self.starts is not None:
+            return None  # it starts from the one below another Laser
+        for other, row in self.rows.items() if not config.blend.shuffles else ():
             if row.method == config.id_model.kind.value and self._settings(other, seed).id_model == config.id_model:
                 return self.folder(other, seed)
         return self._shared_id_model(config, seed)
 
     def _shared_id_model(self, config: Config, seed: int | None) -> Path:
         """Rows with the same settings of the ID model share it."""
-        digest = hashlib.sha256(config.id_model.model_dump_json().encode()).hexdigest()[:8]
+        wanted = [config.id_model.model_dump_json(), config.blend.shuffles, config.blend.shuffle_epochs]
+        digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]
         return (self.out if seed is None else self.out / f"seed-{seed}") / f"id-model-{config.id_model.kind}-{digest}"
 
     def folder(self, name: str, seed: int | None = None) -> Path:

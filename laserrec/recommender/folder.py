@@ -50,19 +50,19 @@ from laserrec.util.io import (
 )
 
 FORMAT = 3
-_MODEL, _WEIGHTS, _ITEMS, _KEPT, _LOG, _ID = ("model.json", "weights.safetensors", "items.parquet",
+_MODEL, _WEIGHTS, _ITEMS, _KEPT, _LOG, ID_MODEL = ("model.json", "weights.safetensors", "items.parquet",
                                               "items.safetensors", "log.jsonl", "id_model")
 SERVED = "served"
 """Where a server of the folder keeps its changes, unless it is told otherwise."""
 _NEEDED = (_WEIGHTS, _ITEMS, _KEPT)
-_NESTED = (f"{_ID}/{_MODEL}", f"{_ID}/{_WEIGHTS}")
+_NESTED = (f"{ID_MODEL}/{_MODEL}", f"{ID_MODEL}/{_WEIGHTS}")
 _CHECKED = (*_NEEDED, *_NESTED, _LOG)
 KNOWN_FILES = (*_CHECKED, _MODEL, "README.md")
 """All that a model consists of."""
 _CURVES = ("training.jsonl", "tensorboard")
-TRIALS = "id_model_trials"
+_TRIALS = f"{ID_MODEL}_trials"
 """ID models of other settings, until the fit is finished."""
-_UNFINISHED = (*_CURVES, "checkpoint.safetensors", _ID, TRIALS)
+_UNFINISHED = (*_CURVES, "checkpoint.safetensors", ID_MODEL, _TRIALS)
 """What stands in the folder of a fit that is not finished."""
 _NO_FACTS = ("format", "laserrec", "method", "config", "backbone", "n_known", "n_items", "files")
 """What a save works out anew; the rest of model.json are the model's facts."""
@@ -105,8 +105,8 @@ def save(folder: Path, saved: Saved) -> None:
             files.append(_LOG)
         if saved.id_model is not None:
             method, config, weights = saved.id_model
-            write_json(new / _ID / _MODEL, {"method": method, "config": config.model_dump(mode="json")})
-            checkpoint.save(new / _ID / _WEIGHTS, weights)
+            write_json(new / ID_MODEL / _MODEL, {"method": method, "config": config.model_dump(mode="json")})
+            checkpoint.save(new / ID_MODEL / _WEIGHTS, weights)
             files += _NESTED
         note = {"format": FORMAT, "laserrec": __version__, "method": saved.method,
                 "config": saved.config.model_dump(mode="json"), "backbone": saved.backbone, "n_known": saved.n_known,
@@ -116,7 +116,7 @@ def save(folder: Path, saved: Saved) -> None:
 
 
 def _take_over(old: Path, new: Path) -> None:
-    below = [f"{_ID}/{name}" for name in (*_CURVES, _LOG)]
+    below = [f"{ID_MODEL}/{name}" for name in (*_CURVES, _LOG)]
     for name in (*_CURVES, _LOG, *below, SERVED, "README.md", "LICENSE"):
         if (old / name).is_dir():
             shutil.copytree(old / name, new / name, symlinks=True)
@@ -167,7 +167,7 @@ def read_note(folder: Path) -> dict[str, Any]:
 def owner_of(folder: Path) -> Path | None:
     """The finished Laser's folder whose ID model this is; None for a folder of its own."""
     place = folder.resolve()
-    if place.name != _ID or not (place.parent / _MODEL).is_file():
+    if place.name != ID_MODEL or not (place.parent / _MODEL).is_file():
         return None
     return place.parent if _NESTED[0] in read_note(place.parent)["files"] else None
 
@@ -176,7 +176,7 @@ def _nested_note(owner: Path) -> dict[str, Any]:
     note = read_note(owner)
     own = read_json(owner / _NESTED[0], _ADVICE)
     return {**own, **{name: note[name] for name in ("format", "laserrec", "backbone", "n_known") if name in note},
-            "n_items": note["n_known"], "files": {name.removeprefix(f"{_ID}/"): note["files"][name]
+            "n_items": note["n_known"], "files": {name.removeprefix(f"{ID_MODEL}/"): note["files"][name]
                                                   for name in _NESTED}, "data": note.get("data", {})}
 
 

@@ -166,6 +166,19 @@ def test_the_id_model_of_a_row_serves_laser_too(make, llm_folder):
     assert not (alone.out / "seed-1" / "other").exists()
 
 
+def test_rows_of_the_same_shuffles_share_the_id_model(make):
+    """It is chosen once, for all of them."""
+    rows = [Row("a", "laser", "laser"), Row("b", "laser", "laser", {"head": {"seen_offset": True}}),
+            Row("SASRec", "id", "sasrec")]
+    table = make(rows=rows, id_model={"max_epochs": 2}, blend={"shuffles": (1.0,)})
+    table.results([0])
+    place = table.out / "seed-0"
+    assert len(list(place.glob("id-model-sasrec-*/model.json"))) == 1
+    assert not (place / "a" / "id_model_trials").exists()
+    below = [read_note(place / name)["config"]["id_model"] for name in ("a", "b")]
+    assert below[0] == below[1] and below[0]["max_epochs"] == 2
+
+
 def test_a_damaged_result_is_measured_anew(make, ranked):
     table = make()
     first = table.result("popularity")

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -442,14 +443,12 @@ def test_the_instant_preset_lives_a_whole_life_without_an_llm_to_answer(fit, llm
 
 
 def test_the_id_model_is_the_best_of_several_shuffles(fit, tmp_path):
-    """On walks up the catalogue order is all, so a shuffled one loses. They are compared after a few epochs."""
-    long = {"id_model": {"max_epochs": 12, "patience": 12, "shuffle": 1.0},
-            "blend": {"shuffles": (0.0, 1.0, 0.3), "shuffle_epochs": 8}}
+    """On walks up the catalogue order is all, so a shuffled one loses."""
+    long = {"id_model": {"max_epochs": 12, "patience": 12, "shuffle": 1.0}, "blend": {"shuffles": (0.0, 1.0, 0.3)}}
     model = fit(DATA, tmp_path / "m", "laser", **long)
     alone = {value: fit(DATA, tmp_path / f"{value}", "sasrec", id_model={**long["id_model"], "shuffle": value})
              for value in (1.0, 0.0, 0.3)}
-    logs = {value: (tmp_path / f"{value}" / "log.jsonl").read_text().splitlines()[:8] for value in alone}
-    ndcg = {value: max(json.loads(line)["validation_ndcg@10"] for line in lines) for value, lines in logs.items()}
+    ndcg = {value: own.facts["training"]["kept"]["validation_ndcg@10"] for value, own in alone.items()}
     best = max(ndcg, key=ndcg.get)
     assert best != 1.0 and model.config.id_model.shuffle == best
     same_states = {name: tensor for name, tensor in alone[best].model.state_dict().items()}
@@ -458,3 +457,26 @@ def test_the_id_model_is_the_best_of_several_shuffles(fit, tmp_path):
     same(model, fit(DATA, tmp_path / "m", "laser", **long))
     with pytest.raises(UserError, match="another method, other settings or other data"):
         fit(DATA, tmp_path / "m", "laser", id_model=long["id_model"], blend={"shuffles": (0.2,)})
+
+
+@pytest.mark.parametrize(("reached", "whole"), [((0.5, 0.44, 0.6), (0.3,)), ((0.5, 0.55, 0.6), (0.0, 0.3))])
+def test_a_shuffle_that_is_far_behind_is_given_up(fit, tmp_path, monkeypatch, reached, whole):
+    """More than 10% below the best one after shuffle_epochs. One that is left is fitted once; of several, the best."""
+    asked, own = [], fitting.fit
+
+    def seen(name, dataset, config, folder, *rest, **more):
+        asked.append((config.id_model.shuffle, config.id_model.max_epochs, Path(folder).parent.name))
+        fitted = own(name, dataset, config, folder, *rest, **more)
+        fitted.facts["training"]["kept"]["validation_ndcg@10"] = dict(zip((1.0, 0.0, 0.3), reached, strict=True))[
+            config.id_model.shuffle]
+        return fitted
+
+    monkeypatch.setattr(fitting, "fit", seen)
+    settings = tiny.config(None, id_model={"kind": "sasrec", "max_epochs": 3, "shuffle": 1.0},
+                           blend={"shuffles": (0.0, 0.3), "shuffle_epochs": 2})
+    fitted = fitting.fit_id_model(DATA, settings, tmp_path / "below", CPU, None, progress=False)
+    last = "whole" if len(whole) > 1 else tmp_path.name
+    assert asked == [(1.0, 2, "first"), (0.0, 2, "first"), (0.3, 2, "first"), *((value, 3, last) for value in whole)]
+    assert fitted.config.id_model.shuffle == 0.3 and fitted.config.id_model.max_epochs == 3
+    there = fitting.open_folder(tmp_path / "below", CPU)
+    tiny.assert_same(dict(fitted.model.state_dict()), dict(there.model.state_dict()))
