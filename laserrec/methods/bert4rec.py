@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from laserrec.methods.sequence import SequenceModel, Targets, make_targets
+from laserrec.methods.sequence import SequenceModel
+from laserrec.methods.targets import Targets, make_targets
 
 _CUT_SHARE = 0.5
 """Share of sequences that are cut to a random start and hide its last item alone, as at inference. With the whole

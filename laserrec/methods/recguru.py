@@ -30,8 +30,9 @@ from laserrec.data.histories import Histories
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.parts import CausalEncoder, causal_mask
 from laserrec.methods.protocol import Phase
-from laserrec.methods.sequence import NextItemModel, Targets, initialise, seen_offset
+from laserrec.methods.sequence import NextItemModel, initialise, seen_offset
 from laserrec.methods.sequence_task import SequenceTask, with_next_item
+from laserrec.methods.targets import Targets
 from laserrec.util import checkpoint
 from laserrec.util.device import move
 

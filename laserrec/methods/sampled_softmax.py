@@ -10,9 +10,6 @@ Correction"). With all items drawn it is the full softmax.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,10 +18,7 @@ from torch import Tensor
 
 from laserrec.config import IdLoss, IdModelConfig, IdModelKind, Softmax
 from laserrec.data.histories import Histories
-from laserrec.util.device import move
-
-if TYPE_CHECKING:
-    from laserrec.methods.sequence import Targets
+from laserrec.methods.targets import Candidates, Targets
 
 FULL_ITEMS = {kind: 3_000 if kind == IdModelKind.SASREC else 10_000 for kind in IdModelKind}
 """Items up to which `auto` means the full softmax. With 4,385 a SASRec is as good with the sampled one
@@ -36,29 +30,6 @@ def is_sampled(config: IdModelConfig, n_items: int) -> bool:
     if config.loss != IdLoss.CROSS_ENTROPY:
         return False
     return config.softmax == Softmax.SAMPLED or (config.softmax == Softmax.AUTO and n_items > FULL_ITEMS[config.kind])
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The items that one batch's targets are told from."""
-
-    items: Int[Tensor, "candidates"]
-    """Rows, each once, ascending; all targets of the batch are among them."""
-    share: Float[Tensor, "candidates"]
-    """How often each is a target in the training data; the shares of all items add up to 1."""
-    drawn: float
-    """Share of the catalogue that was drawn."""
-    targets: int
-    """Of the whole batch."""
-
-    def to(self, device: torch.device) -> Candidates:
-        """The same on another device."""
-        return replace(self, items=move(self.items, device), share=move(self.share, device))
-
-    def log_probability(self, own: Int[Tensor, "rows"]) -> Float[Tensor, "rows candidates"]:
-        """Of being drawn, or a target of another sequence in the batch. own: targets of the row's own sequence."""
-        others = (self.targets - own)[:, None]
-        return torch.log1p(-(1 - self.drawn) * (1 - self.share) ** others)
 
 
 class Sampler:

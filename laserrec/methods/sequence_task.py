@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories
 from laserrec.methods.sampled_softmax import Sampler
-from laserrec.methods.sequence import NextItemModel, Targets
+from laserrec.methods.sequence import NextItemModel
+from laserrec.methods.targets import Targets
 from laserrec.util.errors import UserError
 
 

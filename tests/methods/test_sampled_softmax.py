@@ -14,9 +14,10 @@ from laserrec.data.histories import Histories
 from laserrec.methods.bert4rec import BERT4Rec
 from laserrec.methods.gru4rec import GRU4Rec
 from laserrec.methods.protocol import Phase
-from laserrec.methods.sampled_softmax import FULL_ITEMS, Candidates, Sampler, is_sampled
+from laserrec.methods.sampled_softmax import FULL_ITEMS, Sampler, is_sampled
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.sequence_task import SequenceTask
+from laserrec.methods.targets import Candidates
 from laserrec.training.trainer import Pace, Trainer
 
 N = 60

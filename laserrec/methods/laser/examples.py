@@ -11,7 +11,8 @@ from torch import Tensor
 
 from laserrec.config import Cuts
 from laserrec.data.histories import Histories
-from laserrec.methods.sampled_softmax import Candidates, Sampler
+from laserrec.methods.sampled_softmax import Sampler
+from laserrec.methods.targets import Candidates
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from laserrec.methods.laser.losses import contrast_of_some, item_contrast, load_
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.readers import Reader
 from laserrec.methods.laser.sides import MeanItems
-from laserrec.methods.sampled_softmax import Candidates, Sampler
+from laserrec.methods.sampled_softmax import Sampler
+from laserrec.methods.targets import Candidates
 from laserrec.util.device import move
 from laserrec.util.distributed import World
 from laserrec.util.progress import Progress
