@@ -149,11 +149,14 @@ def _one(name: str, out: Path, data: list[str] | None, bases: list[str] | None, 
 
     _check_numbers(seeds, budget, workers)
     if name == "table3":
-        return _counted(name, out, counts.table3(), ("llm", "tuning", "trained", "share_percent"))
+        return _counted(name, out, counts.table3(), {
+            "llm": "LLM", "tuning": "tuning", "trained": "trained", "share_percent": "% of all",
+            "published": "paper's"}, folded="tuning")
     folders = _folders(data or ["amazon-scientific"], out)
     if name == "table1":
-        return _counted(name, out, counts.table1(folders),
-                        ("data", "users", "items", "interactions", "mean_history", "density", "published"))
+        return _counted(name, out, counts.table1(folders), {
+            "data": "data", "users": "users", "items": "items", "interactions": "interactions",
+            "mean_history": "per user", "density": "density", "published": "paper's"}, folded="data")
     wanted = bases or EXPERIMENTS[name]().bases
     setup = Setup(folders, {base: load_config(base, file, given(flags)) for base in wanted}, out, device, not quiet)
     found_now = reproduce(name, setup, range(seeds), None if budget is None else 60 * budget, workers)
@@ -172,19 +175,23 @@ def _one(name: str, out: Path, data: list[str] | None, bases: list[str] | None, 
     return result
 
 
-def _counted(name: str, out: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> dict[str, Any]:
+def _counted(name: str, out: Path, rows: list[dict[str, Any]], columns: dict[str, str], folded: str
+             ) -> dict[str, Any]:
+    """columns: key of the rows -> heading; folded: the key of the column that may be narrow."""
     from laserrec.experiments.machine import describe
     from laserrec.util.io import write_json
 
     result = {"machine": describe(), "experiment": name, "title": TITLES[name], "rows": rows}
     write_json(out / f"{name}.json", result)
-    print_table(TITLES[name], columns, ([_shown(row[column]) for column in columns] for row in rows),
-                folded=columns[1])
+    print_table(TITLES[name], columns.values(), ([_shown(row[key]) for key in columns] for row in rows),
+                folded=columns[folded])
     say(f"written: {out / f'{name}.json'}")
     return result
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)

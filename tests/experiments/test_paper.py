@@ -157,3 +157,4 @@ def test_trained_parameters_by_formula():
     assert small["LoRA, rank 8, query and value"] == 30 * 8 * (576 + 576 + 576 + 192)
     whole = [count for (_, tuning), count in trained.items() if tuning.startswith("Bi-Tuning: all")]
     assert all(count > 135_000 for count in whole) and whole[0] > 50_000_000
+    assert trained["ChatGLM2-6B", "Laser: Bi-Tuning"] == 135_000  # the paper's own row

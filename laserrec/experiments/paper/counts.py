@@ -5,6 +5,8 @@ Nothing is trained. Models of the paper's sizes are built on the meta device, wi
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ PUBLISHED_DATA = {
     "Scientific": (11_041, 5_327, 76_896, 6.96), "Arts": (56_210, 22_855, 492_492, 8.76),
     "Pet": (47_569, 37_970, 420_662, 8.84)}
 """Users, items, interactions, mean history (Table 1), of the RECFORMER split, which is not public."""
-PUBLISHED_PARAMETERS = {"LLM4REC (GPT2-Large, all weights)": 787_300_000, "LlamaRec (Llama2-7B, QLoRA)": 4_194_000,
-                        "Laser, Bi-Tuning alone": 135_000}
-"""Table 3."""
+PUBLISHED_PARAMETERS = {("GPT2-Large", "LLM4REC: all weights"): 787_300_000,
+                        ("Llama2-7B", "LlamaRec: QLoRA"): 4_194_000,
+                        ("ChatGLM2-6B", "Laser: Bi-Tuning"): 135_000}
+"""Table 3: language model, what is trained in it -> parameters."""
 _LORA_RANK = 8
 """LlamaRec's, on query and value projections."""
 _PREFIX = 32
@@ -46,9 +49,10 @@ def _statistics(name: str, users: int, items: int, interactions: int, mean: floa
 
 
 def table3() -> list[dict[str, Any]]:
-    """{llm, tuning, trained, llm_parameters, published} for the paper's LLMs and for ours: full tuning, LoRA, prefix
-    tuning (keys and values of every layer), and Bi-Tuning as the paper counts it (the tokens that the LLM reads) and as
-    a whole (all that Laser trains). Raises UserError without the extra `rivals`."""
+    """{llm, tuning, trained, llm_parameters, share_percent, published} for the paper's LLMs and for ours: full tuning,
+    LoRA, prefix tuning (keys and values of every layer), and Bi-Tuning as the paper counts it (the tokens that the LLM
+    reads) and as a whole (all that Laser trains). Then the paper's own rows, in which the LLM's size and the share are
+    None. Raises UserError without the extra `rivals`."""
     rows = []
     for name, make, config in _models():
         llm = _on_meta(make)
@@ -59,12 +63,13 @@ def table3() -> list[dict[str, Any]]:
         tokens, whole = _bi_tuning(config, llm.config.hidden_size)
         rows.append(_row(name, "Bi-Tuning: prefix and suffix as the LLM reads them", tokens, total))
         rows.append(_row(name, "Bi-Tuning: all that is trained (M-Former, router, suffix)", whole, total))
-    return rows
+    return rows + [{"llm": llm, "tuning": tuning, "trained": trained, "llm_parameters": None, "share_percent": None,
+                    "published": True} for (llm, tuning), trained in PUBLISHED_PARAMETERS.items()]
 
 
 def _row(llm: str, tuning: str, trained: int, total: int) -> dict[str, Any]:
     return {"llm": llm, "tuning": tuning, "trained": trained, "llm_parameters": total,
-            "share_percent": round(100 * trained / total, 4)}
+            "share_percent": round(100 * trained / total, 4), "published": False}
 
 
 def _models() -> list[tuple[str, Callable[[], Any], Config]]:
@@ -97,6 +102,7 @@ def _count(model: torch.nn.Module, trained_only: bool = False) -> int:
 
 def _adapted(make: Callable[[], Any], how: str) -> int:
     """Trained parameters as peft counts them."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it; what it warns of isn't used here
     try:
         from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
     except ImportError:
@@ -107,7 +113,8 @@ def _adapted(make: Callable[[], Any], how: str) -> int:
                            fan_in_fan_out=fused)
     if how == "prefix":
         kind = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=_PREFIX)
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         return _count(get_peft_model(llm, kind), trained_only=True)
 
 
