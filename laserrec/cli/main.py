@@ -12,7 +12,8 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnusedCliTokensError
+from pydantic import ValidationError
 
 import laserrec
 from laserrec.cli.backbone import backbone_app
@@ -27,6 +28,7 @@ from laserrec.cli.reproduce import reproduce_app
 from laserrec.cli.serve import serve_app
 from laserrec.cli.share import card, push
 from laserrec.cli.use import evaluate, recommend
+from laserrec.config import problems
 from laserrec.util.errors import UserError
 
 app = App(name="laserrec", version=laserrec.__version__, suppress_keyboard_interrupt=False,
@@ -47,9 +49,9 @@ def main() -> None:
         threading.excepthook = _thread_error
         try:
             _read_environment()
-            app(sys.argv[1:], exit_on_error=False)
-        except CycloptsError:  # printed already
-            sys.exit(2)
+            app(sys.argv[1:], exit_on_error=False, print_error=False)
+        except CycloptsError as error:
+            _end(_usage(error), 2)
         except UserError as error:
             _end(str(error), 2)
         except (OSError, UnicodeEncodeError) as error:
@@ -62,6 +64,21 @@ def main() -> None:
             sys.exit(130)
         except Exception as error:
             _end_unexpected(error)
+
+
+def _usage(error: CycloptsError) -> str:
+    """What is wrong with the words of a command, and where to look it up."""
+    command = " ".join(("laserrec", *(error.command_chain or ())))
+    if isinstance(error.__cause__, ValidationError):
+        what = f"settings are not valid: {problems(error.__cause__)}"
+    elif isinstance(error, UnusedCliTokensError):
+        what = f"{command} takes no such argument: {' '.join(error.unused_tokens or ())}"
+    elif isinstance(error, MissingArgumentError) and error.argument is not None:
+        name = error.argument.name
+        what = f"{name} needs a value" if name in sys.argv else f"{command} needs {name.removeprefix('--').upper()}"
+    else:
+        what = " ".join(str(error).split()).removesuffix(".").removesuffix(", ..")
+    return f"{what}; {command} --help shows what it takes"
 
 
 def _read_environment() -> None:

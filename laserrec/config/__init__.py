@@ -147,11 +147,16 @@ def valid(kind: type[_S], tree: dict[str, Any], source: str) -> _S:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        found = error.errors()
-        lines = [f"{_short('.'.join(map(str, e['loc'])))}: {_short(e['msg'])} (given: {_short(repr(e['input']))})"
-                 for e in found[:_ERRORS_TOLD]]
-        lines += [f"and {len(found) - _ERRORS_TOLD} more"] if len(found) > _ERRORS_TOLD else []
-        raise UserError(f"settings are not valid ({source}): " + "; ".join(lines)) from None
+        raise UserError(f"settings are not valid ({source}): {problems(error)}") from None
+
+
+def problems(error: ValidationError) -> str:
+    """Each wrong setting, what is wrong with it and what was given, in one line."""
+    found = error.errors()
+    lines = [f"{_short('.'.join(map(str, e['loc'])))}: {_short(e['msg'])} (given: {_short(repr(e['input']))})"
+             for e in found[:_ERRORS_TOLD]]
+    lines += [f"and {len(found) - _ERRORS_TOLD} more"] if len(found) > _ERRORS_TOLD else []
+    return "; ".join(lines)
 
 
 def _short(text: str) -> str:

@@ -67,6 +67,12 @@ def test_the_help_shows_every_command(run):
     (["push", "{tmp}/none", "a/b"], "none is not a model folder"),
     (["recommend", "no-org/no-model", "--history", "a"], "HF_HUB_OFFLINE is set"),
     (["batch", "{tmp}/none", "{tmp}/x.parquet", "{tmp}/out"], "no such file"),
+    (["prepare", "{tmp}/a", "{tmp}/b", "{tmp}/out"], "out; laserrec prepare --help shows what it takes"),
+    (["fit", "{tmp}/a"], "laserrec fit needs OUT; laserrec fit --help"),
+    (["fit", "{tmp}/a", "{tmp}/b", "--train.lr"], "--train.lr needs a value; laserrec fit --help"),
+    (["fit", "{tmp}/a", "{tmp}/b", "--train.lr", "fast"], "train.lr: Input should be a valid number, unable to parse "
+                                                          "string as a number (given: 'fast'); laserrec fit --help"),
+    (["frobnicate"], "distil, evaluate, inspect, recommend; laserrec --help shows what it takes"),
 ])
 def test_a_mistake_is_one_line_and_code_2(run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setenv("LASERREC_CACHE", str(tmp_path / "cache"))
