@@ -253,7 +253,7 @@ class BlendConfig(Section):
     """Further values of id_model.shuffle that are tried when the ID model is fitted with Laser; the one with the best
     validation NDCG stays. Where order counts, shuffling harms."""
     shuffle_epochs: int = Field(6, ge=1)
-    """Epochs after which values in `shuffles` are given up whose validation NDCG is more than 10% below the best one's.
+    """Epochs after which values in `shuffles` are given up whose validation NDCG is more than 5% below the best one's.
     The others are trained to their end."""
     users: int = Field(4000, ge=1)
     """Validation users that the choice is made on, drawn at random if there are more."""
