@@ -39,7 +39,7 @@ _PACE = {"train": ("checkpoint_minutes", "tokens_per_pass"),
          "backbone": ("compiled", "gradient_checkpointing", "shard"), "prompt": ("text_cache_gib",)}
 """Settings that change speed and memory alone."""
 _CLOSE = 0.95
-"""Share of the best validation NDCG that an ID model must reach to be trained on. On eight data sets the one that was
+"""Share of the best validation NDCG that an ID model must reach to be trained on. On six data sets the one that was
 better in the end was never more than 4% behind after six epochs (dev/LOG.md)."""
 
 
