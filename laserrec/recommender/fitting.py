@@ -222,9 +222,6 @@ def _id_model(name: str, dataset: Dataset, config: Config, folder: Path, device:
                             f"folder has {dataset.fingerprint[:12]}); fit it on this data folder")
     elif finished:
         below = _nested(dataset, config, folder, features)
-    elif join().size > 1:
-        raise UserError("several processes fit Laser on an ID model that is there already: fit it first, in one "
-                        "process, and give its folder as the ID model")
     else:
         below = fit_id_model(dataset, config, folder / folders.ID_MODEL, device, features, progress,
                              _below(start, dataset))
@@ -258,21 +255,25 @@ def fit_id_model(dataset: Dataset, config: Config, folder: Path, device: torch.d
         return {place: fit_into(place, _with_id_model(settings, max_epochs=epochs)) for settings in left
                 for place in [trials / f"shuffle-{settings.id_model.shuffle:g}"]}
 
-    left, most = _id_model_settings(config), config.id_model.max_epochs
+    left, most, world = _id_model_settings(config), config.id_model.max_epochs, join()
     if len(left) > 1:
-        reached = [_validation_ndcg(one, config.eval.k)
-                   for one in all_into("first", min(config.blend.shuffle_epochs, most)).values()]
+        reached = _validation_ndcgs(all_into("first", min(config.blend.shuffle_epochs, most)), config, world)
         left = [settings for settings, ndcg in zip(left, reached, strict=True) if ndcg >= _CLOSE * max(reached)]
     if len(left) == 1:
         return fit_into(folder, left[0])
     found = all_into("whole", most)
-    best = max(found, key=lambda place: _validation_ndcg(found[place], config.eval.k))
-    shutil.copytree(best, folder, dirs_exist_ok=True)
-    return found[best]
+    reached = _validation_ndcgs(found, config, world)
+    place = [*found][reached.index(max(reached))]
+    if world.is_main:
+        shutil.copytree(place, folder, dirs_exist_ok=True)
+    world.wait()
+    return found[place]
 
 
-def _validation_ndcg(fitted: Fitted, k: int) -> float:
-    return fitted.facts["training"]["kept"].get(f"validation_ndcg@{k}", 0.0)
+def _validation_ndcgs(found: dict[Path, Fitted], config: Config, world: World) -> list[float]:
+    """As the first process has them: others may round differently, and all must choose alike."""
+    name = f"validation_ndcg@{config.eval.k}"
+    return world.told(lambda: [fitted.facts["training"]["kept"].get(name, 0.0) for fitted in found.values()])
 
 
 def _below(start: Fitted | None, dataset: Dataset) -> Fitted | None:

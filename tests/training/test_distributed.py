@@ -286,6 +286,22 @@ def test_torchrun_fits_and_one_process_speaks(steps, tmp_path):
     assert model.recommend([["i1", "i2"]], k=3).height == 3
 
 
+def test_two_fit_laser_and_its_id_models(steps, tmp_path):
+    """Of two settings of the ID model both are tried, by both processes; the choice and the weights are one's."""
+    done = launch("-m", "laserrec", "fit", steps / "data", tmp_path / "two", "--config", steps / "tiny.toml",
+                  "--device", "cpu", "--quiet", "--backbone.precision", "fp32", "--blend.shuffles", "1",
+                  "--id-model.max-epochs", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    settings = load_config("small", steps / "tiny.toml", {
+        "backbone": {"precision": "fp32"}, "blend": {"shuffles": (1.0,)}, "id_model": {"max_epochs": 2}})
+    one = LaserRecommender.fit_dataset(Dataset.load(steps / "data"), settings, tmp_path / "one", progress=False)
+    two = LaserRecommender.from_pretrained(tmp_path / "two")
+    assert one.config.id_model == two.config.id_model
+    ids = [dict(model.model.ids.model.state_dict()) for model in (two, one)]
+    assert_close(*ids, rtol=1e-3, atol=6e-3)  # Adam turns the rounding of a gradient of zero into whole steps
+    assert not [*tmp_path.glob("*/id_model_trials")]
+
+
 def test_what_fails_in_one_process_ends_all_with_one_message(two):
     """The second process was given another learning rate."""
     ends = [json.loads((two / f"failed-{rank}.json").read_text()) for rank in (0, 1)]
