@@ -15,13 +15,13 @@ EASE: dict[str, Any] = {"l2": 400.0, "text_weight": 0.0, "row_power": 0.5, "orde
 EASE_TEXT: dict[str, Any] = {"order": 0.0}
 
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
-    "sasrec": {"id_model": {"lr": 1e-3, "dropout": 0.5, **ID_MODELS["sasrec"]}},
-    "bert4rec": {"id_model": {"shuffle": 0.0, **ID_MODELS["bert4rec"]}},
-    "gru4rec": {"id_model": {"blocks": 1, "dropout": 0.5, "shuffle": 0.0, **ID_MODELS["gru4rec"]}},
+    "sasrec": {"id_model": {"items": "ids", "lr": 1e-3, "dropout": 0.5, **ID_MODELS["sasrec"]}},
+    "bert4rec": {"id_model": {"items": "ids", "shuffle": 0.0, **ID_MODELS["bert4rec"]}},
+    "gru4rec": {"id_model": {"items": "ids", "blocks": 1, "dropout": 0.5, "shuffle": 0.0, **ID_MODELS["gru4rec"]}},
     "ease": {"neighbours": EASE},
     "ease-text": {"neighbours": EASE_TEXT},
 }
-"""Laid on the preset, whose settings suit Laser, where a method is fitted alone."""
+"""Laid on the preset, whose settings suit Laser, where a method is fitted alone; an ID model then knows IDs alone."""
 
 _LRUREC: dict[str, Any] = {"patience": 5, "eval_every": 2}
 _SASREC_LIKE: dict[str, Any] = {"seen_offset": True, **ID_MODELS["sasrec"]}

@@ -105,7 +105,7 @@ def test_a_method_fitted_alone_has_its_own_best_settings(tmp_path):
     assert load_config(method="ease").neighbours.l2 == 400
     (tmp_path / "own.toml").write_text("[neighbours]\nl2 = 7")
     assert load_config("small", tmp_path / "own.toml", method="ease").neighbours.l2 == 7
-    assert load_config(method="sasrec") == load_config()
+    assert load_config(method="sasrec") == load_config("small", None, {"id_model": {"items": "ids"}})
     assert load_config("paper", method="bert4rec") == load_config("paper")
     for method, preset in (("bert4rec", "small"), ("sasrec", "paper")):
         tuned = load_config(preset, method=method).id_model
@@ -134,3 +134,11 @@ def test_bi_tuning_differs_from_small_in_how_histories_are_read_alone():
                for name, value in values.items() if reading[section][name] != value}
     assert differs == {(section, name) for section, values in READING.items() for name in values}
     assert reading["prompt"]["layout"] == "text_first" and small["transformer"]["blocks"] == 2
+
+
+@pytest.mark.parametrize("method", ["sasrec", "bert4rec", "gru4rec"])
+def test_an_id_model_alone_knows_ids_alone(method):
+    """Below Laser its item table starts from the LLM's embeddings; as a rival it is the published one."""
+    assert load_config("small").id_model.items == "llm_start"
+    assert load_config("small", method=method).id_model.items == "ids"
+    assert load_config("small", None, {"id_model": {"items": "text"}}, method).id_model.items == "text"

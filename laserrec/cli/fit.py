@@ -27,7 +27,7 @@ from laserrec.cli.options import (
 )
 from laserrec.cli.output import print_results
 from laserrec.cli.settings import RefitSettings, StudentSettings
-from laserrec.config import IdModelKind, StudentConfig, valid
+from laserrec.config import Config, IdModelKind, StudentConfig, valid
 from laserrec.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,23 +61,29 @@ def fit(data: Data, out: ModelOut, *, method: str = "laser", id_model: Path | No
 
 
 def pretrain(data: Data, out: ModelOut, *, how: Fitting = FITTING) -> None:
-    """Fit the ID model that the settings name: laserrec fit with its kind as --method. Run again to resume.
+    """Fit an ID model for Laser, to be given to fit with --id-model. Run again to resume.
+
+    It is laserrec fit with its kind as --method, but for its item table, which is Laser's (id_model.items): in the
+    preset small it starts from the LLM's embeddings.
 
     Example: laserrec pretrain runs/data runs/id_model --id-model.kind sasrec
     """
-    kind = how.settings("laser").id_model.kind
-    if kind == IdModelKind.NONE:
+    below = how.settings("laser").id_model
+    if below.kind == IdModelKind.NONE:
         raise UserError("these settings have no ID model (id_model.kind is none); give --id-model.kind sasrec, "
                         "bert4rec or gru4rec")
-    _fit(data, out, kind.value, how)
+    config = how.settings(below.kind.value)
+    own = config.id_model.model_copy(update={"items": below.items})
+    _fit(data, out, below.kind.value, how, config=config.model_copy(update={"id_model": own}))
 
 
-def _fit(data: Path, out: Path, method: str, how: Fitting, id_model: Path | None = None) -> None:
+def _fit(data: Path, out: Path, method: str, how: Fitting, id_model: Path | None = None, config: Config | None = None
+         ) -> None:
     from laserrec.data.dataset import Dataset
     from laserrec.recommender.recommender import LaserRecommender
     from laserrec.util.distributed import join
 
-    config, dataset, there = how.settings(method), Dataset.load(data), (out / "model.json").is_file()
+    config, dataset, there = config or how.settings(method), Dataset.load(data), (out / "model.json").is_file()
     model = LaserRecommender.fit_dataset(dataset, config, out, method, id_model, how.device, not how.quiet,
                                          how.trust_remote_code)
     if join().is_main:

@@ -92,9 +92,10 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
     method.needs(config, dataset.n_items)
     _check_attributes(method, config, dataset)
     if name == "laser" and not has_texts(config, dataset.items):
-        config = without_texts(config)
-        if progress and world.is_main:
+        reduced = without_texts(config)
+        if reduced is not config and progress and world.is_main:
             print("no item has a text: the parts that read texts are left out", file=sys.stderr)
+        config = reduced
     if name in set(IdModelKind) - {IdModelKind.NONE}:
         config = config.model_copy(update={"id_model": config.id_model.model_copy(update={"kind": IdModelKind(name)})})
     features = features or _features(config, dataset, device, world, progress, trust_remote_code)

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from laserrec.cli.fit import fit
+from laserrec.config import load_config
 from laserrec.data.dataset import Dataset
 from laserrec.methods.all import METHODS
 from laserrec.recommender import recommender
@@ -56,8 +57,8 @@ def test_an_id_model_of_its_own(run, settings, data, tmp_path):
     assert code == 0 and f"bert4rec in {ids}" in out, err
     code, _, err = run("fit", data, model, "--id-model", ids, "--config", settings, "--quiet")
     assert code == 0, err
-    note = json.loads((model / "model.json").read_text())
-    assert note["config"]["id_model"]["kind"] == "bert4rec"
+    own = json.loads((model / "model.json").read_text())["config"]["id_model"]
+    assert own["kind"] == "bert4rec" and own["items"] == load_config("small", settings).id_model.items
     code, _, err = run("fit", data, tmp_path / "x", "--method", "sasrec", "--id-model", ids, "--config", settings)
     assert code == 2 and "method sasrec takes no ID model" in err
     code, _, err = run("pretrain", data, tmp_path / "x", "--preset", "instant")
