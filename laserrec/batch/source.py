@@ -13,7 +13,8 @@ import numpy as np
 import polars as pl
 
 from laserrec.data.door import read_histories
-from laserrec.data.files import POLARS_ERRORS, ending, parts_of, read_table, reason
+from laserrec.data.files import POLARS_ERRORS, ending, parts_of, reason
+from laserrec.data.tables import read_frame
 from laserrec.util.errors import UserError, reading
 
 _DIGEST_BYTES = 1 << 20
@@ -38,7 +39,7 @@ class Source:
         if ending(self.files[0]) == ".parquet":
             self._rows = pl.scan_parquet(self.files)
         else:
-            self._rows = read_table(path).frame.lazy()
+            self._rows = read_frame(path).lazy()
         try:
             with reading(path):
                 first = self._rows.head(1).collect()

@@ -35,14 +35,16 @@ def item_id(value: Any) -> str:
     """
     name = as_id(value)
     if name is None:
-        raise UserError(f"{why_no_id(value)} (found {_short(value)}); ids are text or whole numbers")
+        raise UserError(f"{why_no_id(value)} (found {short(value)}); ids are text or whole numbers")
     return name
 
 
 def item_ids_of(values: Any) -> list[str]:
     """`item_id` of each value of a list, array or Series. Raises UserError for anything else."""
+    if hasattr(values, "columns"):
+        raise UserError(f"expected a list of item ids, not {short(values)}; give its column item_id")
     if not is_nested(values) or isinstance(values, Mapping):
-        raise UserError(f"expected a list of item ids, not {_short(values)}")
+        raise UserError(f"expected a list of item ids, not {short(values)}")
     return [item_id(value) for value in values]
 
 
@@ -73,6 +75,8 @@ def as_id(value: Any) -> str | None:
 def ids(column: pl.Series) -> pl.Series:
     """`as_id` of every value, as String."""
     kind = column.dtype
+    if is_mixed(kind):
+        return column.struct.field(_ID).alias(column.name)
     if kind.is_float():
         wide = column.cast(pl.Float64)
         limit = 2.0 ** {pl.Float64: 53, pl.Float32: 24}.get(type(kind), 11)
@@ -121,8 +125,12 @@ def _each(column: pl.Series, rule: Any) -> pl.Series:
     return pl.Series(column.name, [rule(v) for v in column.to_list()], dtype=pl.String)
 
 
-def _short(value: Any) -> str:
-    return repr(value)[:80]
+def short(value: Any) -> str:
+    """A value in a message: on one line, and not all of a long one."""
+    if hasattr(value, "columns"):
+        return f"a {type(value).__name__}"
+    value = value.to_list() if isinstance(value, pl.Series) else value
+    return " ".join(repr(value).split())[:80]
 
 
 # -- texts --------------------------------------------------------------------------------------------------------
@@ -158,6 +166,7 @@ def text(value: Any) -> str | None:
 
 def texts(column: pl.Series) -> pl.Series:
     """`text` of every value, as String."""
+    column = unmixed(column)
     kind = column.dtype
     if kind == pl.List(pl.String):
         joined = column.list.drop_nulls().list.join(" ")
@@ -209,15 +218,6 @@ def is_missing(value: Any) -> bool:
         isinstance(value, (float, np.floating)) and math.isnan(value))
 
 
-def column_of(name: str, values: Iterable[Any]) -> pl.Series:
-    """A column of Python values of any kinds: String, or List(String) where any value is a list or dict."""
-    values = list(values)
-    if not any(is_nested(v) for v in values):
-        return pl.Series(name, [flat(v) for v in values], dtype=pl.String)
-    lists = [None if is_missing(v) else parts(v) if is_nested(v) else [flat(v)] for v in values]
-    return pl.Series(name, lists, dtype=pl.List(pl.String))
-
-
 def _sound(text: str) -> str:
     """Half a surrogate pair, which UTF-8 can't hold, becomes the replacement character."""
     if text.isascii() or not re.search("[\ud800-\udfff]", text):
@@ -232,6 +232,103 @@ def _without_markup(text: str) -> str:
     return "" if re.search(_PAGE_CODE, text) else text
 
 
+# -- columns of Python values -------------------------------------------------------------------------------------
+
+_PLAIN, _ALONE, _ID = "laserrec: as text", "laserrec: if no list", "laserrec: as id"
+
+
+def column_of(name: str, values: Iterable[Any]) -> pl.Series:
+    """A column of Python values of any kinds: String, or List(String) where the values are lists or dicts.
+
+    Where that would hide which values are no ids (lists among texts; true, dates and large floats, which have a text),
+    it is a struct of three readings of each value, which this module's rules know; `unmixed` is all that others need.
+    """
+    values = list(values)
+    nested = [is_nested(v) for v in values]
+    as_texts = pl.Series(name, [None if n else flat(v) for v, n in zip(values, nested, strict=True)], dtype=pl.String)
+    as_lists = as_texts
+    if any(nested):
+        lists = [parts(v) if n else None if t is None else [t]
+                 for v, n, t in zip(values, nested, as_texts.to_list(), strict=True)]
+        as_lists = pl.Series(name, lists, dtype=pl.List(pl.String))
+    odd = {type(v) for v in values} - {str, int, type(None)}
+    if as_texts.null_count() == len(values) or not (any(nested) or any(_hides(v) for v in values if type(v) in odd)):
+        return as_lists
+    return _mixed(as_lists, as_texts, pl.Series([as_id(v) for v in values], dtype=pl.String))
+
+
+def _hides(value: Any) -> bool:
+    """Whether its text does not show that it is no id."""
+    return as_id(value) is None and flat(value) is not None
+
+
+def _mixed(as_lists: pl.Series, as_texts: pl.Series, as_ids: pl.Series) -> pl.Series:
+    return pl.DataFrame([as_lists.alias(_PLAIN), as_texts.alias(_ALONE), as_ids.alias(_ID)]).to_struct(as_lists.name)
+
+
+def is_mixed(kind: pl.DataType) -> bool:
+    """Whether a column is such a struct."""
+    return isinstance(kind, pl.Struct) and [f.name for f in kind.fields] == [_PLAIN, _ALONE, _ID]
+
+
+def unmixed(column: pl.Series) -> pl.Series:
+    """A column as it is, a struct of `column_of` as String or List(String)."""
+    return column.struct.field(_PLAIN).alias(column.name) if is_mixed(column.dtype) else column
+
+
+def value_at(column: pl.Series, row: int) -> Any:
+    """One value for a message, as a Python value."""
+    value = column[row]
+    if is_mixed(column.dtype) and isinstance(value, dict):
+        alone = value[_ALONE]
+        value = value[_PLAIN] if alone is None else alone if value[_ID] is not None else _unwritten(alone)
+    return value.to_list() if isinstance(value, pl.Series) else value
+
+
+def _unwritten(text: str) -> Any:
+    """What is no id, from its text."""
+    try:
+        return text == "true" if text in ("true", "false") else float(text)
+    except ValueError:
+        return text
+
+
+def alike(frames: list[pl.DataFrame]) -> list[pl.DataFrame]:
+    """Frames with columns of `column_of`, such as parts of one file, with one type per column."""
+    for name in dict.fromkeys(name for frame in frames for name in frame.columns):
+        columns = [frame[name] for frame in frames if name in frame.columns]
+        if len({c.dtype for c in columns}) < 2 or not all(_is_ours(c.dtype) for c in columns):
+            continue
+        full = {c.dtype for c in columns if c.null_count() < len(c)} or {columns[0].dtype}
+        lists = any(unmixed(c).dtype != pl.String for c in columns)
+        frames = [f.with_columns(_as_mixed(f[name], lists) if len(full) > 1 else _typed(f[name], *full))
+                  if name in f.columns else f for f in frames]
+    return frames
+
+
+def _is_ours(kind: pl.DataType) -> bool:
+    return kind in (pl.String, pl.List(pl.String)) or is_mixed(kind)
+
+
+def _typed(column: pl.Series, kind: pl.DataType) -> pl.Series:
+    """A column of another type holds nothing."""
+    return column if column.dtype == kind else pl.Series(column.name, [None] * len(column), dtype=kind)
+
+
+def _as_mixed(column: pl.Series, lists: bool) -> pl.Series:
+    """A column of `column_of` as its struct. lists: `unmixed` of it shall be lists."""
+    as_lists = unmixed(column)
+    nothing = pl.Series([None] * len(column), dtype=pl.String)
+    alone = nothing if as_lists.dtype != pl.String else column
+    if is_mixed(column.dtype):
+        alone = column.struct.field(_ALONE)
+    as_ids = ids(column)
+    if lists and as_lists.dtype == pl.String:
+        value = pl.col(as_lists.name)
+        as_lists = as_lists.to_frame().select(pl.when(value.is_not_null()).then(pl.concat_list(value))).to_series()
+    return _mixed(as_lists.alias(column.name), alone, as_ids)
+
+
 # -- times --------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +339,8 @@ def times(column: pl.Series) -> pl.Series:
     milliseconds, so no order is lost); dates and ISO 8601 text become epoch milliseconds, read as UTC where they name
     no zone. One column has one unit; only the order of times is ever used.
     """
+    if is_mixed(column.dtype):
+        column = column.struct.field(_ALONE).alias(column.name)
     if column.dtype in (pl.Date, pl.Datetime):
         return column.cast(pl.Datetime("ms")).dt.epoch("ms")
     if column.dtype in (pl.String, pl.Categorical, pl.Enum):
@@ -265,6 +364,9 @@ def times(column: pl.Series) -> pl.Series:
 
 def is_empty(column: pl.Series) -> pl.Series:
     """Boolean per value: null, NaN, or text of white space alone."""
+    if is_mixed(column.dtype):
+        alone, lists = column.struct.field(_ALONE), column.struct.field(_PLAIN)
+        return is_empty(alone) & (alone.is_not_null() | lists.is_null())
     if column.dtype == pl.String:
         return column.is_null() | (column.str.strip_chars(SPACE) == "").fill_null(True)
     return column.is_null() | column.is_nan().fill_null(True) if column.dtype.is_float() else column.is_null()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from laserrec.data.clean import as_id, ids, is_missing, is_nested, why_no_id
+from laserrec.data.clean import as_id, ids, is_missing, is_nested, short, unmixed, value_at, why_no_id
 from laserrec.data.losses import Losses, LossWarning, likely_cause, two_of
 from laserrec.data.raw import no_column, time_and_order, to_polars
 from laserrec.util.errors import UserError
@@ -92,7 +92,7 @@ def _users(given: list) -> tuple[list, pl.DataType]:
     names: list[str] = []
     for place, user in enumerate(given, 1):
         if (name := as_id(user)) is None:
-            raise UserError(f"histories: user {place}: {why_no_id(user)} (found {user!r}); give each user an id")
+            raise UserError(f"histories: user {place}: {why_no_id(user)} (found {short(user)}); give each user an id")
         names.append(name)
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
@@ -147,13 +147,18 @@ def _listed(users: Sequence, lists: list) -> _Named:
 
 def _ids(user: Any, items: Any) -> list[str | None]:
     if isinstance(items, (AbstractSet, Mapping)) or not (is_nested(items) or is_missing(items)):
-        raise UserError(f"history of user {user!r} is {items!r}, not a list of item ids; give a list, even for one")
+        raise UserError(f"history of user {user!r} is {short(items)}, not a list of item ids; give a list, even for "
+                        "one")
     return [] if is_missing(items) else [as_id(i) for i in items]
+
+
+def _lists(column: pl.Series) -> bool:
+    return unmixed(column).dtype.is_nested()
 
 
 def _of_frame(frame: pl.DataFrame) -> _Named:
     """A row per interaction, or per user with a list column; several rows of one user are one history."""
-    column = next((c for c in _LISTS if c in frame.columns and (c == "item_id" or frame[c].dtype.is_nested())), None)
+    column = next((c for c in _LISTS if c in frame.columns and (c == "item_id" or _lists(frame[c]))), None)
     if column is None or "user_id" not in frame.columns:
         there = {"user_id": "user_id" in frame.columns, "item_id": column is not None}
         raise no_column("histories", [name for name, found in there.items() if not found], frame.columns)
@@ -163,12 +168,13 @@ def _of_frame(frame: pl.DataFrame) -> _Named:
     for name, bad, why in problems:
         if bad.any():
             row = int(bad.arg_max() or 0)
-            raise UserError(f"histories: row {row + 1}, column {name}: {why} (found {frame[name][row]!r}); mend it")
+            found = short(value_at(frame[name], row))
+            raise UserError(f"histories: row {row + 1}, column {name}: {why} (found {found}); mend it")
     table = pl.DataFrame({"user": users, "given": given if given.dtype.is_numeric() else users, "time": time,
                           "order": order})
     everyone = table.select("user", "given").unique("user", keep="first", maintain_order=True)
-    if frame[column].dtype.is_nested():
-        lists = [_ids(user, items) for user, items in zip(users, frame[column].to_list(), strict=True)]
+    if _lists(frame[column]):
+        lists = [_ids(user, items) for user, items in zip(users, unmixed(frame[column]).to_list(), strict=True)]
         table = table.with_columns(item=pl.Series(lists, dtype=pl.List(pl.String)))
         table = table.filter(pl.col("item").list.len() > 0).sort("time", "order", maintain_order=True).explode("item")
     else:

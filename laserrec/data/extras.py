@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from laserrec.data.clean import ids, texts, why_no_id
+from laserrec.data.clean import ids, texts, unmixed, value_at, why_no_id
 from laserrec.data.files import Table
 from laserrec.util.errors import UserError
 
@@ -54,8 +54,9 @@ def _vectors(given: Table) -> pl.DataFrame:
     for bad, what in ((names.is_null(), "no id"), (names.is_duplicated(), "an id that stands in more than one row")):
         if bad.any():
             row = int(bad.arg_max() or 0)
-            told = why_no_id(frame["item_id"][row]) if what == "no id" else what
-            raise UserError(f"{given.where(row)}, column item_id: {told} (found {str(frame['item_id'][row])[:80]!r})")
+            value = value_at(frame["item_id"], row)
+            told = why_no_id(value) if what == "no id" else what
+            raise UserError(f"{given.where(row)}, column item_id: {told} (found {str(value)[:80]!r})")
     width, column = _as_lists(given)
     values = column.explode().to_numpy()
     if not np.isfinite(values).all():
@@ -66,7 +67,7 @@ def _vectors(given: Table) -> pl.DataFrame:
 
 def _as_lists(given: Table) -> tuple[int, pl.Series]:
     """Width, and a column of lists of so many float32."""
-    frame = given.frame.drop("item_id")
+    frame = given.frame.select(unmixed(given.frame[name]) for name in given.frame.columns if name != "item_id")
     lists = [name for name in frame.columns if isinstance(frame[name].dtype, pl.List | pl.Array)]
     if VECTOR in lists:
         lists = [VECTOR]
@@ -119,7 +120,8 @@ def like(new: pl.DataFrame, table: Table, items: pl.DataFrame) -> pl.DataFrame:
     kind = items[VECTOR].dtype
     if VECTOR not in table.frame.columns or table.frame[VECTOR].null_count() == table.frame.height:
         return out.with_columns(pl.lit(None, kind).alias(VECTOR))
-    given = Table(pl.DataFrame([new["item_id"], table.frame[VECTOR]]).drop_nulls(VECTOR), table.name, table.locate)
+    frame = pl.DataFrame([new["item_id"], unmixed(table.frame[VECTOR])]).drop_nulls(VECTOR)
+    given = Table(frame, table.name, table.locate)
     found = with_vectors(new, given)
     own, wanted = (frame[VECTOR].dtype for frame in (found, items))
     if isinstance(own, pl.Array) and isinstance(wanted, pl.Array) and own != wanted:

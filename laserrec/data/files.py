@@ -9,8 +9,6 @@ from __future__ import annotations
 import codecs
 import csv
 import glob
-import gzip
-import io
 import json
 import re
 import zlib
@@ -23,11 +21,11 @@ from typing import Any
 
 import polars as pl
 
-from laserrec.data.clean import column_of
+from laserrec.data.clean import alike, column_of
+from laserrec.data.lines import POLARS_ERRORS, ending, header_hint, lines, not_utf8, opened, reason
 from laserrec.util.errors import UserError, reading
 
 ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".inter", ".item")
-POLARS_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 SKIP_HINT = 'Mend the line, or leave broken lines out: on_error "skip"'
 _JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 _CHUNK_ROWS = 200_000
@@ -76,7 +74,8 @@ class Table:
 
 
 def read_table(path: Path | str, options: FileOptions | None = None) -> Table:
-    """All columns: text files' values as text (JSON lists as lists of text), Parquet's in their own types.
+    """All columns: text files' values as text (JSON's lists and mixtures see `clean.column_of`), Parquet's in their own
+    types.
 
     Raises UserError for a missing or unreadable file, an unknown ending, and broken lines.
     """
@@ -86,7 +85,8 @@ def read_table(path: Path | str, options: FileOptions | None = None) -> Table:
 
 def read_parts(path: Path | str, read: Callable[[Path], Table]) -> Table:
     """The parts of `path`, each read by `read`, below each other."""
-    tables = [read(part) for part in parts_of(path)]
+    files = parts_of(path)
+    tables = [read(part) for part in files]
     if len(tables) == 1:
         return tables[0]
     ends = list(accumulate(t.frame.height for t in tables))
@@ -96,7 +96,8 @@ def read_parts(path: Path | str, read: Callable[[Path], Table]) -> Table:
         return tables[part].where(row - (ends[part - 1] if part else 0))
 
     try:
-        frame = pl.concat([t.frame for t in tables], how="diagonal_relaxed")
+        frames = [t.frame for t in tables]
+        frame = pl.concat(frames if ending(files[0]) == ".parquet" else alike(frames), how="diagonal_relaxed")
     except POLARS_ERRORS as error:
         raise UserError(f"{path}: the parts' columns differ in type: {reason(error)}; write them with one schema"
                         ) from None
@@ -128,16 +129,6 @@ def parts_of(path: Path | str) -> list[Path]:
     return files
 
 
-def ending(path: Path) -> str:
-    """".csv" of orders.csv and orders.csv.gz."""
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
-
-
-def reason(error: BaseException) -> str:
-    """An error of polars or the system in one line."""
-    return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _read_file(path: Path, options: FileOptions) -> Table:
     kind = ending(path)
     if kind == ".parquet":
@@ -154,57 +145,6 @@ def _read_file(path: Path, options: FileOptions) -> Table:
     return _read_delimited(path, options.separator or ("\t" if tabs else ","), options)
 
 
-# -- lines --------------------------------------------------------------------------------------------------------
-
-
-def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, bytes]]:
-    """(1-based number, UTF-8 bytes) of every line that is not blank; .gz is unpacked on the way."""
-    number = 0
-    try:
-        with _open(path, encoding) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}:{number + 1}: the gzip data breaks off here ({error}); get the file again") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {reason(error)}") from None
-
-
-def _open(path: Path, encoding: str) -> Any:
-    file = (gzip.open if path.name.endswith(".gz") else open)(path, "rb")
-    if encoding == "utf-8":
-        return file
-    with file:
-        data = file.read()
-    try:
-        return io.BytesIO(data.decode(encoding).encode("utf-8"))
-    except UnicodeError as error:
-        before = data[: getattr(error, "start", 0)].decode(encoding, "ignore")
-        raise UserError(f"{path}:{before.count(chr(10)) + 1}: not {encoding} ({reason(error)}); "
-                        "set the file's own encoding") from None
-
-
-def not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
-    """What is wrong with a line that is not UTF-8, and what it may be instead."""
-    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return 'not UTF-8 but UTF-16, by its first bytes; set encoding "utf-16"'
-    return (f'not UTF-8 at byte {error.start + 1}; files from Excel or Windows often are in encoding "cp1252", set it '
-            "if yours is")
-
-
-def header_hint(columns: list[str]) -> str:
-    """For a header without the columns looked for: which separator or encoding it seems to have."""
-    if any("\x00" in name for name in columns):
-        return '. The file looks like UTF-16; set encoding "utf-16"'
-    found = next((s for s in (";", "\t", "|", ",") if s in columns[0]), None) if len(columns) == 1 else None
-    return f". The header looks separated by {found!r}; set separator {json.dumps(found)}" if found else ""
-
-
-def _nth_line(path: Path, encoding: str, row: int) -> int:
-    return next((number for number, _ in islice(lines(path, encoding), row, None)), 0)
-
-
 # -- JSON lines ---------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +159,12 @@ def read_json_lines(path: Path, options: FileOptions, make: Callable[[list], pl.
         chunks.append(make(chunk))
     if not chunks:
         raise UserError(skipped[0] if skipped else f"{path} is empty")
-    return Table(_stacked(chunks), str(path), lambda n: f"{path}:{_nth_line(path, options.encoding, n)}", len(skipped))
+    return Table(pl.concat(alike(chunks), how="diagonal"), str(path),
+                 lambda n: f"{path}:{_nth_line(path, options.encoding, n)}", len(skipped))
+
+
+def _nth_line(path: Path, encoding: str, row: int) -> int:
+    return next((number for number, _ in islice(lines(path, encoding), row, None)), 0)
 
 
 def _any_json(path: Path, options: FileOptions) -> Table:
@@ -229,15 +174,6 @@ def _any_json(path: Path, options: FileOptions) -> Table:
         return pl.DataFrame([column_of(k, [o.get(k) for o in chunk]) for k in keys])
 
     return read_json_lines(path, options, make)
-
-
-def _stacked(chunks: list[pl.DataFrame]) -> pl.DataFrame:
-    """Below each other; a column that is lists in one chunk becomes lists in all."""
-    lists = {name for chunk in chunks for name, kind in chunk.schema.items() if isinstance(kind, pl.List)}
-    wrapped = [chunk.with_columns(pl.when(pl.col(c).is_not_null()).then(pl.concat_list(c)).alias(c)
-                                  for c in lists.intersection(chunk.columns) if chunk[c].dtype == pl.String)
-               for chunk in chunks]
-    return pl.concat(wrapped, how="diagonal")
 
 
 def _json_rows(path: Path, row: Callable[[dict], Any], options: FileOptions, skipped: list[str]) -> Iterator[Any]:
@@ -285,7 +221,7 @@ def _read_delimited(path: Path, separator: str, options: FileOptions) -> Table:
     quote = None if ending(path) in (".inter", ".item") else '"'
     records = _Records(path, separator, quote, options.encoding)
     try:
-        source = path if options.encoding == "utf-8" else _open(path, options.encoding)
+        source = path if options.encoding == "utf-8" else opened(path, options.encoding)
         frame = pl.read_csv(source, separator=separator, infer_schema=False, quote_char=quote)
         frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
         return Table(frame, str(path), lambda n: f"{path}:{records.line_of(n)}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from laserrec.data.clean import column_of, ids, is_empty, is_nested, texts, times, why_no_id
+from laserrec.data.clean import column_of, ids, is_empty, is_nested, texts, times, value_at, why_no_id
 from laserrec.data.extras import VECTOR, extra_names, like, read_texts, with_vectors
 from laserrec.data.files import POLARS_ERRORS, SKIP_HINT, FileOptions, Table, header_hint, reason
 from laserrec.util.errors import UserError
@@ -208,8 +208,7 @@ def _without(problems: list[tuple[str, pl.Series, str]], table: Table, on_error:
     for column, bad, why in problems:
         if on_error == "raise" and bad.any():
             row = int(bad.arg_max() or 0)
-            value = table.frame[column][row]
-            value = value.to_list() if isinstance(value, pl.Series) else value
+            value = value_at(table.frame[column], row)
             raise UserError(f"{table.where(row)}, column {column}: {why or why_no_id(value)} "
                             f"(found {str(value)[:80]!r}). {advice}")
         keep = keep & ~bad

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laserrec.data.clean import as_id, column_of, ids, item_id, text, texts, times
+from laserrec.data.clean import alike, as_id, column_of, ids, is_empty, is_nested, item_id, text, texts, times, unmixed
 from laserrec.util.errors import UserError
 
 WORDS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -115,8 +115,25 @@ def test_texts(value, expected):
 
 def test_a_column_of_mixed_values():
     assert column_of("x", [7, "7", 7.0, None, b"a"]).to_list() == ["7", "7", "7", None, "a"]
+    lists = column_of("x", [["a", 1], None, {"name": "c"}])
+    assert lists.dtype == pl.List(pl.String) and lists.to_list() == [["a", "1"], None, ["c"]]
     mixed = column_of("x", [["a", 1], "b", None, {"name": "c"}])
-    assert mixed.dtype == pl.List(pl.String) and mixed.to_list() == [["a", "1"], ["b"], None, ["c"]]
+    assert unmixed(mixed).to_list() == [["a", "1"], ["b"], None, ["c"]]
+
+
+ANYTHING = st.one_of(st.none(), WORDS, st.integers(), st.floats(), st.booleans(), st.dates(),
+                     st.lists(WORDS, max_size=2),
+                     st.sampled_from([1e18, np.float32(2**25), Decimal("7.00"), UUID(int=5), b"7", {"name": "x"}]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(values=st.lists(ANYTHING), at=st.integers(0, 5))
+def test_python_values_of_any_kinds_keep_their_meaning(values, at):
+    cut = [pl.DataFrame([column_of("x", part)]) for part in (values[:at], values[at:])]
+    for column in (column_of("x", values), pl.concat(alike(cut))["x"]):
+        assert ids(column).to_list() == [as_id(v) for v in values]
+        assert texts(column).to_list() == [text(v) for v in values]
+        assert is_empty(column).to_list() == [not is_nested(v) and is_empty(column_of("x", [v]))[0] for v in values]
 
 
 # -- times --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from laserrec.config import DataConfig
+from laserrec.data.door import read_histories
 from laserrec.data.files import FileOptions, read_table
 from laserrec.data.prepare import prepare_source
 from laserrec.data.raw import from_frames
@@ -157,7 +158,7 @@ def test_nested_values_mean_the_same_in_json_and_in_frames(tmp_path):
     assert raw.items["category"].to_list() == ["Tools Drills", "Saws", "Nails & screws"]
     assert from_frames(ROWS, pd.DataFrame(rows)).items.equals(raw.items)
     (tmp_path / "a.jsonl").write_text('{"user_id": "u", "item_id": "a"}\n{"user_id": "v", "item_id": {"id": ["a"]}}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:1, column item_id: a list or dict, not an id"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2, column item_id: a list or dict, not an id"):
         read_tables(tmp_path / "a.jsonl", tmp_path / "items.jsonl")
 
 
@@ -166,6 +167,60 @@ def test_a_column_that_is_lists_in_a_later_chunk_is_lists_in_all(tmp_path, monke
     path = tmp_path / "x.jsonl"
     path.write_text('{"items": "a"}\n{"items": ["b", "c"]}\n{"items": null}\n{"other": 1}\n')
     assert read_frame(path)["items"].to_list() == [["a"], ["b", "c"], None, None]
+
+
+GOOD = "".join(f'{{"user_id": "u{n % 8}", "item_id": "p{n % 5}", "timestamp": {n}}}\n' for n in range(40))
+ODD_LINES = [
+    ('{"user_id": "u1", "item_id": ["p1"], "timestamp": 5}', r"item_id: a list or dict, not an id \(found .*p1"),
+    ('{"user_id": {"id": 1}, "item_id": "p1", "timestamp": 5}', "user_id: a list or dict, not an id"),
+    ('{"user_id": "u1", "item_id": "p1", "timestamp": {"$date": 5}}', r"timestamp: neither a number.*\['5'\]"),
+    ('{"user_id": true, "item_id": "p1", "timestamp": 5}', r"user_id: not an id \(found 'True'\)"),
+    ('{"user_id": "u1", "item_id": 1e19, "timestamp": 5}', "item_id: a float too large to hold all digits"),
+]
+
+
+@pytest.mark.parametrize("parted", [False, True])
+@pytest.mark.parametrize(("line", "message"), ODD_LINES)
+def test_one_odd_value_spoils_its_own_line_alone(tmp_path, monkeypatch, line, message, parted):
+    monkeypatch.setattr("laserrec.data.files._CHUNK_ROWS", 30)
+    (tmp_path / "items.csv").write_text("item_id,title\n" + "".join(f"p{n},T {n}\n" for n in range(5)))
+    acts = tmp_path / "a.jsonl"
+    if parted:
+        acts.mkdir()
+        (acts / "part-0.jsonl").write_text(GOOD)
+        (acts / "part-1.jsonl").write_text(line + "\n")
+    else:
+        acts.write_text(GOOD + line + "\n")
+    place = "part-1.jsonl:1" if parted else "a.jsonl:41"
+    with pytest.raises(UserError, match=rf"{place}, column {message}"):
+        read_tables(acts, tmp_path / "items.csv")
+    raw = read_tables(acts, tmp_path / "items.csv", options=FileOptions("skip"))
+    assert (raw.interactions.height, raw.notes["skipped_lines"]) == (40, 1)
+    rows = [json.loads(row) for row in (GOOD + line).splitlines()]
+    for frame in (rows, pd.DataFrame(rows)):
+        with pytest.raises(UserError, match=f"row 41, column {message}"):
+            from_frames(frame, pl.read_csv(tmp_path / "items.csv"))
+        assert from_frames(frame, None, on_error="skip").interactions.height == 40
+
+
+def test_parts_of_json_lines_may_differ_as_lines_do(tmp_path):
+    folder = tmp_path / "items.jsonl"
+    folder.mkdir()
+    (folder / "part-0.jsonl").write_text('{"item_id": "a", "title": "A", "category": "x"}\n')
+    (folder / "part-1.jsonl").write_text('{"item_id": "b", "title": "B", "category": ["x", "y"]}\n'
+                                         '{"item_id": "c", "title": true, "category": null}\n')
+    ROWS.write_csv(tmp_path / "a.csv")
+    raw = read_tables(tmp_path / "a.csv", folder)
+    assert raw.items.rows() == [("a", "A", None, "x"), ("b", "B", None, "x y"), ("c", "true", None, None)]
+
+
+def test_histories_of_json_lines_name_a_user_without_an_id(tmp_path):
+    path = tmp_path / "h.jsonl"
+    path.write_text('{"user_id": "u", "item_id": "a"}\n{"user_id": ["v"], "item_id": "b"}\n')
+    with pytest.raises(UserError, match=r"h\.jsonl:2, column user_id: a list or dict, not an id \(found \['v'\]\)"):
+        read_frame(path)
+    path.write_text('{"user_id": "u", "items": "a"}\n{"user_id": "v", "items": ["b"]}\n')
+    assert read_histories(read_frame(path), {"a": 0, "b": 1}).rows == [[0], [1]]
 
 
 def test_a_damaged_parquet_file(tmp_path):

@@ -1,5 +1,6 @@
 """Frames with the caller's columns -> Raw: ids, times, positions, texts, column maps."""
 
+from datetime import date
 from decimal import Decimal
 from uuid import UUID
 
@@ -93,6 +94,14 @@ def test_ids_must_be_text_or_numbers():
         from_frames(pl.DataFrame({"user_id": [["u"]], "item_id": ["a"]}), ITEMS)
     with pytest.raises(UserError, match="on_error is 'raise' or 'skip'"):
         from_frames(acts(), ITEMS, on_error="ignore")
+
+
+def test_python_values_that_are_no_ids():
+    for odd in (True, 1e18, date(2020, 1, 1)):
+        with pytest.raises(UserError, match=r"row 2, column user_id: (not an id|a float too large)"):
+            from_frames([{"user_id": "u", "item_id": "a"}, {"user_id": odd, "item_id": "a"}], ITEMS)
+    with pytest.raises(UserError, match="new items: row 1, column item_id: not an id"):
+        read_items({"item_id": True, "title": "a"})
 
 
 def test_of_several_rows_of_an_item_the_fullest_stays_whatever_their_order():

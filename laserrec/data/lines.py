@@ -1,0 +1,73 @@
+"""Text files as lines of UTF-8, whatever they are packed and encoded in, and what is wrong with them in words."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from laserrec.util.errors import UserError
+
+POLARS_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
+
+
+def ending(path: Path) -> str:
+    """".csv" of orders.csv and orders.csv.gz."""
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def reason(error: BaseException) -> str:
+    """An error of polars or the system in one line."""
+    return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, bytes]]:
+    """(1-based number, UTF-8 bytes) of every line that is not blank; .gz is unpacked on the way."""
+    number = 0
+    try:
+        with opened(path, encoding) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}:{number + 1}: the gzip data breaks off here ({error}); get the file again") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {reason(error)}") from None
+
+
+def opened(path: Path, encoding: str) -> Any:
+    """The file as bytes of UTF-8, unpacked. Raises UserError, with the line, where another encoding does not fit."""
+    file = (gzip.open if path.name.endswith(".gz") else open)(path, "rb")
+    if encoding == "utf-8":
+        return file
+    with file:
+        data = file.read()
+    try:
+        return io.BytesIO(data.decode(encoding).encode("utf-8"))
+    except UnicodeError as error:
+        before = data[: getattr(error, "start", 0)].decode(encoding, "ignore")
+        raise UserError(f"{path}:{before.count(chr(10)) + 1}: not {encoding} ({reason(error)}); "
+                        "set the file's own encoding") from None
+
+
+def not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
+    """What is wrong with a line that is not UTF-8, and what it may be instead."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return 'not UTF-8 but UTF-16, by its first bytes; set encoding "utf-16"'
+    return (f'not UTF-8 at byte {error.start + 1}; files from Excel or Windows often are in encoding "cp1252", set it '
+            "if yours is")
+
+
+def header_hint(columns: list[str]) -> str:
+    """For a header without the columns looked for: which separator or encoding it seems to have."""
+    if any("\x00" in name for name in columns):
+        return '. The file looks like UTF-16; set encoding "utf-16"'
+    found = next((s for s in (";", "\t", "|", ",") if s in columns[0]), None) if len(columns) == 1 else None
+    return f". The header looks separated by {found!r}; set separator {json.dumps(found)}" if found else ""
