@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from laserrec.data.clean import column_of, ids, is_empty, is_nested, texts, times, value_at, why_no_id
+from laserrec.data.clean import column_of, ids, is_empty, is_nested, short, texts, times, value_at, why_no_id
 from laserrec.data.extras import VECTOR, extra_names, like, read_texts, with_vectors
 from laserrec.data.files import POLARS_ERRORS, SKIP_HINT, FileOptions, Table, header_hint, reason
 from laserrec.util.errors import UserError
@@ -61,7 +61,7 @@ def join_vectors(raw: Raw, vectors: Table) -> Raw:
 def from_tables(interactions: Table, items: Table | None, columns: Mapping[str, str] | None = None,
                 on_error: str = "raise", extra: Sequence[str] = ()) -> Raw:
     """`from_frames` for tables that know their files."""
-    columns = dict(columns or {})
+    columns = column_map(columns)
     _check_map(columns, extra)
     acts = _pick(interactions, "interactions", columns)
     goods = (_pick(interactions, "items", columns, extra, needed={"item_id"}) if items is None
@@ -122,9 +122,21 @@ def _from_pandas(frame: Any) -> pl.DataFrame:
 
     frame = frame.reset_index([n for n in frame.index.names if n is not None and n not in frame.columns])
     objects = [c for c in frame.select_dtypes(object) if infer_dtype(frame[c]) != "string"]
+    objects += [c for c in frame.columns if c not in objects and not _in_arrow(frame[c])]
     mixed = [column_of(str(c), frame[c]) for c in objects]
     plain = pl.from_pandas(frame.drop(columns=objects))
     return plain.with_columns(mixed) if plain.width else pl.DataFrame(mixed)
+
+
+def _in_arrow(column: Any) -> bool:
+    """Whether polars reads such a column of pandas: not complex numbers, sparse columns and the like."""
+    try:
+        pl.from_pandas(column.head(0))
+    except ImportError:
+        raise
+    except Exception:  # of pandas, Arrow or polars, which share no class
+        return False
+    return True
 
 
 # -- columns ------------------------------------------------------------------------------------------------------
@@ -134,6 +146,15 @@ def no_column(name: str, missing: Iterable[str], have: list[str]) -> UserError:
     """The error for columns that a table lacks."""
     return UserError(f"{name}: no column for {', '.join(missing)}; there are: {', '.join(have) or 'none'}"
                      f"{header_hint(have)}")
+
+
+def column_map(columns: Mapping[str, str] | None) -> dict[str, str]:
+    """A caller's column map; names that are numbers, as pandas has them, as text. Raises UserError for anything else
+    than a dict."""
+    if columns is None or isinstance(columns, Mapping):
+        return {str(ours): str(theirs) for ours, theirs in (columns or {}).items()}
+    raise UserError("columns is a dict of our names and yours, such as {'user_id': 'customer'}, not "
+                    f"{short(columns)}")
 
 
 def _check_map(columns: dict[str, str], extra: Sequence[str] = ()) -> None:

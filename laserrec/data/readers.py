@@ -10,7 +10,7 @@ import polars as pl
 
 from laserrec.data.clean import column_of
 from laserrec.data.files import SKIP_HINT, FileOptions, Table, lines, read_json_lines, read_parts, read_table
-from laserrec.data.raw import Raw, from_tables
+from laserrec.data.raw import Raw, column_map, from_tables
 from laserrec.util.errors import UserError
 
 _PLAIN = FileOptions()
@@ -92,7 +92,7 @@ def read_recbole(interactions: Path | str, items: Path | str | None = None, colu
     if "item_id_list" in acts.frame.columns:
         raise UserError(f"{acts.name}: holds augmented sequences (item_id_list); give the .inter file with one "
                         "interaction a line")
-    found, override = {}, dict(columns or {})
+    found, override = {}, column_map(columns)
     for ours, theirs in _RECBOLE_NAMES.items():
         kind, _, column = ours.partition(".")
         have = (acts if kind == "interactions" or goods is None else goods).frame.columns

@@ -96,6 +96,22 @@ def test_ids_must_be_text_or_numbers():
         from_frames(acts(), ITEMS, on_error="ignore")
 
 
+def test_columns_of_pandas_that_polars_does_not_know():
+    frame = pd.DataFrame({"user_id": pd.arrays.SparseArray([7, 7, 8]), "item_id": ["a", "b", "a"],
+                          "wave": [1 + 2j, 2j, 0j], "timestamp": pd.arrays.SparseArray([5, 0, 2])})
+    raw = from_frames(frame, ITEMS)
+    assert raw.interactions.rows() == [("7", "a", 5, 0), ("7", "b", 0, 1), ("8", "a", 2, 2)]
+    with pytest.raises(UserError, match="row 1, column item_id: not an id"):
+        from_frames(frame, ITEMS, {"interactions.item_id": "wave"})
+
+
+def test_a_column_map_is_a_dict():
+    with pytest.raises(UserError, match=r"columns is a dict of our names and yours.*not \['user_id'\]"):
+        from_frames(acts(), ITEMS, ["user_id"])
+    frame = pd.DataFrame([["u", "a"], ["v", "b"]])
+    assert from_frames(frame, ITEMS, {"user_id": 0, "interactions.item_id": 1}).interactions["user_id"][1] == "v"
+
+
 def test_python_values_that_are_no_ids():
     for odd in (True, 1e18, date(2020, 1, 1)):
         with pytest.raises(UserError, match=r"row 2, column user_id: (not an id|a float too large)"):
