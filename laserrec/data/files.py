@@ -7,7 +7,6 @@ line is a UserError that names file and line, or with on_error = "skip" is left 
 from __future__ import annotations
 
 import codecs
-import csv
 import glob
 import json
 import re
@@ -23,6 +22,7 @@ import polars as pl
 
 from laserrec.data.clean import alike, column_of
 from laserrec.data.lines import POLARS_ERRORS, ending, header_hint, lines, not_utf8, opened, reason
+from laserrec.data.records import Records, swallows
 from laserrec.util.errors import UserError, reading
 
 ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".inter", ".item")
@@ -219,14 +219,17 @@ def json_object(line: bytes) -> dict:
 def _read_delimited(path: Path, separator: str, options: FileOptions) -> Table:
     """polars reads it; where polars gives up, a slow reading finds the lines at fault, which polars doesn't name."""
     quote = None if ending(path) in (".inter", ".item") else '"'
-    records = _Records(path, separator, quote, options.encoding)
+    records = Records(path, separator, quote, options.encoding)
     try:
         source = path if options.encoding == "utf-8" else opened(path, options.encoding)
         frame = pl.read_csv(source, separator=separator, infer_schema=False, quote_char=quote)
-        frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
-        return Table(frame, str(path), lambda n: f"{path}:{records.line_of(n)}")
+        broken = (frame[name].filter(frame[name].str.contains("\n", literal=True)) for name in frame.columns)
+        if not any(swallows(values.to_list(), separator, frame.width) for values in broken):
+            frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
+            return Table(frame, str(path), lambda n: f"{path}:{records.line_of(n)}")
     except (*POLARS_ERRORS, OSError, EOFError, zlib.error):
-        rows, skipped, first = records.read(options.on_error)
+        pass
+    rows, skipped, first = _good(records, options.on_error)
     header, *body = [fields for _, fields in rows]
     if len(set(header)) < len(header):
         raise UserError(f"{path}:1: a column name stands twice in the header: {', '.join(header)}")
@@ -237,63 +240,23 @@ def _read_delimited(path: Path, separator: str, options: FileOptions) -> Table:
     return Table(frame, str(path), lambda n: f"{path}:{rows[n + 1][0]}", skipped)
 
 
-@dataclass(frozen=True)
-class _Records:
-    """The records of delimited text with their line numbers, read by the csv module."""
-
-    path: Path
-    separator: str
-    quote: str | None
-    encoding: str
-
-    def read(self, on_error: str) -> tuple[list[tuple[int, list[str]]], int, str | None]:
-        """Good records with the header first, the number of bad ones, and the first one's message."""
-        rows: list[tuple[int, list[str]]] = []
-        skipped, first = 0, None
-        for number, fields in self:
-            if isinstance(fields, str):
-                why = fields
-            elif rows and len(fields) != len(rows[0][1]):
-                header = rows[0][1]
-                why = f"{len(fields)} fields, the header has {len(header)}{header_hint(header)}"
-            else:
-                rows.append((number, fields))
-                continue
-            message = f"{self.path}:{number}: {why}. {SKIP_HINT}"
-            if on_error == "raise" or not rows:
-                raise UserError(message)
-            skipped, first = skipped + 1, first or message
-        if not rows:
-            raise UserError(f"{self.path} is empty; its first line should name the columns")
-        return rows, skipped, first
-
-    def line_of(self, row: int) -> int:
-        """Line of a 0-based row; 0 where there is none."""
-        return next((number for number, _ in islice(self, row + 1, None)), 0)
-
-    def __iter__(self) -> Iterator[tuple[int, list[str] | str]]:
-        """(line number, fields) per record, or (line number, what is wrong)."""
-        bad: list[tuple[int, str]] = []
-        last = [0]
-
-        def text() -> Iterator[str]:
-            for number, line in lines(self.path, self.encoding):
-                last[0] = number
-                try:
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    bad.append((number, not_utf8(line, error)))
-
-        quoting = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
-        reader = csv.reader(text(), delimiter=self.separator, quotechar=self.quote or None, quoting=quoting)
-        while True:
-            try:
-                fields = next(reader, None)
-            except csv.Error as error:
-                yield last[0], str(error)
-                continue
-            yield from bad
-            bad.clear()
-            if fields is None:
-                return
-            yield last[0], fields
+def _good(records: Records, on_error: str) -> tuple[list[tuple[int, list[str]]], int, str | None]:
+    """Good records with the header first, the number of broken lines, and the first one's message."""
+    rows: list[tuple[int, list[str]]] = []
+    skipped, first = 0, None
+    for number, fields, count in records:
+        if isinstance(fields, str):
+            why = fields
+        elif rows and len(fields) != len(rows[0][1]):
+            header = rows[0][1]
+            why = f"{len(fields)} fields, the header has {len(header)}{header_hint(header)}"
+        else:
+            rows.append((number, fields))
+            continue
+        message = f"{records.path}:{number}: {why}. {SKIP_HINT}"
+        if on_error == "raise" or not rows:
+            raise UserError(message)
+        skipped, first = skipped + count, first or message
+    if not rows:
+        raise UserError(f"{records.path} is empty; its first line should name the columns")
+    return rows, skipped, first

@@ -126,6 +126,52 @@ def test_decimal_commas_do_not_hide_the_separator(tmp_path):
         read_frame(tmp_path / "x.csv")
 
 
+GOODS = "item_id,title\n" + "".join(f"p{n},Thing {n}\n" for n in range(1, 101))
+ACTS = "user_id,item_id,timestamp\n" + "".join(f"u{n},p{n},{n}\n" for n in range(1, 801))
+
+
+@pytest.mark.parametrize(("text", "line", "why", "kept", "lost"), [
+    (GOODS.replace("Thing 92", '"12 inch drill'), 93, "a quote opens here and is never closed", 91, 9),
+    (GOODS.replace("Thing 100", '"12 inch drill'), 101, "a quote opens here and is never closed", 99, 1),
+    (ACTS.replace("p761,", '"p761,'), 762, "a quote opens here and is never closed", 760, 40),
+    (ACTS.replace("p761,", '"p761,').replace("\n", "\r\n"), 762, "a quote opens here and is never closed", 760, 40),
+    (GOODS.replace("Thing 92", '"a\nb"').replace("Thing 94", '"x\n"').replace("Thing 95", '"\nc'), 98,
+     "a quote opens here and is never closed", 94, 7),
+    (GOODS.replace("Thing 92", '"12 inch').replace("Thing 98", 'pipe 5"'), 93, "a quote opens here and closes", 93, 7),
+    (GOODS.replace("Thing 92", '"12 inch').replace("Thing 94", '"pipe"'), 93, "a quote opens here and closes", 97, 3),
+])
+def test_a_quote_that_is_not_closed_is_named_where_it_opens(tmp_path, text, line, why, kept, lost):
+    path = tmp_path / "x.csv"
+    path.write_bytes(text.encode())
+    with pytest.raises(UserError, match=rf"x\.csv:{line}: {why}"):
+        read_table(path)
+    table = read_table(path, FileOptions("skip"))
+    assert (table.frame.height, table.skipped) == (kept, lost)
+
+
+def test_a_quote_that_takes_in_very_many_lines_is_given_up(tmp_path):
+    text = GOODS.replace("Thing 92", '"12 inch') + "".join(f"q{n},Thing {n}\n" for n in range(20_000))
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(UserError, match=r"x\.csv:93: a quote opens here and does not close in \d+ lines"):
+        read_table(tmp_path / "x.csv")
+    table = read_table(tmp_path / "x.csv", FileOptions("skip"))
+    assert table.skipped > 5000 and table.frame.height + table.skipped == 20_100
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "a list:\r\n1, one\r\n2, two\r\nend", "one, two\n\nthree, four\nx",
+                                  'a "quoted" word\nand, another\nand 12", more',
+                                  "Berlin, Germany\nParis, France\nx, y\nz"])
+def test_line_breaks_in_quotes_are_text(tmp_path, text):
+    rows = pl.DataFrame({"item_id": ["a", "b", "c"], "title": ["A", text, "C"]})
+    rows.write_csv(tmp_path / "x.csv")
+    assert read_frame(tmp_path / "x.csv").equals(rows)
+    mixed = (tmp_path / "x.csv").read_text() + 'd,12" drill\n'  # which polars doesn't read
+    (tmp_path / "x.csv").write_text(mixed, newline="")
+    table = read_table(tmp_path / "x.csv")
+    assert table.frame["title"].to_list()[2:] == ["C", '12" drill'] and table.frame["item_id"].to_list() == [*"abcd"]
+    assert table.where(3).endswith(f"x.csv:{5 + text.count(chr(10))}")
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"separator": "::"}, "separator is one character"), ({"encoding": "klingon"}, "unknown encoding 'klingon'"),
     ({"on_error": "ignore"}, "on_error is 'raise' or 'skip'"),
