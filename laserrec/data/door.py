@@ -146,7 +146,8 @@ def _listed(users: Sequence, lists: list) -> _Named:
 
 
 def _ids(user: Any, items: Any) -> list[str | None]:
-    if isinstance(items, (AbstractSet, Mapping)) or not (is_nested(items) or is_missing(items)):
+    nested = is_nested(items) and not hasattr(items, "columns")
+    if isinstance(items, (AbstractSet, Mapping)) or not (nested or is_missing(items)):
         raise UserError(f"history of user {user!r} is {short(items)}, not a list of item ids; give a list, even for "
                         "one")
     return [] if is_missing(items) else [as_id(i) for i in items]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from laserrec.data.clean import ids, texts, unmixed, value_at, why_no_id
+from laserrec.data.clean import ids, short, texts, unmixed, value_at, why_no_id
 from laserrec.data.files import Table
 from laserrec.util.errors import UserError
 
@@ -68,6 +69,7 @@ def _vectors(given: Table) -> pl.DataFrame:
 def _as_lists(given: Table) -> tuple[int, pl.Series]:
     """Width, and a column of lists of so many float32."""
     frame = given.frame.select(unmixed(given.frame[name]) for name in given.frame.columns if name != "item_id")
+    frame = frame.with_columns(_from_json(frame[name], given) for name in frame.columns)
     lists = [name for name in frame.columns if isinstance(frame[name].dtype, pl.List | pl.Array)]
     if VECTOR in lists:
         lists = [VECTOR]
@@ -94,6 +96,25 @@ def _as_lists(given: Table) -> tuple[int, pl.Series]:
         raise UserError(f"{given.where(row)}: its vector has {lengths[row] or 0} numbers and the first row's "
                         f"{lengths[0] or 0}; all must have as many")
     return int(lengths[0]), column
+
+
+def _from_json(column: pl.Series, given: Table) -> pl.Series:
+    """Lists from text such as [0.1, 2], as files of delimited text have them; other columns as they are. Raises
+    UserError, with the row, for a text that begins so and is no list of numbers."""
+    if column.dtype != pl.String or not column.str.contains(r"^\s*\[").any():
+        return column
+    found: list[list[float] | None] = []
+    for row, text in enumerate(column.to_list()):
+        try:
+            value = None if text is None else json.loads(text)
+            if value is not None and not all(type(number) in (int, float) for number in value):
+                raise ValueError
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"{given.where(row)}, column {column.name}: lists are written as text here, and this is no "
+                            f"list of numbers in JSON, as [0.1, 2] is (found {short(text)}); write it so, or Parquet, "
+                            "or one number per column") from None
+        found.append(value)
+    return pl.Series(column.name, found, dtype=pl.List(pl.Float64))
 
 
 def vectors_of(items: pl.DataFrame) -> Float[np.ndarray, "n_items d_own"] | None:

@@ -21,7 +21,7 @@ from typing import Any
 import polars as pl
 
 from laserrec.data.clean import alike, column_of
-from laserrec.data.lines import POLARS_ERRORS, ending, header_hint, lines, not_utf8, opened, reason
+from laserrec.data.lines import POLARS_ERRORS, ending, for_polars, header_hint, lines, not_utf8, reason
 from laserrec.data.records import Records, swallows
 from laserrec.util.errors import UserError, reading
 
@@ -142,7 +142,15 @@ def _read_file(path: Path, options: FileOptions) -> Table:
     if kind not in ENDINGS:
         raise UserError(f"{path}: unknown ending; there are {', '.join(ENDINGS)}, text also with .gz")
     tabs = kind in (".tsv", ".inter", ".item")
-    return _read_delimited(path, options.separator or ("\t" if tabs else ","), options)
+    return _read_delimited(path, _separator(path, options, "\t" if tabs else ","), options)
+
+
+def _separator(path: Path, options: FileOptions, usual: str) -> str:
+    """The one that was set, unless the header has only the usual one: of two files one may be written otherwise."""
+    if options.separator is None:
+        return usual
+    _, header = next(lines(path, options.encoding), (0, b""))
+    return usual if options.separator.encode() not in header and usual.encode() in header else options.separator
 
 
 # -- JSON lines ---------------------------------------------------------------------------------------------------
@@ -221,7 +229,7 @@ def _read_delimited(path: Path, separator: str, options: FileOptions) -> Table:
     quote = None if ending(path) in (".inter", ".item") else '"'
     records = Records(path, separator, quote, options.encoding)
     try:
-        source = path if options.encoding == "utf-8" else opened(path, options.encoding)
+        source = for_polars(path, options.encoding)
         frame = pl.read_csv(source, separator=separator, infer_schema=False, quote_char=quote)
         broken = (frame[name].filter(frame[name].str.contains("\n", literal=True)) for name in frame.columns)
         if not any(swallows(values.to_list(), separator, frame.width) for values in broken):

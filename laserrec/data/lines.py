@@ -8,6 +8,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import polars as pl
 from laserrec.util.errors import UserError
 
 POLARS_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
+_PEEKED = 1 << 16
 
 
 def ending(path: Path) -> str:
@@ -43,18 +45,48 @@ def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, bytes]]:
 
 
 def opened(path: Path, encoding: str) -> Any:
-    """The file as bytes of UTF-8, unpacked. Raises UserError, with the line, where another encoding does not fit."""
+    """The file as bytes of UTF-8 with line feeds, unpacked. Raises UserError, with the line, where another encoding
+    does not fit. A file that is UTF-8 is read as such where the encoding was meant for another one beside it."""
     file = (gzip.open if path.name.endswith(".gz") else open)(path, "rb")
-    if encoding == "utf-8":
-        return file
-    with file:
+    with ExitStack() as closing:
+        closing.callback(file.close)
+        if encoding == "utf-8" and not _only_returns(file.peek(_PEEKED)):
+            closing.pop_all()
+            return file
         data = file.read()
     try:
-        return io.BytesIO(data.decode(encoding).encode("utf-8"))
+        data = data if _is_utf8(data, encoding) else data.decode(encoding).encode("utf-8")
     except UnicodeError as error:
         before = data[: getattr(error, "start", 0)].decode(encoding, "ignore")
         raise UserError(f"{path}:{before.count(chr(10)) + 1}: not {encoding} ({reason(error)}); "
                         "set the file's own encoding") from None
+    return io.BytesIO(data.replace(b"\r", b"\n") if _only_returns(data[:_PEEKED]) else data)
+
+
+def for_polars(path: Path, encoding: str) -> Any:
+    """The path itself where polars can read it, which is faster than what `opened` gives."""
+    file = opened(path, encoding)
+    if isinstance(file, io.BytesIO):
+        return file
+    file.close()
+    return path
+
+
+def _only_returns(head: bytes) -> bool:
+    """Whether lines end as on very old Macs, of which Excel still has an option."""
+    return b"\r" in head[:-1] and b"\n" not in head
+
+
+def _is_utf8(data: bytes, encoding: str) -> bool:
+    """Whether data are UTF-8, although an encoding is given of which no text looks so: one byte a character, or two."""
+    wide = encoding.startswith(("utf-16", "utf-32"))
+    if encoding != "utf-8" and (not (wide or encoding.startswith(("cp125", "iso8859"))) or (wide and b"\0" in data)):
+        return False
+    try:
+        data.decode("utf-8")
+    except UnicodeError:
+        return encoding == "utf-8"  # its lines are looked at one by one
+    return True
 
 
 def not_utf8(line: bytes, error: UnicodeDecodeError) -> str:

@@ -11,7 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laserrec.data.clean import alike, as_id, column_of, ids, is_empty, is_nested, item_id, text, texts, times, unmixed
+from laserrec.data.clean import (
+    alike,
+    as_id,
+    column_of,
+    ids,
+    is_empty,
+    is_nested,
+    item_id,
+    item_ids_of,
+    text,
+    texts,
+    times,
+    unmixed,
+)
 from laserrec.util.errors import UserError
 
 WORDS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -41,6 +54,18 @@ def test_what_is_no_id_is_refused(value, message):
     assert as_id(value) is None
     with pytest.raises(UserError, match=message):
         item_id(value)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    (pl.DataFrame({"item_id": ["a"]}), "expected a list of item ids, not a DataFrame; give its column item_id"),
+    ({"item_id": ["a"]}, "expected a list of item ids, not {'item_id'"), ("a", "not 'a'"),
+    ([pl.Series(["a"])], r"a list or dict, not an id \(found \['a'\]\)"),
+    ([np.zeros((2, 2))], r"a list or dict, not an id \(found array"),
+])
+def test_what_is_no_list_of_ids_is_told_in_one_line(values, message):
+    with pytest.raises(UserError, match=message) as told:
+        item_ids_of(values)
+    assert "\n" not in str(told.value)
 
 
 COLUMNS = st.one_of(

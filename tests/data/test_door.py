@@ -165,10 +165,14 @@ def test_excluded_items():
     (pl.DataFrame({"user_id;item_id": ["u;a"]}), "looks separated by ';'; set separator"),
     (FRAME.with_columns(user_id=pl.Series(["a", None, "b"])), "row 2, column user_id: no id"),
     ({"": ["a"]}, "user 1: empty id"), ({5: ["a"], "5": ["b"]}, "two users are called '5'"),
+    (FRAME.with_columns(timestamp=pl.Series([[1], [2], [3]])), r"row 1, column timestamp: neither .*\(found \[1\]\)"),
+    (LISTS.with_columns(user_id=pl.Series([["a"], ["b"]])), r"row 1, column user_id: no id \(found \['a'\]\)"),
+    ({"x": FRAME}, "user 'x' is a DataFrame, not a list"),
     (PANDAS.groupby("user_id"), r"give .agg\(list\)"), (PANDAS.groupby("user_id")["item_id"], r"give .agg\(list\)"),
 ])
 def test_mistakes_are_named(given, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as told:
         read_histories(given, INDEX)
+    assert "\n" not in str(told.value)
     with pytest.raises(UserError, match='unknown is "error" or "drop"'):
         read_histories(given, INDEX, unknown="skip")

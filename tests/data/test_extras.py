@@ -27,8 +27,9 @@ def vectors(frame) -> pl.DataFrame:
     {"item_id": ["b", "a", "x"], "embedding": [[1.0, 2], [3, 4], [5, 6]]},
     {"item_id": ["b", "a", "x"], "one": [1, 3, 5], "two": [2.0, 4, 6]},
     {"item_id": ["b", "a", "x"], "one": ["1", "3", "5"], "two": ["2", "4", "6"]},
+    {"item_id": ["b", "a", "x"], "vector": ["[1, 2.0]", " [3,4]", "[5e0, 6]"]},
     {"item_id": ["b", "a", "x"], "vector": pl.Series([[1, 2], [3, 4], [5, 6]], dtype=pl.Array(pl.Float64, 2))},
-], ids=["lists", "other name", "numbers", "text", "arrays"])
+], ids=["lists", "other name", "numbers", "text", "lists as text", "arrays"])
 def test_vectors_meet_their_items(frame):
     out = vectors(frame)
     assert out.schema["vector"] == pl.Array(pl.Float32, 2)
@@ -47,6 +48,9 @@ def test_vectors_meet_their_items(frame):
     ({"item_id": ["x"], "vector": [[1.0]]}, r"none of its 1 ids is among the items; ids look like \['x'\]"),
     ({"id": ["a"], "vector": [[1.0]]}, "has the column item_id .* there are: id, vector"),
     ({"item_id": ["a"], "p": [[1.0]], "q": [[1.0]]}, r"several columns hold lists \(p, q\)"),
+    ({"item_id": ["a", "b"], "vector": ["[1, 2]", "[1. 2.]"]}, "row 2, column vector: lists are written as text here"),
+    ({"item_id": ["a"], "vector": ['["1"]']}, "row 1, column vector: lists are written as text here"),
+    ({"item_id": ["a", "b"], "vector": ["[1]", None]}, "row 2: its vector has 0 numbers"),
     ({"item_id": ["a"], "vector": [["x"]]}, "lists of something else than numbers"),
     ({"item_id": ["a"], "day": [pl.date(2026, 1, 1)]}, "column day holds no numbers"),
 ])

@@ -110,6 +110,27 @@ def test_an_encoding_that_does_not_fit_names_the_line(tmp_path):
         read_frame(tmp_path / "x.csv", encoding="cp1252")
 
 
+def test_of_two_files_one_may_be_written_otherwise(tmp_path):
+    """What is set is meant for the file that needs it."""
+    (tmp_path / "a.csv").write_text("user_id;item_id\nü;ä\n", encoding="cp1252")
+    (tmp_path / "items.csv").write_text("item_id,title\nä,Säge\n", encoding="utf-8")
+    (tmp_path / "wide.csv").write_text("item_id;title\nä;Säge\n", encoding="utf-16")
+    for name, encoding in (("a.csv", "cp1252"), ("wide.csv", "utf-16")):
+        first, second = (read_frame(tmp_path / path, ";", encoding) for path in (name, "items.csv"))
+        assert first["item_id"].to_list() == second["item_id"].to_list() == ["ä"] and second["title"][0] == "Säge"
+
+
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+def test_line_ends_of_old_macs(tmp_path, ending, encoding):
+    text = TEXT if ending != ".jsonl" else '{"user_id": "u", "item_id": "ä"}\n{"user_id": "v", "item_id": "b"}\n'
+    data = text.replace("\n", "\r").encode(encoding)
+    (tmp_path / f"x{ending}").write_bytes(gzip.compress(data) if ending.endswith(".gz") else data)
+    table = read_table(tmp_path / f"x{ending}", FileOptions(encoding=encoding))
+    assert table.frame["item_id"].to_list() == ["ä", "b"]
+    assert table.where(1).endswith(f"x{ending}:{2 if ending == '.jsonl' else 3}")
+
+
 @pytest.mark.parametrize("separator", [";", "\t", "|"])
 def test_separators(tmp_path, separator):
     (tmp_path / "x.csv").write_text(TEXT.replace(",", separator), encoding="utf-8")
