@@ -28,6 +28,7 @@ from laserrec.util.errors import UserError, reading
 ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".inter", ".item")
 SKIP_HINT = 'Mend the line, or leave broken lines out: on_error "skip"'
 _JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
+_NOTE = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|citation)([-_.].*)?\.(txt|json)(\.gz)?", re.IGNORECASE)
 _CHUNK_ROWS = 200_000
 
 
@@ -106,14 +107,17 @@ def read_parts(path: Path | str, read: Callable[[Path], Table]) -> Table:
 
 def parts_of(path: Path | str) -> list[Path]:
     """The files that make up one table, by name: the file itself, those in a folder or those that match a pattern.
-    Names that begin with _ or . are left out (Spark's _SUCCESS). Raises UserError where there are none."""
+    Of a folder's, names that begin with _ or . are left out (Spark's _SUCCESS), and notes and data folders and models
+    in it. Raises UserError where there are none."""
     path = Path(path)
     try:
         if path.is_file():
             return [path]
         if path.is_dir():
             below = ((p, p.relative_to(path).parts) for p in path.rglob("*"))
-            found = [p for p, names in below if not any(n.startswith(("_", ".")) for n in names)]
+            found = [p for p, names in below if not any(n.startswith(("_", ".")) for n in names) and not is_note(p)]
+            made = {p for p in found if p.is_dir() and is_made(p)}
+            found = [p for p in found if made.isdisjoint(p.parents)]
         elif glob.has_magic(str(path)):
             found = [Path(p) for p in glob.glob(str(path), recursive=True)]
         else:
@@ -127,6 +131,17 @@ def parts_of(path: Path | str) -> list[Path]:
         raise UserError(f"{path}: the parts of one table end alike, and here are {files[0].name} and {other.name}; "
                         "give one file or pattern")
     return files
+
+
+def is_note(path: Path) -> bool:
+    """Whether a name is that of a text about the data, such as README.txt."""
+    return _NOTE.fullmatch(path.name) is not None
+
+
+def is_made(folder: Path) -> bool:
+    """Whether it is a data folder or a model's, such as those that were made inside their own source."""
+    data = all((folder / name).is_file() for name in ("meta.json", "interactions.parquet"))
+    return data or (folder / "model.json").is_file()
 
 
 def _read_file(path: Path, options: FileOptions) -> Table:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from glob import has_magic
 from pathlib import Path
 
-from laserrec.data.files import ENDINGS, FileOptions, ending, json_object, lines, parts_of
+from laserrec.data.files import ENDINGS, FileOptions, ending, is_made, is_note, json_object, lines, parts_of
 from laserrec.data.raw import Raw
 from laserrec.data.readers import read_amazon_2018, read_amazon_2023, read_movielens, read_recbole, read_tables
 from laserrec.util.errors import UserError
@@ -21,8 +23,8 @@ def read_source(source: Source, format: str = "auto", columns: Mapping[str, str]
     """Read `source`: two files [interactions, items], a folder that holds them, a bundled data set's name, or one file
     of interactions, which may have the items' columns too; items have no text where it has none.
 
-    Each of the files may be a folder of parts or a pattern instead (`files.parts_of`). In a folder the items are in the
-    file whose name starts with meta, item or product or ends in .item.
+    Each of the files may be a folder of parts or a pattern instead (`files.parts_of`). In a folder of both the items
+    are in the file whose name starts with meta, item or product or ends in .item.
     `format` is one of FORMATS; csv and parquet both read every ending that `files.read_table` knows.
     extra: further columns of the items to keep, of csv, parquet and recbole.
     Raises UserError when the files can't be told apart or the format is unknown.
@@ -30,7 +32,7 @@ def read_source(source: Source, format: str = "auto", columns: Mapping[str, str]
     options = options or FileOptions()
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; there are: {', '.join(FORMATS)}")
-    if isinstance(source, (str, Path)) and not Path(source).is_file():
+    if isinstance(source, (str, Path)) and not _is_table(Path(source)):
         folder = _folder(source)
         if format == "movielens" or (format == "auto" and _is_movielens(folder)):
             _refuse_columns("movielens", columns, extra)
@@ -72,24 +74,44 @@ def _folder(source: str | Path) -> Path:
         return path
     if str(source) in BUNDLED:
         return bundled(str(source))
+    if ending(path) in ENDINGS:
+        raise UserError(f"no such file: {path}")
     raise UserError(f"no such folder: {path}; bundled data sets are: {', '.join(BUNDLED)}")
 
 
 def _pair_in(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if ending(p) in ENDINGS or _is_table(p))
+    found = (p for p in folder.iterdir() if not p.name.startswith((".", "_")) and not is_note(p))
+    files = sorted(p for p in found if (not p.is_dir() and ending(p) in ENDINGS) or _has_parts(p))
     items = [p for p in files if _names_items(p)]
     acts = [p for p in files if not _names_items(p)]
     if any(p.name.endswith(".inter") for p in acts):
         acts = [p for p in acts if p.name.endswith(".inter")]
     if len(items) <= 1 and len(acts) == 1:
         return [*acts, *items]
+    if not items and _are_parts(acts):
+        return [folder]
     raise UserError(f"{folder}: can't tell interactions and items apart among: "
                     f"{', '.join(p.name for p in files) or 'no data files'}; give the two files")
 
 
 def _is_table(path: Path) -> bool:
+    """Whether it is a file or a pattern."""
+    return path.is_file() or (not path.is_dir() and has_magic(str(path)))
+
+
+def _has_parts(path: Path) -> bool:
     """Whether it is a folder of parts."""
-    return path.is_dir() and not path.name.startswith((".", "_")) and any(ending(p) in ENDINGS for p in path.iterdir())
+    return path.is_dir() and not is_made(path) and any(ending(p) in ENDINGS for p in path.iterdir())
+
+
+def _are_parts(files: list[Path]) -> bool:
+    """Whether files are one table by their names, which differ in numbers alone or begin with part, or folders that
+    Spark names column=value."""
+    names = [p.name.lower() for p in files]
+    if not all(p.is_file() for p in files):
+        return all("=" in name for name in names) and len({name.split("=")[0] for name in names}) == 1
+    alike = {re.sub(r"\d+", "", name) for name in names}
+    return len(names) > 1 and (len(alike) == 1 or all(re.match(r"part[-_.\d]", name) for name in names))
 
 
 def _names_items(path: Path) -> bool:

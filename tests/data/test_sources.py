@@ -5,7 +5,10 @@ import json
 import polars as pl
 import pytest
 
+from laserrec.config import DataConfig
 from laserrec.data.files import FileOptions
+from laserrec.data.losses import LossWarning
+from laserrec.data.prepare import prepare_source
 from laserrec.data.sources import bundled, read_source
 from laserrec.util.errors import UserError
 
@@ -60,7 +63,7 @@ SALES = "user_id,item_id,title\nu,a,Drill\nv,a,Drill\nv,b,\n"
 
 
 @pytest.mark.parametrize(("files", "items"), [
-    ({"x__csv": CSV}, [("a", None, None, None)]),
+    ({"x__csv": CSV}, [("a", None, None, None)]), ({"licenses__json": PLAIN}, [("a", None, None, None)]),
     ({"x__csv": SALES}, [("a", "Drill", None, None), ("b", None, None, None)]),
     ({"x__inter": "user_id:token\titem_id:token\tclass:token\nu\ta\tDrama\n"}, [("a", None, None, "Drama")]),
 ])
@@ -70,6 +73,40 @@ def test_one_file_of_interactions_may_tell_of_items_too(make, files, items):
         raw = read_source(source)
         assert raw.items.sort("item_id").rows() == items and raw.notes["duplicate_item_rows"] == 0
         assert raw.interactions["item_id"].unique().sort().to_list() == [item[0] for item in items]
+
+
+def test_one_table_in_parts_may_stand_alone(make):
+    folder = make(part_1__csv=SALES, part_2__csv="user_id,item_id,title\nw,c,Saw\n", README__txt="Sales of 2024\n")
+    for source in (folder, folder / "part*.csv", str(folder / "part_?.csv"), [folder]):
+        assert read_source(source).interactions["item_id"].to_list() == ["a", "a", "b", "c"]
+    (folder / "part_1.csv").rename(folder / "sales-2023.csv")
+    (folder / "part_2.csv").rename(folder / "sales-2024.csv")
+    (folder / "_rejected.csv").write_text(SALES)
+    assert read_source(folder).interactions.height == 4
+    for day in ("1", "2"):
+        (folder / f"day={day}").mkdir()
+    (folder / "sales-2023.csv").rename(folder / "day=1" / "part-0.csv")
+    (folder / "sales-2024.csv").rename(folder / "day=2" / "part-0.csv")
+    assert read_source(folder).interactions.height == 4
+
+
+def test_notes_and_what_was_made_of_the_files_are_no_data(make):
+    folder = make(orders__csv=SALES, items__csv="item_id,title\na,Drill\nb,Saw\n", README__txt="About\n",
+                  licence__txt="MIT\n")
+    loose = DataConfig(min_user_interactions=1, min_item_interactions=1)
+    with pytest.warns(LossWarning):
+        first = prepare_source(folder, folder / "data", loose)
+        again = prepare_source(folder, folder / "data", loose)
+        assert again["reused"] and first["sha256"] == again["sha256"]
+    (folder / "model" / "kept").mkdir(parents=True)
+    for name in ("model.json", "items.parquet", "kept/more.csv"):
+        (folder / "model" / name).touch()
+    assert read_source(folder).interactions.height == 3
+    (folder / "items.csv").unlink()
+    assert read_source(folder).interactions.height == 3
+    (folder / "orders.csv").rename(folder / "part-0.csv")
+    (folder / "part-1.csv").write_text(SALES)
+    assert read_source([folder]).interactions.height == read_source(folder).interactions.height == 6
 
 
 def test_a_broken_line_of_one_file_is_told_once(make):
@@ -93,8 +130,13 @@ def test_what_cannot_be_told_is_an_error(make, tmp_path):
         read_source([folder / "a.csv"] * 3)
     with pytest.raises(UserError, match=r"no such file: .*items\.csv"):
         read_source([folder / "a.csv", folder / "items.csv"])
-    with pytest.raises(UserError, match="no such folder"):
-        read_source(tmp_path / "none")
+    for name in ("none", "none.v2"):
+        with pytest.raises(UserError, match="no such folder"):
+            read_source(tmp_path / name)
+    with pytest.raises(UserError, match=r"^no such file: .*none\.csv$"):
+        read_source(tmp_path / "none.csv")
+    with pytest.raises(UserError, match=r"none-\*\.csv: no data files here"):
+        read_source(tmp_path / "none-*.csv")
     with pytest.raises(UserError, match="format not known by its ending"):
         read_source([make(a__xlsx="x") / "a.xlsx", folder / "b.csv"])
     with pytest.raises(UserError, match="amazon2018 has fixed columns"):
