@@ -5,16 +5,18 @@ Ids, times and order mean here what they mean in `laserrec prepare` and `fit` (m
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from laserrec.data.clean import as_id, ids, is_missing, is_nested, short, unmixed, value_at, why_no_id
-from laserrec.data.losses import Losses, LossWarning, likely_cause, two_of
+from laserrec.data.losses import Losses, LossWarning, likely_cause, mismatch, two_of
 from laserrec.data.raw import no_column, time_and_order, to_polars
 from laserrec.util.errors import UserError
 
@@ -47,7 +49,8 @@ def read_histories(histories: Any, index: Mapping[str, int], unknown: str = "err
     timestamp, position or else the rows' order, or a row per user with a list column.
 
     index: item id -> row. unknown: items that are not in it, "error" or "drop". exclude: item ids that nobody is
-    recommended, or {user: [item id, ...]}; ids that are not in the catalogue can't be recommended and are ignored.
+    recommended, or {user: [item id, ...]}; ids that are not in the catalogue can't be recommended and are ignored. A
+    LossWarning where that leaves none of them, or none of its users is one of the histories'.
     With "drop", users without any known item get no rows and are counted. `lost.tell(index)` then warns of more than a
     tenth lost and raises where nothing is left; tell = False leaves that to the caller, who sums the parts of a file.
     Raises UserError for an unknown item or an empty history (unless dropped), no histories, a user without an id or
@@ -104,18 +107,59 @@ def _users(given: list) -> tuple[list, pl.DataType]:
 
 
 def _excluded(exclude: Any, users: list, index: Mapping[str, int]) -> list[list[int]]:
+    """Per user the rows that `exclude` bars. Warns where it bars nothing, although it holds something."""
     if exclude is None:
         return [[]] * len(users)
     if isinstance(exclude, Mapping):
-        own = {as_id(user): _rows(items, index) for user, items in exclude.items()}
-        return [own.get(str(user), []) for user in users]
-    return [_rows(exclude, index)] * len(users)
+        own = _barred_by_user(exclude, users)
+        lists = [own.get(str(user), []) for user in users]
+    else:
+        lists = [_barred("exclude", exclude)]
+    given = list(chain(*lists))
+    if given and not any(item in index for item in given):
+        warnings.warn(f"exclude has no effect, none of its item ids is in the catalogue: {mismatch(given, index)}",
+                      LossWarning, stacklevel=3)
+    rows = [[index[item] for item in items if item in index] for items in lists]
+    return rows if isinstance(exclude, Mapping) else rows * len(users)
 
 
-def _rows(items: Any, index: Mapping[str, int]) -> list[int]:
+def _barred_by_user(exclude: Mapping, users: list) -> dict[str, list[str]]:
+    """Item ids by user. Warns where they are of other users than the histories; one user alone may well have none."""
+    column = next((name for name in ("item_id", "user_id") if name in exclude and name not in users), None)
+    if column:
+        raise UserError(f"exclude is a dict with the column {column}, not a dict of lists by user; give one list of "
+                        "item ids, or {user: [item id, ...]}")
+    own: dict[str, list[str]] = {}
+    for user, items in exclude.items():
+        if found := _barred(f"exclude of user {user!r}", items):
+            own.setdefault(as_id(user) or "", []).extend(found)
+    ours = [str(user) for user in users]
+    if own and own.keys().isdisjoint(ours):
+        cause = likely_cause(list(own), ours)
+        if cause or len(ours) > 1:
+            cause = cause + "; " if cause else ""
+            warnings.warn(f"exclude has no effect, none of its users has a history here: {cause}its users are "
+                          f"like {two_of(own)}, the histories' like {two_of(ours)}.", LossWarning,
+                          stacklevel=4)
+    return own
+
+
+def _barred(what: str, items: Any) -> list[str]:
+    """Item ids; missing values and empty texts are none. Raises UserError for other values, and for what is no list."""
+    if isinstance(items, pl.LazyFrame) or hasattr(items, "columns"):
+        raise UserError(f"{what} is a {type(items).__name__}, not a list of item ids; give its column item_id, or "
+                        "{user: [item id, ...]}")
     if not is_nested(items) or isinstance(items, Mapping):
-        raise UserError(f"exclude is a list of item ids, or a dict of such lists by user, not {items!r}")
-    return [index[i] for i in map(as_id, items) if i is not None and i in index]
+        raise UserError(f"{what} is {short(items)}; exclude is a list of item ids, or a dict of such lists by user")
+    found = []
+    for place, value in enumerate(items.to_pylist() if hasattr(items, "to_pylist") else items, 1):
+        name = as_id(value)
+        if name is not None:
+            found.append(name)
+        elif (why := why_no_id(value)) != "empty id":
+            raise UserError(f"{what}: place {place} is {short(value)}: {why}; exclude is a flat list of "
+                            "item ids, or a dict of such lists by user")
+    return found
 
 
 # -- the caller's forms -------------------------------------------------------------------------------------------

@@ -150,8 +150,40 @@ def test_excluded_items():
     assert got.excluded == [[0, 2], [0, 2]]
     assert read_histories({1: ["a"], 2: ["b"]}, INDEX, exclude={"2": ["a"], 9: ["b"]}).excluded == [[], [0]]
     assert read_histories([["a"]], INDEX).excluded == [[]]
-    with pytest.raises(UserError, match="exclude is a list of item ids"):
-        read_histories([["a"]], INDEX, exclude="a")
+    assert read_histories({5: ["a"]}, INDEX, exclude={5: ["a", None, ""], "5": pa.array(["b"])}).excluded == [[0, 1]]
+
+
+@pytest.mark.parametrize(("exclude", "message"), [
+    (["A", "B"], "none of its item ids is in the catalogue: upper and lower case differ; .*'A' and 'B'.*'a' and 'b'"),
+    ({"u": ["zz"]}, "none of its item ids is in the catalogue: yours are like 'zz'"),
+    ({"x": ["a"], "y": ["b"]}, "none of its users has a history here: its users are like 'x' and 'y'.*'u' and 'v'"),
+    ({"U": ["a"]}, "none of its users has a history here: upper and lower case differ"),
+])
+def test_an_exclusion_without_effect_is_told(exclude, message):
+    with pytest.warns(LossWarning, match=f"^exclude has no effect, {message}"):
+        assert read_histories({"u": ["a"], "v": ["b"]}, INDEX, exclude=exclude).excluded == [[], []]
+
+
+@pytest.mark.parametrize("exclude", [[], {}, [None, ""], {"v": []}, {"x": ["a"], "y": ["b"]}])
+def test_a_user_may_have_nothing_excluded(exclude):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_histories({"u": ["a"]}, INDEX, exclude=exclude).excluded == [[]]
+
+
+@pytest.mark.parametrize(("exclude", "message"), [
+    ("a", "exclude is 'a'; exclude is a list of item ids"), ({"u": "a"}, "exclude of user 'u' is 'a'; exclude is"),
+    ([["a"], ["b"]], r"exclude: place 1 is \['a'\]: a list or dict, not an id; exclude is a flat list"),
+    ({"u": ["b", ["a"]]}, r"exclude of user 'u': place 2 is \['a'\]: a list or dict"),
+    (np.array([["a"]]), "exclude: place 1 is array.*: a list or dict"), ([True], "place 1 is True: not an id"),
+    (FRAME, "exclude is a DataFrame, not a list of item ids; give its column item_id"),
+    (FRAME.lazy(), "exclude is a LazyFrame, not a list"), ({"u": PANDAS}, "exclude of user 'u' is a DataFrame, not"),
+    ({"user_id": ["u"], "item_id": ["a"]}, "exclude is a dict with the column item_id, not a dict of lists by user"),
+])
+def test_what_is_no_exclusion_is_refused(exclude, message):
+    with pytest.raises(UserError, match=message) as told:
+        read_histories({"u": ["a"]}, INDEX, exclude=exclude)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize(("given", "message"), [
