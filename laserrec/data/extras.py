@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from laserrec.data.clean import ids, short, texts, unmixed, value_at, why_no_id
 from laserrec.data.files import Table
+from laserrec.data.losses import mismatch
 from laserrec.util.errors import UserError
 
 VECTOR = "vector"
@@ -41,8 +42,8 @@ def with_vectors(items: pl.DataFrame, given: Table) -> pl.DataFrame:
     found = _vectors(given)
     out = items.drop(VECTOR, strict=False).join(found, "item_id", "left", maintain_order="left")
     if out[VECTOR].null_count() == out.height:
-        raise UserError(f"{given.name}: none of its {found.height:,} ids is among the items; ids look like "
-                        f"{found['item_id'].head(3).to_list()}, the items' like {items['item_id'].head(3).to_list()}")
+        raise UserError(f"{given.name}: none of its {found.height:,} ids is among the items: "
+                        f"{mismatch(found['item_id'], items['item_id'])}")
     return out
 
 

@@ -23,7 +23,7 @@ from laserrec.data.dataset import FORMAT, NEW_ITEMS
 from laserrec.data.extras import VECTOR, extra_names
 from laserrec.data.files import FileOptions, read_table
 from laserrec.data.ids import Ids, ranks
-from laserrec.data.losses import LOUD, mismatch
+from laserrec.data.losses import LOUD, mismatch, two_of
 from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, Raw, join_vectors
 from laserrec.data.sources import Source, read_source
 from laserrec.data.summary import warn_of_losses
@@ -107,6 +107,7 @@ def _prepare(given: _Numbered, config: DataConfig, out: Path, overwrite: bool) -
     new, counts = _new_items(given, goods)
     acts, facts = _split(_with_positions(acts), config)
     tables = _number(acts, goods, given.ids)
+    _check_vectors(tables[0], given)
     report = {**given.notes, "steps": steps, "split": facts, **_statistics(*tables), **counts}
     files = {f"{name}.parquet": parquet_bytes(table) for name, table in zip(_TABLES, tables, strict=True)}
     sha256 = _sha256(*files.values())
@@ -125,6 +126,15 @@ def _prepare(given: _Numbered, config: DataConfig, out: Path, overwrite: bool) -
                 write_bytes(folder / name, data)
     warn_of_losses(report)
     return {**report, "sha256": sha256, "folder": str(out), "reused": reused}
+
+
+def _check_vectors(kept: pl.DataFrame, given: _Numbered) -> None:
+    """Raises UserError where vectors were given, and none is of an item that is kept."""
+    if VECTOR in kept.columns and kept[VECTOR].null_count() == kept.height:
+        theirs = given.ids.named(given.items.filter(pl.col(VECTOR).is_not_null()).sort("item_id"))["item_id"]
+        raise UserError("vectors: none is of an item that is kept. Items that have one are left out for too few "
+                        f"interactions or no title: {two_of(theirs)}; give vectors of those that are kept, such as "
+                        f"{two_of(kept['item_id'])}")
 
 
 def _sha256(*parts: bytes) -> str:

@@ -42,11 +42,13 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
 
 
 def warn_of_losses(report: dict[str, Any]) -> None:
-    """LossWarning with the whole summary, where more than a tenth of something was lost or nothing can be validated."""
+    """LossWarning with the whole summary, where more than a tenth of something was lost, or of the items has no vector
+    although some have, or nothing can be validated."""
     read, kept = report["steps"][0], report["steps"][-1]
     shares = [1 - kept[name] / read[name] for name in ("interactions", "users", "items")]
     skipped = report.get("skipped_lines", 0)
     shares.append(skipped / (skipped + read["interactions"]))
+    shares.append(report.get("items_without_vector", 0) / max(1, read["items_in_metadata"]))
     if max(shares) > LOUD or not report["interactions_per_split"]["validation"]:
         warnings.warn(" ".join(summary_lines(report)), LossWarning, stacklevel=4)
 

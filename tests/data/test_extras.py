@@ -1,5 +1,7 @@
 """Further columns of the items and vectors of their own: read, checked, kept through preparing."""
 
+import warnings
+
 import numpy as np
 import polars as pl
 import pytest
@@ -9,7 +11,8 @@ from laserrec.config import DataConfig, valid
 from laserrec.data.dataset import Dataset
 from laserrec.data.extras import like, vectors_of, with_vectors
 from laserrec.data.files import Table
-from laserrec.data.prepare import prepare_source
+from laserrec.data.losses import LossWarning
+from laserrec.data.prepare import prepare, prepare_source
 from laserrec.data.raw import from_frames, read_items
 from laserrec.data.summary import summary_lines
 from laserrec.util.errors import UserError
@@ -45,7 +48,8 @@ def test_vectors_meet_their_items(frame):
     ({"item_id": ["a", "b"], "one": ["1", "x"]}, "row 2: its vector holds a value that is no finite"),
     ({"item_id": ["a", "a"], "vector": [[1.0], [2.0]]}, "row 1, column item_id: an id that stands in more than one"),
     ({"item_id": ["a", ""], "vector": [[1.0], [2.0]]}, "row 2, column item_id: empty id"),
-    ({"item_id": ["x"], "vector": [[1.0]]}, r"none of its 1 ids is among the items; ids look like \['x'\]"),
+    ({"item_id": ["x"], "vector": [[1.0]]}, "none of its 1 ids is among the items: yours are like 'x', .*'a' and"),
+    ({"item_id": ["A"], "vector": [[1.0]]}, "none of its 1 ids is among the items: upper and lower case differ; "),
     ({"id": ["a"], "vector": [[1.0]]}, "has the column item_id .* there are: id, vector"),
     ({"item_id": ["a"], "p": [[1.0]], "q": [[1.0]]}, r"several columns hold lists \(p, q\)"),
     ({"item_id": ["a", "b"], "vector": ["[1, 2]", "[1. 2.]"]}, "row 2, column vector: lists are written as text here"),
@@ -78,6 +82,7 @@ def shop(tmp_path):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore::laserrec.data.losses.LossWarning")
 def test_columns_and_vectors_reach_the_data_folder(shop):
     config = DataConfig(**SMALL, item_columns=("price", "colour"))
     report = prepare_source([shop / "interactions.csv", shop / "items.csv"], shop / "data", config,
@@ -93,6 +98,23 @@ def test_columns_and_vectors_reach_the_data_folder(shop):
     assert again["reused"] and again["sha256"] == report["sha256"]
     with pytest.raises(UserError, match="made from other input"):
         prepare_source([shop / "interactions.csv", shop / "items.csv"], shop / "data", config)
+
+
+def test_vectors_of_few_items_or_of_none_that_is_kept(shop):
+    acts, items = pl.read_csv(shop / "interactions.csv"), pl.read_csv(shop / "items.csv")
+    items = pl.concat([items, pl.DataFrame({"item_id": ["lonely"], "title": ["Lonely"]})], how="diagonal")
+
+    def prepared(ids):
+        raw = from_frames(acts, items, vectors={"item_id": ids, "vector": [[1.0]] * len(ids)})
+        return prepare(raw.interactions, raw.items, DataConfig(**SMALL), shop / str(len(ids)), notes=raw.notes)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared(items["item_id"].to_list()[:12])
+    with pytest.warns(LossWarning, match="Without a vector of its own: 2 items"):
+        prepared(items["item_id"].to_list()[:11])
+    with pytest.raises(UserError, match=r"none is of an item that is kept.*: 'lonely'; give .* as 'i1' and"):
+        prepared(["lonely"])
 
 
 def test_the_settings_of_a_folder_without_further_columns_are_those_of_before(shop):
