@@ -33,6 +33,8 @@ from laserrec.util.io import read_json
 FORMAT = 2
 """Of data folders; in format 1 items and users were numbered from 1."""
 NEW_ITEMS = "new_items.parquet"
+TEXT_FEATURES = "text_features"
+"""What an LLM read of the items' texts, kept by fits."""
 _COLUMNS = {"items": ("item", *ITEM_SCHEMA), "users": ("user", "user_id"),
             "interactions": ("user", "item", "position", "timestamp", "split")}
 """Each table's, at least."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,12 @@ class LaserRecommender:
         if told := {k: v for k, v in told.items() if v is not None}:
             self.facts["card"] = {**self.facts.get("card", {}), **told}
         with self._held(tables=True):
-            saved = self.fitted.saved()
-            saved.items = self.items
-            saved.facts = {**self.facts, **({"removed": self._removed} if self._removed else {})}
-            folders.save(Path(folder), saved)
+            folders.save(Path(folder), self.saved())
+
+    def saved(self) -> folders.Saved:
+        """All that a model folder holds."""
+        facts = {**self.facts, **({"removed": self._removed} if self._removed else {})}
+        return replace(self.fitted.saved(), items=self.items, facts=facts)
 
     def record(self, result: Result, dataset: Dataset) -> None:
         """Keep what `laserrec.evaluation.evaluate` measured of this model, for the card of its next save or push."""

@@ -64,7 +64,8 @@ def save_index(index: Index, folder: Path | str, catalogue: str = "") -> None:
 def index_folder(folder: Path | str) -> Iterator[Callable[[Index, str], None]]:
     """Yields what writes an index, with its `catalogue_sha256`, into a new folder, which replaces an index in `folder`
     when the block ends. Raises UserError at the start for a folder that holds something else."""
-    with new_folder(folder, replace=(_NOTE,) if _is_index(Path(folder)) else ()) as new:
+    own = (_NOTE, *(name for kind in _KINDS.values() for name in kind.files))
+    with new_folder(folder, replace=(_NOTE,) if _is_index(Path(folder)) else (), own=own) as new:
 
         def write(index: Index, catalogue: str) -> None:
             place = index.write(new)
