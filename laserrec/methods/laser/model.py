@@ -24,7 +24,7 @@ from laserrec.methods.laser.student import Student
 from laserrec.methods.laser.texts import Texts
 from laserrec.methods.laser.transformer import HistoryTransformer
 from laserrec.methods.neighbours import Neighbours
-from laserrec.methods.protocol import ScoreTerm
+from laserrec.methods.protocol import ScoreTerm, TwoTower
 from laserrec.methods.terms import SeenOffset
 from laserrec.util.room import Room
 
@@ -50,7 +50,7 @@ class Parts:
     seen: SeenOffset | None = None
 
 
-class Laser(nn.Module):
+class Laser(nn.Module, TwoTower):
     """A two-tower model whose scores are cosines, changed by its terms.
 
     An embedding is the text part and, with head.id_share, the ID part behind it: with both of unit length and scaled by
@@ -116,14 +116,6 @@ class Laser(nn.Module):
     def items(self, rows: Int[Tensor, "some"] | None = None) -> Float[Tensor, "items d_out"]:
         """Items' embeddings, of unit length."""
         return self.vectors if rows is None else self.vectors[rows]
-
-    @torch.no_grad()
-    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
-        """Cosines and terms."""
-        scores = self.users(histories) @ self.vectors.T
-        for term in self.terms:
-            scores = term.on(histories).to_all(scores)
-        return scores
 
     @torch.no_grad()
     def item_outputs(self, rows: Int[Tensor, "items"]) -> Float[Tensor, "items d_in"]:
