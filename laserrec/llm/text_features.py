@@ -23,8 +23,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
-from laserrec.config import BackboneConfig, Config, ItemVectors, PromptConfig
-from laserrec.data.dataset import Dataset
+from laserrec.config import BackboneConfig, ItemVectors, PromptConfig
 from laserrec.data.extras import VECTOR, vectors_of
 from laserrec.data.prompt import PromptEncoder
 from laserrec.llm.backbone import Backbone, load_backbone
@@ -305,24 +304,6 @@ def _side_by_side(means: Float[Tensor, "n_items d_means"], depths: int, own: Flo
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts], dim=1)
 
 
-def mean_outputs(
-    backbone: Backbone, prompt: PromptConfig, items: pl.DataFrame, progress: Callable[[int], None] | None = None
-) -> Float[Tensor, "n_items d_means"]:
-    """`TextFeatures.means` of a loaded LLM; kept with the LLM."""
-    encoder = PromptEncoder(backbone.tokenizer, prompt.model_copy(update={"max_item_tokens": _MAX_TOKENS}))
-    lines = encoder.item_tokens(items)
-    key = hashlib.sha256(b"".join(len(x).to_bytes(4, "little") + x.astype(np.int32).tobytes() for x in lines)).digest()
-    if key in backbone.kept_means:
-        if progress:
-            progress(len(lines))
-        return backbone.kept_means[key].clone()
-    out = _means(backbone, lines, progress, World())
-    if out.nbytes <= _KEPT_BYTES:
-        backbone.kept_means.clear()
-        backbone.kept_means[key] = out.clone()
-    return out
-
-
 def text_whitening(
     outputs: Float[Tensor, "rows d_means"], layers: int
 ) -> tuple[Float[Tensor, "d_means"], Float[Tensor, "d_means dims"]]:
@@ -336,14 +317,3 @@ def whitened(
     """Each of the `layers` that stand side by side centred and whitened with the mean and covariance of the first `by`
     rows (None: all), the directions of largest variance first; at most 512 wide."""
     return whiten(outputs, *text_whitening(outputs[:by], layers), layers)
-
-
-def text_vectors(
-    dataset: Dataset, config: Config, progress: bool = False, backbone: Backbone | None = None,
-    whiten_by: int | None = None,
-) -> Float[Tensor, "n_items d_text"]:
-    """One row per item, dense order: `mean_outputs` of the config's LLM and attributes, `whitened`."""
-    backbone = backbone or load_backbone(config.backbone)
-    with Progress("encoding item texts", dataset.n_items, progress) as bar:
-        outputs = mean_outputs(backbone, config.prompt, dataset.items, bar.advance)
-    return whitened(outputs, backbone.mean_depths, whiten_by)
