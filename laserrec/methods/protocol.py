@@ -81,10 +81,6 @@ class Growing(Protocol):
         call on the same model, which saves reading the texts."""
         ...
 
-    def drop_items(self, count: int) -> None:
-        """Forget the items behind the first `count`."""
-        ...
-
 
 @runtime_checkable
 class Transferable(Protocol):

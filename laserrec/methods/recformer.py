@@ -155,11 +155,6 @@ class RecFormer(nn.Module, TwoTower):
         self.vectors = torch.cat([self.vectors, vectors])
         return vectors
 
-    def drop_items(self, count: int) -> None:
-        """As `Growing.drop_items`."""
-        self.attributes.truncate(count)
-        self.vectors = self.vectors[:count]
-
     def transferred(self, items: pl.DataFrame) -> RecFormer:
         """The same weights over another catalogue (columns title and the other attributes)."""
         other = copy.copy(self)

@@ -212,7 +212,7 @@ class Laser(nn.Module, TwoTower):
         self.vectors = self._room.add(self.vectors, new)
 
     def drop_items(self, count: int) -> None:
-        """As `Growing.drop_items`."""
+        """Forget the items behind the first `count`."""
         if self.texts is not None:
             self.texts.truncate(count)
         if isinstance(self.item_side, MeanItems):
