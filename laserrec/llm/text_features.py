@@ -10,16 +10,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,10 +32,9 @@ from laserrec.util import checkpoint
 from laserrec.util.device import move
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
+from laserrec.util.io import in_turn
 from laserrec.util.memory import available_bytes
 from laserrec.util.progress import Progress
-
-log = logging.getLogger(__name__)
 
 _DIMS = 512
 _MAX_TOKENS = 64
@@ -206,32 +203,16 @@ class TextFeatures:
 
         if (means := kept()) is not None:
             return means
-        with self._locked(path) if self.world.is_main else nullcontext():
+        # Of several runs that want the same file one reads the texts; the others wait for it and take the file.
+        turn = in_turn(path.with_name(f".{path.name}.lock"), f"reads item texts into {path}", "folder of text features",
+                       "give another one")
+        with turn if self.world.is_main else nullcontext():
             if (means := kept()) is not None:  # another run wrote it while this one waited
                 return means
             means = self._read(lines)
             if self.world.is_main:
                 checkpoint.save(path, {"means": means}, {"fingerprint": key})
             return means
-
-    @contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
-        """Of several runs that want the same file one reads the texts; the others wait for it and take the file."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_name(f".{path.name}.lock"))
-            try:
-                lock.acquire(timeout=1)
-            except Timeout:
-                log.warning("another process reads the same item texts; waiting for %s", path)
-                lock.acquire()
-        except OSError as error:
-            raise UserError(f"the folder of text features {path.parent} can't be written: {error.strerror}; give "
-                            "another one") from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _read(self, lines: list[np.ndarray]) -> Tensor:
         needed, free = _COPIES * 4 * len(lines) * self.backbone.d_means, available_bytes()
