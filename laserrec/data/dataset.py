@@ -127,11 +127,6 @@ class Dataset:
     def _train(self) -> tuple[np.ndarray, Histories]:
         return _by_user(self.interactions.filter(pl.col("split") == "train"))
 
-    @cached_property
-    def trained_items(self) -> Int[Tensor, "some"]:
-        """Rows of items that stand in a training sequence, ascending. Of a temporal split they may be few."""
-        return torch.unique(self.train_sequences.items)
-
     def cases(self, split: str) -> Cases:
         """One case per interaction of `split` that has a history. The history is everything before the target:
         for test it includes the validation item (paper, 4.1.3)."""

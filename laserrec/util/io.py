@@ -13,6 +13,7 @@ import fcntl
 import functools
 import io
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -27,6 +28,8 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from laserrec.util.errors import UserError, reading
+
+log = logging.getLogger(__name__)
 
 _ADVICE = {errno.ENOSPC: "make room on the disk", errno.EDQUOT: "make room within the disk quota",
            errno.EACCES: "name another folder or change its permissions", errno.EROFS: "name another folder"}
@@ -206,6 +209,27 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
                             "it to end, or name another folder") from None
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         file.write_text(f"{what}, process {os.getpid()} on {socket.gethostname()}, since {since}\n", encoding="utf-8")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def in_turn(file: Path, doing: str, folder: str, advice: str) -> Iterator[None]:
+    """Hold a lock file, and wait while another process does; the lock ends with the process. doing: what that other one
+    does, for a warning. folder: what the file's folder is; advice: what to do where it can't be written, which is a
+    UserError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file)
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            log.warning("another process %s; waiting for it", doing)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"the {folder} {file.parent} can't be written: {error.strerror}; {advice}") from None
     try:
         yield
     finally:
