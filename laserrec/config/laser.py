@@ -112,8 +112,8 @@ class HeadConfig(Section):
     trained on the same targets and the mixture would rely on it too much."""
     id_product: bool = False
     """The ID cosine is made to order items as the ID model itself does, by inner product and bias: its vectors get
-    two dimensions more, in which items fill up to equal length (Bachrach et al. 2014). false: the cosine of the ID model's
-    state and the item's embedding, in which their lengths and biases are lost."""
+    two dimensions more, in which items fill up to equal length (Bachrach et al. 2014). false: the cosine of the ID
+    model's state and the item's embedding, in which their lengths and biases are lost."""
     seen_offset: bool = False
     """Learn one number that is added to the scores of all items in the user's history (not in the paper). Those items
     are the closest by text, while the rate of repeat purchases differs from shop to shop."""
