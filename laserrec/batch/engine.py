@@ -40,7 +40,7 @@ from laserrec.util.io import clean, parquet_bytes, read_json, write_bytes, write
 from laserrec.util.memory import rows_at_once
 from laserrec.util.progress import Progress
 
-_FORMAT, _LOST = 2, "laserrec"
+_FORMAT, _LOST = 3, "laserrec"
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class Worker:
 
     def _barred(self, user: Any) -> np.ndarray | None:
         """Rows that this user is not recommended."""
-        own = self._excluded_by_user.get(as_id(user) or "", self._excluded[:0])
+        own = self._excluded_by_user.get(str(user), self._excluded[:0])
         rows = np.concatenate([self._excluded, own])
         return rows if len(rows) else None
 
