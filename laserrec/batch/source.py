@@ -1,4 +1,4 @@
-"""The histories that `laserrec batch` reads, cut into parts of so many users."""
+"""The histories that commands read from files: whole, or for `laserrec batch` cut into parts of so many users."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import polars as pl
 
 from laserrec.data.clean import ids, why_no_id
 from laserrec.data.door import read_histories
-from laserrec.data.files import POLARS_ERRORS, Table, ending, parts_of, read_table, reason
+from laserrec.data.files import POLARS_ERRORS, SKIP_HINT, FileOptions, Table, ending, parts_of, read_table, reason
 from laserrec.data.raw import time_and_order
 from laserrec.util.errors import UserError, reading
 
@@ -39,10 +39,10 @@ class Source:
     (user_id, item_id; a user's rows together). Parquet is read part by part, other formats at once. Raises UserError
     for another shape; what is wrong with the users is told when they are first asked for."""
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str, options: FileOptions | None = None):
         self.path, self.files = path, parts_of(path)
         parquet = ending(self.files[0]) == ".parquet"
-        self._rows = _Parquet(path, self.files) if parquet else _Whole(read_table(path))
+        self._rows = _Parquet(path, self.files) if parquet else _Whole(read_listed(path, options))
         self.n_rows = self._rows.spans[-1][1]
         if not self.n_rows:
             raise UserError(f"{path} has no rows; there is nothing to recommend for")
@@ -102,6 +102,29 @@ class Source:
     def ends(self) -> dict[str, Any]:
         """Tells this input from another."""
         return {**digest_of_ends(self.files), "users": self.n_users}
+
+
+def read_whole(path: Path | str, options: FileOptions | None = None) -> pl.DataFrame:
+    """A file, folder of parts or pattern of histories at once. Raises UserError for columns that are missing, and for
+    rows without a user or a time, by their place in the file."""
+    return checked(path, read_listed(path, options))
+
+
+def checked(path: Path | str, table: Table) -> pl.DataFrame:
+    """The table's frame. Raises UserError as `read_whole`."""
+    if table.frame.height:
+        _check_columns(path, table.frame.head(1))
+        _check_rows(table.frame, table.where)
+    return table.frame
+
+
+def read_listed(path: Path | str, options: FileOptions | None = None) -> Table:
+    """As `files.read_table`, without the advice to leave broken lines out: a user whose history lacks some would be
+    answered as another."""
+    try:
+        return read_table(path, options)
+    except UserError as error:
+        raise UserError(str(error).replace(SKIP_HINT, "Mend the line")) from None
 
 
 def digest_of_ends(files: list[Path]) -> dict[str, Any]:
