@@ -1,4 +1,4 @@
-"""Bars of Recall@k and NDCG@k with their standard deviations over seeds: the picture in docs/reproducing.md.
+"""Bars of Recall@k and NDCG@k with their standard deviations over seeds: the picture in docs/results.md.
 
     python benchmarks/plot_quality.py benchmarks/results/quality.json docs/_static/quality.svg
 """

@@ -18,7 +18,7 @@ from laserrec.llm.backbone import Backbone
 from laserrec.methods.laser.head import AddedOutput, Head, Whitening
 from laserrec.methods.laser.id_states import IdStates
 from laserrec.methods.laser.losses import item_contrast
-from laserrec.methods.laser.model import Laser, Parts
+from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.readers import PrefixFirst, Reader, TextFirst
 from laserrec.methods.laser.sides import MeanItems, SummedUsers
 from laserrec.methods.laser.task import LaserTask
@@ -370,9 +370,9 @@ def compose(shared: Any, config: Config, tried: Try, o: Options) -> Laser:
         added = Added(config, reader.backbone.d_llm, head.d_out, depths, o.gate_rate if tried.fast else 1.0)
     side = Users(mean_items, head, config.prompt.decay, reader, added, transformer)
     side.summed = tried.summed
-    laser = Laser(config, Parts(side, mean_items, head, ids, shared.features, texts, reader, added, transformer,
-                                neighbours=Neighbours(config.neighbours, items.height),
-                                seen=SeenOffset(config.head.seen_offset_start)))
+    laser = Laser(config, side, mean_items, head, ids, shared.features, texts, reader, added, transformer,
+                  neighbours=Neighbours(config.neighbours, items.height),
+                  seen=SeenOffset(config.head.seen_offset_start))
     laser.to_ids = nn.Linear(len(added.white.matrix[0]) * added.white.depths, ids.d_id) if tried.distil else None
     laser.n_known = items.height
     return laser.to(shared.device)

@@ -7,8 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test th
 from jaxtyping import install_import_hook
 
 # Shapes in signatures are checked at every call (where there are any: beartype refuses polars' types in unions).
-SHAPED = ("llm", "methods", "evaluation", "training", "retrieval.indexed", "recommender.ranking",
-          "recommender.recommender")
+SHAPED = ("llm", "methods", "evaluation", "training", "retrieval.indexed", "retrieval.top",
+          "recommender.ranking", "recommender.recommender")
 install_import_hook([f"laserrec.{module}" for module in SHAPED], "beartype.beartype")
 
 import pytest

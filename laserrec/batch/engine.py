@@ -18,17 +18,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from laserrec.batch.source import Part, Source, digest_of_ends
-from laserrec.data.clean import as_id
+from laserrec.batch.source import Part, Source, checked, digest_of_ends, read_listed
+from laserrec.data.clean import as_id, ids
 from laserrec.data.door import Asked, read_histories
-from laserrec.data.files import parts_of, read_table
+from laserrec.data.files import FileOptions, header_hint, parts_of
 from laserrec.data.losses import Losses
 from laserrec.recommender.folder import model_identity
 from laserrec.recommender.ranking import Ask, Ranked
@@ -40,7 +40,7 @@ from laserrec.util.io import clean, parquet_bytes, read_json, write_bytes, write
 from laserrec.util.memory import rows_at_once
 from laserrec.util.progress import Progress
 
-_FORMAT, _LOST = 2, "laserrec"
+_FORMAT, _LOST = 3, "laserrec"
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class Job:
     backbone: str | None = None
     """The LLM, where it is not what the model names."""
     trust_remote_code: bool = False
+    reading: FileOptions = field(default_factory=FileOptions)
+    """How the histories and `exclude_file` are read where they are text."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,9 @@ def complete(job: Job, shard: tuple[int, int], progress: bool,
 
 def plan(job: Job, shard: tuple[int, int] = (1, 1)) -> Plan:
     """Look at the input, claim the folder, see what is missing. Raises UserError as `run`."""
-    source = Source(job.histories)
-    manifest = {"format": _FORMAT, "input": source.ends(), "model": model_identity(job.model),
+    source = Source(job.histories, job.reading)
+    manifest = {"format": _FORMAT, "input": source.ends(), "separator": job.reading.separator,
+                "encoding": job.reading.encoding, "model": model_identity(job.model),
                 "index": None if job.index is None else str(index_kind(job.index)), **asdict(job.settings),
                 "exclude": exclusion_digest(job)}
     parts = source.parts(job.settings.chunk)
@@ -229,24 +232,25 @@ class Worker:
 
     def _barred(self, user: Any) -> np.ndarray | None:
         """Rows that this user is not recommended."""
-        own = self._excluded_by_user.get(as_id(user) or "", self._excluded[:0])
+        own = self._excluded_by_user.get(str(user), self._excluded[:0])
         rows = np.concatenate([self._excluded, own])
         return rows if len(rows) else None
 
     def _exclusions(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rows that nobody is recommended, and further rows by user."""
-        names, own = list(self.job.settings.exclude), {}
-        if self.job.exclude_file is not None:
-            frame = read_table(self.job.exclude_file).frame
-            if "user_id" in frame.columns:
-                asked = read_histories(frame, self.known, "drop", tell=False)
+        names, own, file = list(self.job.settings.exclude), {}, self.job.exclude_file
+        if file is not None:
+            table = read_listed(file, self.job.reading)
+            columns = table.frame.columns
+            if "user_id" in columns and table.frame.height:
+                asked = read_histories(checked(file, table), self.known, "drop", tell=False)
                 own = {str(user): np.array(rows, dtype=np.int64)
                        for user, rows in zip(asked.users, asked.rows, strict=True)}
-            elif "item_id" in frame.columns:
-                names += frame["item_id"].to_list()
+            elif "item_id" in columns:
+                names += ids(table.frame["item_id"]).drop_nulls().to_list()
             else:
-                raise UserError(f"{self.job.exclude_file}: give the columns user_id and item_id, or item_id alone; "
-                                f"there are: {', '.join(frame.columns)}")
+                raise UserError(f"{file}: give the columns user_id and item_id, or item_id alone; there are: "
+                                f"{', '.join(columns)}{header_hint(columns)}")
         rows = [self.known[name] for name in map(as_id, names) if name in self.known]
         return np.array(rows, dtype=np.int64), own
 

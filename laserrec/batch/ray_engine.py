@@ -131,7 +131,7 @@ def _opened(task: _Task, again: bool = False) -> Worker:
     file = job.out / "manifest.json"
     if not file.is_file() or differing(manifest, file):
         raise UserError(f"{host} doesn't see the output folder {job.out}; {advice}")
-    source = Source(job.histories)
+    source = Source(job.histories, job.reading)
     found = {**digest_of_ends(source.files), "users": manifest["input"]["users"]}
     if found != manifest["input"] or exclusion_digest(job) != manifest["exclude"]:
         raise UserError(f"{host} has another file at {job.histories} or {job.exclude_file}; {advice}")

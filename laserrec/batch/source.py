@@ -1,23 +1,28 @@
-"""The histories that `laserrec batch` reads, cut into parts of so many users."""
+"""The histories that commands read from files: whole, or for `laserrec batch` cut into parts of so many users."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
 
+from laserrec.data.clean import ids, unmixed, value_at, why_no_id
 from laserrec.data.door import read_histories
-from laserrec.data.files import POLARS_ERRORS, ending, parts_of, reason
-from laserrec.data.tables import read_frame
+from laserrec.data.files import POLARS_ERRORS, SKIP_HINT, FileOptions, Table, ending, parts_of, read_table, reason
+from laserrec.data.raw import INTERACTION_SCHEMA, time_and_order
 from laserrec.util.errors import UserError, reading
 
 _DIGEST_BYTES = 1 << 20
+_SMALL = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -34,60 +39,94 @@ class Source:
     (user_id, item_id; a user's rows together). Parquet is read part by part, other formats at once. Raises UserError
     for another shape; what is wrong with the users is told when they are first asked for."""
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str, options: FileOptions | None = None):
         self.path, self.files = path, parts_of(path)
-        if ending(self.files[0]) == ".parquet":
-            self._rows = pl.scan_parquet(self.files)
-        else:
-            self._rows = read_frame(path).lazy()
-        try:
-            with reading(path):
-                first = self._rows.head(1).collect()
-                self.n_rows = self._rows.select(pl.len()).collect().item()
-        except (*POLARS_ERRORS, OSError) as error:
-            raise UserError(f"{path} is not readable as Parquet: {reason(error)}; write it again") from None
+        parquet = ending(self.files[0]) == ".parquet"
+        self._rows = _Parquet(path, self.files) if parquet else _Whole(read_listed(path, options))
+        self.n_rows = self._rows.spans[-1][1]
         if not self.n_rows:
             raise UserError(f"{path} has no rows; there is nothing to recommend for")
-        try:
-            read_histories(first, {}, "drop", tell=False)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        first = self._rows.read(0, 1)
+        _check_columns(path, first)
+        _check_rows(first, self._rows.where)
 
     @cached_property
-    def _starts(self) -> np.ndarray:
-        """Int64[users + 1]: the row where each user begins, and the end."""
-        users = self._rows.select("user_id")
-        missing = users.with_row_index("row").filter(pl.col("user_id").is_null()).head(1).collect()
-        if missing.height:
-            raise UserError(f"{self.path}: row {missing['row'][0] + 1} has no user_id")
-        changes = (pl.col("user_id") != pl.col("user_id").shift()).fill_null(True)
-        runs = users.with_row_index("row").filter(changes)
-        repeated = runs.group_by("user_id").agg(pl.len(), pl.col("row").max()).filter(pl.col("len") > 1)
-        twice = repeated.sort("row").head(1).collect()
-        if twice.height:
-            user, _, row = twice.row(0)
-            raise UserError(f"{self.path}: user {user!r} comes again at row {row + 1}; sort the rows by user_id")
-        return np.append(runs.select("row").collect()["row"].to_numpy().astype(np.int64), self.n_rows)
+    def _users(self) -> tuple[np.ndarray, bool]:
+        """Int64[users + 1]: the row where each user begins, and the end; and whether all ids are whole numbers."""
+        names, starts = [], []
+        for first, end in self._rows.spans:  # one after the other, so that memory holds one's column alone
+            runs = self._rows.read(first, end, ["user_id"])["user_id"].rle().struct.unnest()
+            name, start = ids(runs["value"]), first + runs["len"].cast(pl.Int64).cum_sum() - runs["len"].cast(pl.Int64)
+            if name.null_count():
+                row = start[name.is_null().arg_max() or 0]
+                _check_rows(self._rows.read(row, row + 1), lambda at, row=row: self._rows.where(row + at))
+            names.append(name)
+            starts.append(start)
+        name, start = pl.concat(names), pl.concat(starts)
+        begins = (name != name.shift()).fill_null(True)
+        name, start = name.filter(begins), start.filter(begins)
+        again = ~name.is_first_distinct()
+        if again.any():
+            place = again.arg_max() or 0
+            raise UserError(f"{self._rows.where(start[place])}: user {name[place]!r} comes again; sort the rows by "
+                            "user_id")
+        whole = name.cast(pl.Int64, strict=False).null_count() == 0
+        return np.append(start.to_numpy().astype(np.int64), self.n_rows), whole
+
+    @cached_property
+    def _numbers(self) -> bool:
+        """Whether users are written as numbers: where all are, and whole. As `recommend` answers them."""
+        kind = self._rows.kinds["user_id"]
+        return kind in _SMALL or ((kind.is_integer() or kind.is_float()) and self._users[1])
 
     @property
     def n_users(self) -> int:
         """Raises UserError where a row has no user, or a user's rows are apart."""
-        return len(self._starts) - 1
+        return len(self._users[0]) - 1
 
     def parts(self, chunk: int) -> list[Part]:
         """All parts of `chunk` users each."""
         edges = [*range(0, self.n_users, chunk), self.n_users]
-        return [Part(number, a, b) for number, (a, b) in enumerate(pairwise(self._starts[edges].tolist()))]
+        return [Part(number, a, b) for number, (a, b) in enumerate(pairwise(self._users[0][edges].tolist()))]
 
     def read(self, part: Part) -> tuple[pl.Series, pl.DataFrame]:
-        """The part's users, and its rows with the users' places (from 0) as user_id."""
-        rows = self._rows.slice(part.first, part.end - part.first).collect()
-        users = rows["user_id"].rle().struct.field("value").alias("user_id")
-        return users, rows.with_columns(rows["user_id"].rle_id().cast(pl.Int64).alias("user_id"))
+        """The part's users (Int64 or String), and its rows with the users' places (from 0) as user_id. Raises UserError
+        for a row without a time, by its place in the file."""
+        rows = self._rows.read(part.first, part.end)
+        _check_rows(rows, lambda row: self._rows.where(part.first + row))
+        names = ids(rows["user_id"])
+        users = names.rle().struct.field("value").alias("user_id")
+        return (users.cast(pl.Int64) if self._numbers else users,
+                rows.with_columns(names.rle_id().cast(pl.Int64).alias("user_id")))
 
     def ends(self) -> dict[str, Any]:
         """Tells this input from another."""
         return {**digest_of_ends(self.files), "users": self.n_users}
+
+
+def read_whole(path: Path | str, options: FileOptions | None = None) -> pl.DataFrame:
+    """A file, folder of parts or pattern of histories at once. Raises UserError for columns that are missing, and for
+    rows without a user or a time, by their place in the file."""
+    return checked(path, read_listed(path, options))
+
+
+def checked(path: Path | str, table: Table) -> pl.DataFrame:
+    """The table's frame. Raises UserError as `read_whole`."""
+    if table.frame.height:
+        _check_columns(path, table.frame.head(1))
+        _check_rows(table.frame, table.where)
+    return table.frame
+
+
+def read_listed(path: Path | str, options: FileOptions | None = None) -> Table:
+    """As `files.read_table`, without the advice to leave broken lines out: a user whose history lacks some would be
+    answered as another. Mixtures of values that are no ids or times are text or lists."""
+    try:
+        table = read_table(path, options)
+    except UserError as error:
+        raise UserError(str(error).replace(SKIP_HINT, "Mend the line")) from None
+    others = (column for column in table.frame if column.name not in INTERACTION_SCHEMA)
+    return replace(table, frame=table.frame.with_columns(unmixed(column) for column in others))
 
 
 def digest_of_ends(files: list[Path]) -> dict[str, Any]:
@@ -101,3 +140,91 @@ def digest_of_ends(files: list[Path]) -> dict[str, Any]:
             file.seek(max(0, size - _DIGEST_BYTES))
             digest.update(file.read())
     return {"bytes": total, "sha256_of_ends": digest.hexdigest()}
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------
+
+
+class _Whole:
+    """Rows in memory."""
+
+    def __init__(self, table: Table):
+        self._table, self.kinds, self.spans = table, table.frame.schema, [(0, table.frame.height)]
+
+    def read(self, first: int, end: int, columns: list[str] | None = None) -> pl.DataFrame:
+        """Rows [first, end); None: all columns."""
+        return self._table.frame.select(columns or pl.all()).slice(first, end - first)
+
+    def where(self, row: int) -> str:
+        """The row's place, in words."""
+        return self._table.where(row)
+
+
+class _Parquet:
+    """Files of which only what is asked for is read, with the columns and types that `files.read_parts` gives them:
+    those of all parts, each as wide as any part has it. Raises UserError where there is no such type."""
+
+    def __init__(self, path: Path | str, files: list[Path]):
+        self._files = files
+        kinds, heights = zip(*(_scanned(file, lambda scan: (
+            scan.collect_schema(), scan.select(pl.len()).collect().item())) for file in files), strict=True)
+        try:
+            self._none = pl.concat([pl.DataFrame(schema=kind) for kind in kinds], how="diagonal_relaxed")
+        except POLARS_ERRORS as error:
+            raise UserError(f"{path}: the parts' columns differ in type: {reason(error)}; write them with one schema"
+                            ) from None
+        self.kinds, self.spans = self._none.schema, list(pairwise(accumulate(heights, initial=0)))
+        """Of columns; and each file's rows [first, end)."""
+
+    def read(self, first: int, end: int, columns: list[str] | None = None) -> pl.DataFrame:
+        """Rows [first, end); None: all columns."""
+        wanted = columns or self._none.columns
+        pieces = [self._none.select(wanted), *self._pieces(first, end, wanted)]
+        return pl.concat(pieces, how="diagonal_relaxed")
+
+    def _pieces(self, first: int, end: int, wanted: list[str]) -> Iterator[pl.DataFrame]:
+        for number in range(self._file_of(first), len(self._files)):
+            start, stop = self.spans[number]
+            if start >= end:
+                return
+            if (count := min(end, stop) - (here := max(first, start))) > 0:
+                yield _scanned(self._files[number], lambda scan, at=here - start, count=count: scan.slice(at, count)
+                               .select([name for name in wanted if name in scan.collect_schema()]).collect())
+
+    def _file_of(self, row: int) -> int:
+        return bisect_right(self.spans, row, key=lambda span: span[1])
+
+    def where(self, row: int) -> str:
+        """The row's place, in words."""
+        number = self._file_of(row)
+        return f"{self._files[number]}: row {row - self.spans[number][0] + 1}"
+
+
+def _scanned(file: Path, read: Callable[[pl.LazyFrame], _T]) -> _T:
+    """What `read` makes of a Parquet file."""
+    try:
+        with reading(file):
+            return read(pl.scan_parquet(file, glob=False))
+    except (*POLARS_ERRORS, OSError) as error:
+        raise UserError(f"{file} is not readable as Parquet: {reason(error)}; write it again") from None
+
+
+def _check_columns(path: Path | str, first: pl.DataFrame) -> None:
+    """Raise UserError where columns are missing. first: the first row."""
+    times = [name for name in ("timestamp", "position") if name in first.columns]
+    try:
+        read_histories(first.drop(times).with_columns(user_id=0) if "user_id" in first.columns else first, {}, "drop",
+                       tell=False)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _check_rows(rows: pl.DataFrame, where: Callable[[int], str]) -> None:
+    """Raise UserError for the first row without a user or a time. where: the place of a row, in words."""
+    problems = [("user_id", ids(rows["user_id"]).is_null(), ""), *time_and_order(rows)[2]]
+    for name, bad, why in problems:
+        if bad.any():
+            row = int(bad.arg_max() or 0)
+            value = value_at(rows[name], row)
+            raise UserError(f"{where(row)}, column {name}: {why or why_no_id(value)} (found {str(value)[:80]!r}); "
+                            "mend it")

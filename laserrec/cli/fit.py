@@ -151,6 +151,8 @@ def distil(data: Path, model: Model, out: Path, *, opening: Opening = OPENING, q
            flags: Annotated[StudentSettings | None, Parameter(name="*", show_default=False)] = None) -> None:
     """Make of a fitted Laser a model that answers without the LLM, at an ID model's speed. Run again to resume.
 
+    For presets in which the LLM reads histories (bi-tuning, paper); a model of the default preset needs none already.
+
     Example: laserrec distil runs/data runs/model runs/fast
 
     Parameters

@@ -17,9 +17,9 @@ def inspect(data: Data, model: Model, *, split: Literal["validation", "test"] = 
             json_file: JsonFile = None) -> None:
     """Tell what each part of a fitted model gives: rank the same users without it.
 
-    Each row changes one thing in the fitted model: the LLM's reading of the history, the prefix, the router, another
-    user's ID states, the ID part, the text part, the neighbours, the seen offset, the history's order. Nothing is
-    trained again.
+    Each row changes one thing in the fitted model: the LLM's or the transformer's reading of the history, the prefix,
+    the router, another user's ID states, the ID part, the text part, the neighbours, the seen offset, the history's
+    order. Nothing is trained again.
 
     Examples:
       laserrec inspect runs/data runs/model

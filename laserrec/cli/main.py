@@ -33,8 +33,8 @@ from laserrec.util.errors import UserError
 
 app = App(name="laserrec", version=laserrec.__version__, suppress_keyboard_interrupt=False,
           help_format="plaintext", default_parameter=Parameter(negative_iterable=()),
-          help="Sequential recommendation with a frozen LLM, tuned by a prefix and a suffix. The usual way: prepare, "
-          "fit, evaluate, recommend.")
+          help="Sequential recommendation from histories and item texts that a frozen LLM reads. The usual way: "
+          "prepare, fit, evaluate, recommend.")
 for command in (prepare, fit, refit, pretrain, distil, evaluate, inspect, recommend, quickstart, knowledge, push, card,
                 backbone_app, batch_app, index_app, report_app, reproduce_app, serve_app):
     app.command(command)

@@ -28,6 +28,10 @@ def add_paper(app: App) -> None:
     app.command(_command("all", "all tables and figures"), name="all")
 
 
+_BASES = {"table2": "paper-small and small"}
+"""Presets that a table is made for, if not paper-small and bi-tuning."""
+
+
 def _command(name: str, title: str) -> Callable[..., None]:
     def command(out: Path = Path("runs/paper"), *, data: Names = None, bases: Names = None, seeds: int = 1,
                 budget: float | None = None, workers: int = 1, device: Device = "auto", config: ConfigFile = None,
@@ -52,7 +56,7 @@ def _command(name: str, title: str) -> Callable[..., None]:
     data
         Names of data sets that come with the source tree, or data folders; else amazon-scientific.
     bases
-        Presets to start from; else paper-small and small.
+        Presets to start from; else {_BASES.get(name, "paper-small and bi-tuning")}.
     seeds
         Seeds 0, 1, ... of every model in which something is random.
     budget

@@ -15,7 +15,7 @@ report_app = App(name="report")
 @report_app.default
 def report(run: Path, *, out: Path | None = None, data: Path | None = None, results: Path | None = None,
            map: Literal["tsne", "pca"] | None = None, device: Device = "auto", json_file: JsonFile = None) -> None:
-    """Write one HTML page about a run: curves, results, what the experts do, a map of the items, recommendations.
+    """Write one HTML page about a run: curves, results, experts, a map of the items, recommendations.
 
     Works for every method; what a method does not have is left out. The page loads nothing else and can be mailed.
     The run's data, results and ID model are looked for beside it, as quickstart lays them out. Needs the extra

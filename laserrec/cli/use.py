@@ -119,12 +119,14 @@ def recommend(model: Model, *, history: str | None = None, histories: Path | Non
     unknown
         drop leaves out history items that are not in the catalogue.
     """
-    from laserrec.data.tables import read_frame, write_frame
+    from laserrec.batch.source import read_whole
+    from laserrec.data.files import FileOptions
+    from laserrec.data.tables import write_frame
 
     if history is not None and histories is None:
         asked = [item_ids(history)]
     elif histories is not None and history is None:
-        asked = read_frame(histories, separator, encoding)
+        asked = read_whole(histories, FileOptions(separator=separator, encoding=encoding))
     else:
         raise UserError("give either --history ID,ID,... or --histories FILE")
     if out is not None and out.suffix not in (".csv", ".parquet"):

@@ -42,7 +42,8 @@ class ItemTable(StrEnum):
 
 
 class IdModelConfig(Section):
-    """The ID model: a sequential recommender that is trained first and then frozen. The M-Former reads its states."""
+    """The ID model: a sequential recommender that is trained first and then frozen. The M-Former reads its states
+    (`bi-tuning`, `paper`), and its own cosine is a part of the score (`head.id_share`)."""
 
     kind: IdModelKind = IdModelKind.SASREC
     """sasrec: causal attention, predicts the next item. bert4rec: bidirectional attention, predicts masked items (used

@@ -107,13 +107,13 @@ class HeadConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the projection."""
     id_share: float = Field(0.0, ge=0, lt=1)
-    """Weight of the ID model's own cosine in the score: (1 - id_share) x LLM cosine + id_share x ID cosine. 0: the LLM
-    cosine alone (paper). The training loss uses the LLM cosine alone, because the ID model has already been trained on
-    the same targets and the mixture would rely on it too much."""
+    """Weight of the ID model's own cosine in the score: (1 - id_share) x text cosine + id_share x ID cosine. 0: the
+    text cosine alone (paper). The training loss uses the text cosine alone, because the ID model has already been
+    trained on the same targets and the mixture would rely on it too much."""
     id_product: bool = False
-    """The ID cosine is made to order items as the ID model itself does, by inner product and bias: its vectors get a
-    dimension more, in which items fill up to equal length (Bachrach et al. 2014). false: the cosine of the ID model's
-    state and the item's embedding, in which their lengths and biases are lost."""
+    """The ID cosine is made to order items as the ID model itself does, by inner product and bias: its vectors get
+    two dimensions more, in which items fill up to equal length (Bachrach et al. 2014). false: the cosine of the ID
+    model's state and the item's embedding, in which their lengths and biases are lost."""
     seen_offset: bool = False
     """Learn one number that is added to the scores of all items in the user's history (not in the paper). Those items
     are the closest by text, while the rate of repeat purchases differs from shop to shop."""

@@ -33,6 +33,8 @@ from laserrec.util.io import read_json
 FORMAT = 2
 """Of data folders; in format 1 items and users were numbered from 1."""
 NEW_ITEMS = "new_items.parquet"
+TEXT_FEATURES = "text_features"
+"""What an LLM read of the items' texts, kept by fits."""
 _COLUMNS = {"items": ("item", *ITEM_SCHEMA), "users": ("user", "user_id"),
             "interactions": ("user", "item", "position", "timestamp", "split")}
 """Each table's, at least."""
@@ -124,11 +126,6 @@ class Dataset:
     @cached_property
     def _train(self) -> tuple[np.ndarray, Histories]:
         return _by_user(self.interactions.filter(pl.col("split") == "train"))
-
-    @cached_property
-    def trained_items(self) -> Int[Tensor, "some"]:
-        """Rows of items that stand in a training sequence, ascending. Of a temporal split they may be few."""
-        return torch.unique(self.train_sequences.items)
 
     def cases(self, split: str) -> Cases:
         """One case per interaction of `split` that has a history. The history is everything before the target:

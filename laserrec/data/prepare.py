@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 
 from laserrec.config import DataConfig, Split
-from laserrec.data.dataset import FORMAT, NEW_ITEMS
+from laserrec.data.dataset import FORMAT, NEW_ITEMS, TEXT_FEATURES
 from laserrec.data.extras import VECTOR, extra_names
 from laserrec.data.files import FileOptions, read_table
 from laserrec.data.ids import Ids, ranks
@@ -28,7 +28,7 @@ from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, Raw, join_vectors
 from laserrec.data.sources import Source, read_source
 from laserrec.data.summary import warn_of_losses
 from laserrec.util.errors import UserError
-from laserrec.util.io import check_folder, json_text, new_folder, parquet_bytes, write_bytes
+from laserrec.util.io import check_folder, json_text, new_folder, parquet_bytes, plain, write_bytes
 
 _TABLES = ("items", "users", "interactions")
 _NEEDED = ("meta.json", "interactions.parquet")
@@ -40,14 +40,15 @@ def prepare_source(source: Source, out: Path | str, config: DataConfig | None = 
     """`read_source`, then `prepare`: files of any known format -> the data folder `out`; returns `prepare`'s report.
     on_error, separator, encoding: see `files.FileOptions`. vectors: a file of item vectors, see
     `extras.with_vectors`."""
-    _check_free(Path(out))
+    out = plain(out)
+    _check_free(out)
     config, options = config or DataConfig(), FileOptions(on_error, separator, encoding)
 
     def read() -> Raw:
         raw = read_source(source, format, columns, options, config.item_columns)
         return raw if vectors is None else join_vectors(raw, read_table(vectors, options))
 
-    return _prepare(_Numbered.of(read()), config, Path(out), overwrite)  # nothing holds the raw frames by then
+    return _prepare(_Numbered.of(read()), config, out, overwrite)  # nothing holds the raw frames by then
 
 
 def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig, out: Path | str, *,
@@ -65,7 +66,7 @@ def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig,
     temporal split lacks timestamps or a part would be empty, when `out` holds something else (without `overwrite`
     always, with it unless that is a data folder), and when it can't be written.
     """
-    return _prepare(_Numbered.of(Raw(interactions, items, dict(notes or {}))), config, Path(out), overwrite)
+    return _prepare(_Numbered.of(Raw(interactions, items, dict(notes or {}))), config, plain(out), overwrite)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _prepare(given: _Numbered, config: DataConfig, out: Path, overwrite: bool) -
     files["report.json"] = json_text(report).encode("utf-8")
     reused = _holds(out, files, overwrite)
     if not reused:
-        with new_folder(out, replace=("meta.json",)) as folder:
+        with new_folder(out, replace=("meta.json",), own=(*files, NEW_ITEMS, TEXT_FEATURES)) as folder:
             for name, data in files.items():
                 write_bytes(folder / name, data)
     warn_of_losses(report)

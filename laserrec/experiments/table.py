@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,14 @@ class Table:
                  progress: bool = True, features: TextFeatures | None = None,
                  measure: Callable[[Table, str, Scorer, Path], Measured] | None = None, measured_by: Any = "test",
                  starts: Table | None = None):
-        """measure: (table, name, scorer, the result's file) -> what is kept; None: `rank_test`. measured_by: all that
+        """measure: (table, name, scorer, the result's file) -> what is kept; None: `rank`. measured_by: all that
         `measure` depends on beside the table; it is part of every fingerprint. starts: the same rows on other data,
         from whose models training starts."""
         self.rows = {row.name: row for row in rows}
         self.dataset, self.config, self.out, self.device, self.progress = dataset, config, out, device, progress
         kept = dataset.folder / "text_features" if dataset.folder is not None else None
         self.features = features or TextFeatures(config.backbone, config.prompt, device, kept, progress)
-        self.measure, self.measured_by, self.starts = measure or rank_test, measured_by, starts
+        self.measure, self.measured_by, self.starts = measure or rank, measured_by, starts
         self._fitted: dict[Path, Fitted] = {}
 
     def results(self, seeds: Sequence[int]) -> list[Measured]:
@@ -213,12 +213,16 @@ class Table:
         return Config.model_validate(merge(merge(self.config.model_dump(), row.settings), own))
 
 
-def rank_test(table: Table, name: str, scorer: Scorer, file: Path) -> Measured:
-    """Rank the test split's targets. The users' ranks go beside `file`, the numbers into the model's card too."""
-    dataset, settings = table.dataset, table.config.eval
+def rank(table: Table, name: str, scorer: Scorer, file: Path, split: str = "test", other: Dataset | None = None
+         ) -> Measured:
+    """Rank the targets of a split of the table's data set, or of another one. Of its own test split the users' ranks go
+    beside `file`, and the numbers into the model's card too."""
+    dataset, settings = other or table.dataset, table.config.eval
+    with Progress(f"{name}: {split}", len(dataset.cases(split)), table.progress) as bar:
+        result = evaluate(name, scorer, dataset, split, settings.k, settings.batch_size, bar.advance)
+    if split != "test" or other is not None:
+        return result.row()
     ranks, folder = file.with_suffix(".parquet"), file.with_suffix("")
-    with Progress(f"{name}: test", len(dataset.cases("test")), table.progress) as bar:
-        result = evaluate(name, scorer, dataset, "test", settings.k, settings.batch_size, bar.advance)
     save_ranks(ranks, dataset, "test", result.ranks)
     if (folder / "model.json").is_file():
         record_result(folder, result, dataset)
@@ -227,14 +231,18 @@ def rank_test(table: Table, name: str, scorer: Scorer, file: Path) -> Measured:
 
 # -- several seeds ------------------------------------------------------------------------------------------------
 
+def over_seeds(rows: Sequence[Mapping[str, Any]], by: Sequence[str], numbers: Sequence[str]) -> list[dict[str, Any]]:
+    """Of rows that are alike in `by`: how many seeds, and of the numbers mean and standard deviation, zero for one."""
+    frame = pl.DataFrame({name: [row[name] for row in rows] for name in (*by, *numbers)})
+    return frame.group_by(by, maintain_order=True).agg(
+        pl.len().alias("seeds"), *(pl.mean(name) for name in numbers),
+        *(pl.std(name).fill_null(0.0).alias(f"{name}_sd") for name in numbers)).to_dicts()
+
+
 def summarise(rows: Sequence[Measured], out: Path, k: int = 10) -> list[dict[str, Any]]:
     """Per model: mean and standard deviation over seeds, and the paired difference of the users' NDCG to the best model
     of kind id with its 95% bootstrap interval (users resampled, seeds averaged first)."""
-    gains, metrics = _gains(rows, out, k), (f"recall@{k}", f"ndcg@{k}", "mrr")
-    frame = pl.DataFrame([{name: row[name] for name in ("model", "kind", *metrics)} for row in rows])
-    table = frame.group_by("model", maintain_order=True).agg(
-        pl.first("kind"), pl.len().alias("seeds"), *(pl.mean(metric) for metric in metrics),
-        *(pl.std(metric).fill_null(0.0).alias(f"{metric}_sd") for metric in metrics)).to_dicts()
+    gains, table = _gains(rows, out, k), over_seeds(rows, ("model", "kind"), (f"recall@{k}", f"ndcg@{k}", "mrr"))
     best = _best(table, "id", k)["model"]
     return [{**row, "against": best, **_difference(gains[row["model"]] - gains[best], k)} for row in table]
 

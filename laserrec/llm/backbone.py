@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,6 @@ class Backbone:
     config: BackboneConfig
     sharded: bool = False
     """Other processes hold parts of it: it computes in all of them or in none."""
-    kept_means: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
-    """The last catalogue's mean outputs (laserrec.llm.text_features), by its texts."""
 
     @property
     def device(self) -> torch.device:
@@ -58,14 +56,9 @@ class Backbone:
         return self.embedding.shape[1]
 
     @property
-    def mean_depths(self) -> int:
-        """Behind how many layers an item text's outputs are averaged."""
-        return max(1, len(self.config.mean_layers))
-
-    @property
     def d_means(self) -> int:
         """Width of an item text's mean outputs: d_llm for each depth."""
-        return self.d_llm * self.mean_depths
+        return self.d_llm * max(1, len(self.config.mean_layers))
 
     @property
     def native(self) -> bool:

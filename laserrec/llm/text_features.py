@@ -10,21 +10,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
-from laserrec.config import BackboneConfig, Config, ItemVectors, PromptConfig
-from laserrec.data.dataset import Dataset
+from laserrec.config import BackboneConfig, ItemVectors, PromptConfig
 from laserrec.data.extras import VECTOR, vectors_of
 from laserrec.data.prompt import PromptEncoder
 from laserrec.llm.backbone import Backbone, load_backbone
@@ -35,10 +32,9 @@ from laserrec.util import checkpoint
 from laserrec.util.device import move
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
+from laserrec.util.io import in_turn
 from laserrec.util.memory import available_bytes
 from laserrec.util.progress import Progress
-
-log = logging.getLogger(__name__)
 
 _DIMS = 512
 _MAX_TOKENS = 64
@@ -207,32 +203,16 @@ class TextFeatures:
 
         if (means := kept()) is not None:
             return means
-        with self._locked(path) if self.world.is_main else nullcontext():
+        # Of several runs that want the same file one reads the texts; the others wait for it and take the file.
+        turn = in_turn(path.with_name(f".{path.name}.lock"), f"reads item texts into {path}", "folder of text features",
+                       "give another one")
+        with turn if self.world.is_main else nullcontext():
             if (means := kept()) is not None:  # another run wrote it while this one waited
                 return means
             means = self._read(lines)
             if self.world.is_main:
                 checkpoint.save(path, {"means": means}, {"fingerprint": key})
             return means
-
-    @contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
-        """Of several runs that want the same file one reads the texts; the others wait for it and take the file."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_name(f".{path.name}.lock"))
-            try:
-                lock.acquire(timeout=1)
-            except Timeout:
-                log.warning("another process reads the same item texts; waiting for %s", path)
-                lock.acquire()
-        except OSError as error:
-            raise UserError(f"the folder of text features {path.parent} can't be written: {error.strerror}; give "
-                            "another one") from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _read(self, lines: list[np.ndarray]) -> Tensor:
         needed, free = _COPIES * 4 * len(lines) * self.backbone.d_means, available_bytes()
@@ -305,24 +285,6 @@ def _side_by_side(means: Float[Tensor, "n_items d_means"], depths: int, own: Flo
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts], dim=1)
 
 
-def mean_outputs(
-    backbone: Backbone, prompt: PromptConfig, items: pl.DataFrame, progress: Callable[[int], None] | None = None
-) -> Float[Tensor, "n_items d_means"]:
-    """`TextFeatures.means` of a loaded LLM; kept with the LLM."""
-    encoder = PromptEncoder(backbone.tokenizer, prompt.model_copy(update={"max_item_tokens": _MAX_TOKENS}))
-    lines = encoder.item_tokens(items)
-    key = hashlib.sha256(b"".join(len(x).to_bytes(4, "little") + x.astype(np.int32).tobytes() for x in lines)).digest()
-    if key in backbone.kept_means:
-        if progress:
-            progress(len(lines))
-        return backbone.kept_means[key].clone()
-    out = _means(backbone, lines, progress, World())
-    if out.nbytes <= _KEPT_BYTES:
-        backbone.kept_means.clear()
-        backbone.kept_means[key] = out.clone()
-    return out
-
-
 def text_whitening(
     outputs: Float[Tensor, "rows d_means"], layers: int
 ) -> tuple[Float[Tensor, "d_means"], Float[Tensor, "d_means dims"]]:
@@ -336,14 +298,3 @@ def whitened(
     """Each of the `layers` that stand side by side centred and whitened with the mean and covariance of the first `by`
     rows (None: all), the directions of largest variance first; at most 512 wide."""
     return whiten(outputs, *text_whitening(outputs[:by], layers), layers)
-
-
-def text_vectors(
-    dataset: Dataset, config: Config, progress: bool = False, backbone: Backbone | None = None,
-    whiten_by: int | None = None,
-) -> Float[Tensor, "n_items d_text"]:
-    """One row per item, dense order: `mean_outputs` of the config's LLM and attributes, `whitened`."""
-    backbone = backbone or load_backbone(config.backbone)
-    with Progress("encoding item texts", dataset.n_items, progress) as bar:
-        outputs = mean_outputs(backbone, config.prompt, dataset.items, bar.advance)
-    return whitened(outputs, backbone.mean_depths, whiten_by)

@@ -37,7 +37,7 @@ from laserrec.methods.recguru import phases as recguru_phases
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.sequence import SequenceModel
 from laserrec.methods.sequence_task import SequenceTask
-from laserrec.methods.warm_start import carry_laser, carry_recformer, carry_sequence_model, carry_zesrec
+from laserrec.methods.warm_start import carry_laser, carry_sequence_model, carry_weights, carry_zesrec
 from laserrec.methods.zesrec import ZESRec
 from laserrec.util.distributed import World
 from laserrec.util.errors import UserError
@@ -309,7 +309,7 @@ def _recformer() -> Method:
 
     return _from_phases("text", ("recformer",), make, recformer.phases,
                         lambda config, n: recformer.shapes(config.recformer), restore, reads,
-                        lambda model, old, rows, given, before: carry_recformer(model, old))
+                        lambda model, old, rows, given, before: carry_weights(model, old))
 
 
 def _llm4rec() -> Method:

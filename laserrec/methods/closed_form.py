@@ -5,7 +5,7 @@ The last two never recommend what stands in the history: its items are ranked be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories
 from laserrec.methods.local_regression import largest
 from laserrec.methods.neighbours import is_local, regress, sparse_regress
-from laserrec.methods.protocol import Examples, Scorer
+from laserrec.methods.protocol import Examples, Trainable
 from laserrec.methods.terms import decayed_pairs, decayed_sums
 
 
@@ -125,7 +125,7 @@ def _seen_last(scores: Tensor, histories: Histories) -> Float[Tensor, "users n_i
 ClosedForm = Popularity | ItemRegression | NearestText
 
 
-class FitOnce:
+class FitOnce(Trainable):
     """A `Trainable` without epochs: the model is made by one call."""
 
     def __init__(self, module: ClosedForm, fit: Callable[[], object]):
@@ -136,10 +136,6 @@ class FitOnce:
         self._fit()
         pause()
 
-    def decayed(self) -> Iterable[Tensor]:
-        """None."""
-        return ()
-
     def begin_epoch(self, number: int) -> Examples:
         """Never called."""
         raise NotImplementedError("this method has no epochs")
@@ -147,18 +143,3 @@ class FitOnce:
     def loss(self, batch: object, rows: object) -> dict[str, Tensor]:
         """Never called."""
         raise NotImplementedError("this method has no epochs")
-
-    def end_epoch(self) -> None:
-        """Nothing."""
-
-    def scorer(self) -> Scorer:
-        """The model itself."""
-        return self.module
-
-    def state(self) -> dict[str, Tensor]:
-        """The model's."""
-        return self.module.state_dict()
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """The model's."""
-        self.module.load_state_dict(state)

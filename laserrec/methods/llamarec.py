@@ -8,7 +8,7 @@ and value maps are trained (LoRA, Hu et al. 2022). All other items stand behind 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
@@ -29,7 +29,7 @@ from laserrec.llm.decoder import NativeDecoder, Shape
 from laserrec.methods.laser.examples import cut_histories, epoch_examples
 from laserrec.methods.lrurec import LRURec, retriever_phase
 from laserrec.methods.lrurec import shapes as retriever_shapes
-from laserrec.methods.protocol import Phase, ScoreTerm
+from laserrec.methods.protocol import Phase, ScoreTerm, Trainable, TwoTower
 from laserrec.methods.sequence_task import SequenceTask
 from laserrec.methods.terms import AtPairs
 from laserrec.util.device import move
@@ -111,7 +111,7 @@ class LowRank(nn.Module):
         return qkv + update.unflatten(1, (-1, self.head_dim)).to(qkv.dtype)
 
 
-class LlamaRec(nn.Module):
+class LlamaRec(nn.Module, TwoTower):
     """A two-tower model, its retriever, and a score term, its ranker. The LLM is in no state_dict."""
 
     ranks: Tensor
@@ -195,12 +195,10 @@ class LlamaRec(nn.Module):
         return {"llm_ranks": int(self.ranks)}
 
 
-class RetrieverTask(SequenceTask):
-    """Trains the retriever of a LlamaRec; a `Trainable`."""
+class _KeepsAll(Trainable):
+    """A task that trains a part of a LlamaRec and keeps the state of the whole."""
 
-    def __init__(self, model: LlamaRec, dataset: Dataset):
-        super().__init__(model.retriever, dataset)
-        self.model = model
+    model: LlamaRec
 
     def state(self) -> dict[str, Tensor]:
         """The whole model's."""
@@ -209,6 +207,14 @@ class RetrieverTask(SequenceTask):
     def load(self, state: dict[str, Tensor]) -> None:
         """The whole model's."""
         self.model.load_state_dict(state)
+
+
+class RetrieverTask(_KeepsAll, SequenceTask):
+    """Trains the retriever of a LlamaRec."""
+
+    def __init__(self, model: LlamaRec, dataset: Dataset):
+        super().__init__(model.retriever, dataset)
+        self.model = model
 
 
 @dataclass(frozen=True)
@@ -245,8 +251,8 @@ class RankExamples:
         return RankBatch(histories, drawn, (drawn == targets[:, None]).long().argmax(dim=1))
 
 
-class RankerTask:
-    """Trains the low-rank updates; a `Trainable`."""
+class RankerTask(_KeepsAll):
+    """Trains the low-rank updates."""
 
     def __init__(self, model: LlamaRec, dataset: Dataset):
         self.model, self.module, self.dataset = model, model.lora, dataset
@@ -254,10 +260,6 @@ class RankerTask:
     def start(self, pause: Any) -> None:
         """From now on the LLM ranks."""
         self.model.ranks.fill_(True)
-
-    def decayed(self) -> Iterable[Tensor]:
-        """All."""
-        return self.module.parameters()
 
     def begin_epoch(self, number: int) -> RankExamples:
         """Every position that has a history, or some of them."""
@@ -274,20 +276,9 @@ class RankerTask:
         answers = move(batch.answers[torch.as_tensor(rows)], logits.device)
         return {"loss": F.cross_entropy(logits, answers, reduction="sum") / len(batch.answers)}
 
-    def end_epoch(self) -> None:
-        """Nothing."""
-
     def scorer(self) -> LlamaRec:
         """Without dropout."""
         return self.model.eval()
-
-    def state(self) -> dict[str, Tensor]:
-        """The whole model's."""
-        return self.model.state_dict()
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """The whole model's."""
-        self.model.load_state_dict(state)
 
 
 def phases(model: LlamaRec, config: Config, dataset: Dataset) -> list[Phase]:

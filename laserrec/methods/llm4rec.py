@@ -9,7 +9,7 @@ the full softmax over the items' own tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ from laserrec.data.prompt import PromptEncoder
 from laserrec.llm.attention import rotary_tables
 from laserrec.llm.backbone import Backbone
 from laserrec.llm.decoder import NativeDecoder, Shape
-from laserrec.methods.protocol import Phase, ScoreTerm
+from laserrec.methods.protocol import Phase, Trainable, TwoTower
 from laserrec.methods.sequence_task import with_next_item
 from laserrec.util.device import move
 from laserrec.util.errors import UserError
@@ -144,7 +144,7 @@ def prefix_hashes(histories: Histories) -> Int[Tensor, "total"]:
     return sums[1:] - sums[histories.starts][histories.users]
 
 
-class LLM4Rec(nn.Module):
+class LLM4Rec(nn.Module, TwoTower):
     """A two-tower model: the output behind the history, and the items' tokens."""
 
     known_hashes: Int[Tensor, "known"]
@@ -181,11 +181,6 @@ class LLM4Rec(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.item.device
-
-    @property
-    def terms(self) -> Sequence[ScoreTerm]:
-        """None."""
-        return ()
 
     def know(self, sequences: Histories) -> None:
         """Make the graph of the training sequences, fresh tokens of their users, and what tells the users again: two
@@ -249,11 +244,6 @@ class LLM4Rec(nn.Module):
         table = self.item[: self.n_items]
         return table if rows is None else table[rows]
 
-    @torch.no_grad()
-    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
-        """Logits of the next item."""
-        return self.users(histories) @ self.items().T
-
 
 @dataclass(frozen=True)
 class UserBatch:
@@ -283,8 +273,8 @@ class UserExamples:
         return UserBatch(self.sequences.take(index).padded(self.model.n_items), users)
 
 
-class LLM4RecTask:
-    """Next-item prediction at every position; a `Trainable`."""
+class LLM4RecTask(Trainable):
+    """Next-item prediction at every position."""
 
     def __init__(self, model: LLM4Rec, dataset: Dataset):
         """Raises UserError where no sequence has a next item."""
@@ -292,9 +282,6 @@ class LLM4RecTask:
         model.know(sequences)
         self.users = with_next_item(sequences)
         self.sequences = sequences.take(self.users).last(model.config.max_history)
-
-    def start(self, pause: Callable[[], None]) -> None:
-        """Nothing: the graph is made with the task."""
 
     def decayed(self) -> Iterable[Tensor]:
         """Weights of the layers' maps."""
@@ -314,21 +301,6 @@ class LLM4RecTask:
         total = F.cross_entropy(logits.flatten(0, 1), items[:, 1:].flatten(), ignore_index=model.n_items,
                                 reduction="sum")
         return {"loss": total / int((batch.items[:, 1:] != model.n_items).sum())}
-
-    def end_epoch(self) -> None:
-        """Nothing."""
-
-    def scorer(self) -> LLM4Rec:
-        """The model."""
-        return self.module.eval()
-
-    def state(self) -> dict[str, Tensor]:
-        """The model's."""
-        return self.module.state_dict()
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """The model's."""
-        self.module.load_state_dict(state)
 
 
 def phases(model: LLM4Rec, config: Config, dataset: Dataset) -> list[Phase]:

@@ -52,7 +52,7 @@ class TwoTower(Protocol):
     @property
     def terms(self) -> Sequence[ScoreTerm]:
         """In the order in which they are applied."""
-        ...
+        return ()
 
     def users(self, histories: Histories) -> Float[Tensor, "users d_out"]:
         """Vectors of users."""
@@ -62,9 +62,13 @@ class TwoTower(Protocol):
         """Vectors of items; None: of all."""
         ...
 
+    @torch.no_grad()
     def score(self, histories: Histories) -> Float[Tensor, "users items"]:
         """Users by items, terms included."""
-        ...
+        scores = self.users(histories) @ self.items().T
+        for term in self.terms:
+            scores = term.on(histories).to_all(scores)
+        return scores
 
 
 @runtime_checkable
@@ -75,10 +79,6 @@ class Growing(Protocol):
                   ) -> Float[Tensor, "new d_out"]:
         """Append items (columns title and the attributes) and return their vectors. vectors: theirs, from an earlier
         call on the same model, which saves reading the texts."""
-        ...
-
-    def drop_items(self, count: int) -> None:
-        """Forget the items behind the first `count`."""
         ...
 
 
@@ -107,21 +107,19 @@ class Examples(Protocol):
 
 @runtime_checkable
 class Trainable(Protocol):
-    """All that the trainer asks."""
+    """All that the trainer asks. A task brings `module`, `begin_epoch` and `loss`, and what differs from here."""
 
-    @property
-    def module(self) -> torch.nn.Module:
-        """Its parameters that require a gradient are trained."""
-        ...
+    module: Any
+    """A torch.nn.Module. Its parameters that require a gradient are trained."""
 
     def decayed(self) -> Iterable[Tensor]:
         """Those of its parameters that weight decay pulls towards zero."""
-        ...
+        return self.module.parameters()
 
     def start(self, pause: Callable[[], None]) -> None:
         """Work before the first epoch, such as a closed form. It may call `pause` wherever `state` is whole and the
         work can go on from it: a checkpoint may be written there, or the training stopped."""
-        ...
+        return
 
     def begin_epoch(self, number: int) -> Examples:
         """Examples of the epoch (from 1); the same for the same number."""
@@ -134,19 +132,19 @@ class Trainable(Protocol):
 
     def end_epoch(self) -> None:
         """Work after the last step, before validation."""
-        ...
+        return
 
     def scorer(self) -> Scorer:
-        """The model as it is now, for validation."""
-        ...
+        """The model as it is now, without dropout, for validation."""
+        return self.module.eval()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that changes: with it a training goes on as if it had never stopped."""
-        ...
+        return self.module.state_dict()
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state`."""
-        ...
+        self.module.load_state_dict(state)
 
 
 @dataclass(frozen=True)

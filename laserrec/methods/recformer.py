@@ -28,7 +28,7 @@ from laserrec.data.histories import Histories
 from laserrec.llm.backbone import Backbone
 from laserrec.methods.attribute_text import CLS, Attributes, Texts
 from laserrec.methods.laser.examples import Batch, LaserExamples, epoch_examples
-from laserrec.methods.protocol import Phase, ScoreTerm
+from laserrec.methods.protocol import Phase, Trainable, TwoTower
 from laserrec.util.device import move
 from laserrec.util.errors import UserError
 
@@ -80,7 +80,7 @@ class Block(nn.Module):
         return self.feed_norm(x + self.dropout(self.feed(x)))
 
 
-class RecFormer(nn.Module):
+class RecFormer(nn.Module, TwoTower):
     """A two-tower model of cosines that takes new items. The LLM's token table is in no state_dict."""
 
     def __init__(self, config: RecFormerConfig, items: pl.DataFrame, backbone: Backbone):
@@ -100,11 +100,6 @@ class RecFormer(nn.Module):
         self.to(backbone.device)
         self.vectors: Float[Tensor, "n_items d_model"] = torch.zeros(0, d, device=backbone.device)
         """The items', of unit length."""
-
-    @property
-    def terms(self) -> Sequence[ScoreTerm]:
-        """None."""
-        return ()
 
     def words(self, tokens: Int[Tensor, "*some"]) -> Float[Tensor, "*some d_model"]:
         """Embeddings of tokens, [CLS] and [MASK]."""
@@ -147,10 +142,6 @@ class RecFormer(nn.Module):
         """Embeddings of unit length."""
         return self.vectors if rows is None else self.vectors[rows]
 
-    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
-        """Cosines."""
-        return self.users(histories) @ self.vectors.T
-
     def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None
                   ) -> Float[Tensor, "new d_out"]:
         """As `Growing.add_items`."""
@@ -164,11 +155,6 @@ class RecFormer(nn.Module):
         self.vectors = torch.cat([self.vectors, vectors])
         return vectors
 
-    def drop_items(self, count: int) -> None:
-        """As `Growing.drop_items`."""
-        self.attributes.truncate(count)
-        self.vectors = self.vectors[:count]
-
     def transferred(self, items: pl.DataFrame) -> RecFormer:
         """The same weights over another catalogue (columns title and the other attributes)."""
         other = copy.copy(self)
@@ -181,8 +167,8 @@ class RecFormer(nn.Module):
         return {"vectors": self.vectors}
 
 
-class RecFormerTask:
-    """One stage; a `Trainable`. fixed: the items' embeddings stay as they are (stage 2); else they are encoded anew
+class RecFormerTask(Trainable):
+    """One stage. fixed: the items' embeddings stay as they are (stage 2); else they are encoded anew
     before each epoch, and an epoch is validated with those that it was trained with, as in the authors' code."""
 
     def __init__(self, model: RecFormer, dataset: Dataset, fixed: bool):
@@ -211,13 +197,6 @@ class RecFormerTask:
         logits = self.module.encode(batch.histories.take(rows)) @ self.module.vectors.T / self.module.config.temperature
         targets = move(batch.targets[torch.as_tensor(rows)], logits.device)
         return {"loss": F.cross_entropy(logits, targets, reduction="sum") / len(batch.targets)}
-
-    def end_epoch(self) -> None:
-        """Nothing."""
-
-    def scorer(self) -> RecFormer:
-        """Without dropout."""
-        return self.module.eval()
 
     def state(self) -> dict[str, Tensor]:
         """The model's, its items' embeddings, and for which epoch they were made."""

@@ -13,7 +13,6 @@ paper's sees the whole sequence. Its loss on users of both domains is left out: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.parts import CausalEncoder, causal_mask
-from laserrec.methods.protocol import Phase
+from laserrec.methods.protocol import Phase, Trainable
 from laserrec.methods.sequence import NextItemModel, initialise, seen_offset
 from laserrec.methods.sequence_task import SequenceTask, with_next_item
 from laserrec.methods.targets import Targets
@@ -174,8 +173,8 @@ class Both:
     other: Int[Tensor, "batch seq_other"] | None
 
 
-class Autoencoding:
-    """The first phase; a `Trainable`."""
+class Autoencoding(Trainable):
+    """The first phase."""
 
     def __init__(self, model: RecGURU, dataset: Dataset, other: Dataset | None):
         """Raises UserError where there is nothing to learn from."""
@@ -186,13 +185,6 @@ class Autoencoding:
         self.adversary = None if other is None else Adversary(self.config, model.device)
         self.module = nn.ModuleDict({"model": model, "extra": self.extra})
         self.epoch = 0
-
-    def start(self, pause: Callable[[], None]) -> None:
-        """Nothing."""
-
-    def decayed(self) -> Iterable[Tensor]:
-        """All of them."""
-        return self.module.parameters()
 
     def begin_epoch(self, number: int) -> Autoencoding:
         """It is its own examples: all sequences."""
@@ -239,9 +231,6 @@ class Autoencoding:
                 wrong = F.softplus(-side * self.adversary.logits(users)).sum() / len(items)
                 seen_through = seen_through + wrong
         return {"loss": rebuilt + seen_through, "reconstruction": rebuilt.detach(), "domain": seen_through.detach()}
-
-    def end_epoch(self) -> None:
-        """Nothing."""
 
     def scorer(self) -> RecGURU:
         """The model; its recommender is not trained yet."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from laserrec.config import IdLoss, IdModelConfig, ItemTable
 from laserrec.data.histories import Histories
+from laserrec.methods.protocol import TwoTower
 from laserrec.methods.sampled_softmax import Sampler, is_sampled, sampled_loss
 from laserrec.methods.targets import Targets, make_targets
 from laserrec.methods.terms import SeenOffset
@@ -92,7 +93,7 @@ def seen_offset(wanted: bool) -> SeenOffset | None:
     return SeenOffset(_SEEN_OFFSET_START) if wanted else None
 
 
-class NextItemModel(nn.Module):
+class NextItemModel(nn.Module, TwoTower):
     """Histories in, a state for the next item and scores of all items out: a two-tower model, for `SequenceTask`.
 
     A causal model, whose every state predicts the next item, brings `states` and `item_embeddings`; others bring their
@@ -170,14 +171,6 @@ class NextItemModel(nn.Module):
         """Embeddings."""
         table = self.item_embeddings()
         return table if rows is None else table[rows]
-
-    @torch.no_grad()
-    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
-        """Logits of the next item."""
-        scores = self.users(histories) @ self.items().T
-        for term in self.terms:
-            scores = term.on(histories).to_all(scores)
-        return scores
 
     def logits(self, states: Float[Tensor, "some d"]) -> Float[Tensor, "some n_items"]:
         """Of all items, without the seen offset."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories
+from laserrec.methods.protocol import Trainable
 from laserrec.methods.sampled_softmax import Sampler
 from laserrec.methods.sequence import NextItemModel
 from laserrec.methods.targets import Targets
@@ -26,8 +27,8 @@ def with_next_item(sequences: Histories) -> Int[Tensor, "some"]:
     return some
 
 
-class SequenceTask:
-    """Training a sequence model on whole sequences; a `Trainable`."""
+class SequenceTask(Trainable):
+    """Training a sequence model on whole sequences."""
 
     def __init__(self, model: NextItemModel, dataset: Dataset):
         """Raises UserError where no sequence has a next item."""
@@ -65,21 +66,6 @@ class SequenceTask:
         loss, seen = self.module.loss(part) / len(batch.places), self.module.seen
         told = {} if seen is None else {"seen_offset": seen.offset.detach() * (len(rows) / len(batch.inputs))}
         return {"loss": loss, **told}
-
-    def end_epoch(self) -> None:
-        """Nothing."""
-
-    def scorer(self) -> NextItemModel:
-        """The model, without dropout."""
-        return self.module.eval()
-
-    def state(self) -> dict[str, Tensor]:
-        """The model's."""
-        return self.module.state_dict()
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """The model's."""
-        self.module.load_state_dict(state)
 
 
 @dataclass(frozen=True)

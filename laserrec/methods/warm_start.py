@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.new_items import nearest_known
-from laserrec.methods.recformer import RecFormer
 from laserrec.methods.sequence import SequenceModel
 from laserrec.methods.zesrec import ZESRec
 from laserrec.util.errors import UserError
@@ -34,7 +33,7 @@ def carry_sequence_model(
     text; without texts, as the mean of all of them plus their own random start. Raises UserError where the two differ
     in more than their items, and where without texts there is no known item.
     """
-    _copy(new, old, _BY_ITEM)
+    carry_weights(new, old, _BY_ITEM)
     known, rows = (rows >= 0).to(new.device), rows.to(new.device)
     if texts is None and not known.any():
         raise UserError("the model knows none of the items of this data, and it tells items by their ids alone; fit on "
@@ -60,7 +59,7 @@ def carry_laser(new: Laser, old: Laser, rows: Int[Tensor, "n_items"]) -> None:
     """All weights but the neighbours', which are made anew; the whitening of LLM outputs stays as it was, since what
     is trained behind it counts on it. rows: `old`'s row of each item of `new`, -1 for items that it does not know; the
     others keep their text parts. Raises UserError where the two differ in more than their items."""
-    _copy(new, old, ("neighbours.items", "neighbours.weights", "neighbours.log_scale"))
+    carry_weights(new, old, ("neighbours.items", "neighbours.weights", "neighbours.log_scale"))
     text = F.normalize(old.vectors[:, : old.d_text], dim=-1).to(new.device)
     new.carried = torch.where((rows >= 0)[:, None], text[rows.clamp(min=0)], torch.nan)
 
@@ -69,17 +68,13 @@ def carry_laser(new: Laser, old: Laser, rows: Int[Tensor, "n_items"]) -> None:
 def carry_zesrec(new: ZESRec, old: ZESRec, items: pl.DataFrame) -> None:
     """All weights, and the whitening, by which the texts of `items`, which are `new`'s, are read from then on. Raises
     UserError where the two differ in more than their items."""
-    _copy(new, old)
+    carry_weights(new, old)
     new.learn_from(items)
 
 
 @torch.no_grad()
-def carry_recformer(new: RecFormer, old: RecFormer) -> None:
-    """All weights. Raises UserError where the two differ in more than their items."""
-    _copy(new, old)
-
-
-def _copy(new: nn.Module, old: nn.Module, without: Collection[str] = ()) -> None:
+def carry_weights(new: nn.Module, old: nn.Module, without: Collection[str] = ()) -> None:
+    """All but those of these names. Raises UserError where the two differ in more than those."""
     ours, theirs = ({n: t for n, t in m.state_dict().items() if n not in without} for m in (new, old))
     differ = [name for name in sorted(ours.keys() | theirs.keys())
               if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape]

@@ -96,10 +96,6 @@ class ZESRec(NextItemModel):
         self.take_items(torch.cat([self.table(), vectors]))
         return vectors
 
-    def drop_items(self, count: int) -> None:
-        """As `Growing.drop_items`."""
-        self.take_items(self.table()[:count])
-
     @torch.no_grad()
     def transferred(self, items: pl.DataFrame) -> ZESRec:
         """The same weights over another catalogue (columns title and the attributes), which is read by the LLM."""

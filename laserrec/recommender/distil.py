@@ -78,7 +78,7 @@ def _distil(teacher: LaserRecommender, dataset: Dataset, folder: Path, config: S
         note["validation"][name] = {**result.plain.as_dict(), "seconds": round(result.seconds, 2)}
         if side is model:
             model.record(result, dataset)
-    model.save_pretrained(folder)
+    folders.save(folder, model.saved(), finished=True)
 
 
 def _student(teacher: LaserRecommender, config: StudentConfig) -> Laser:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from laserrec.config import BackboneConfig, Config, IdModelKind, ItemTable, Precision
 from laserrec.config.rivals import FOLDERS
-from laserrec.data.dataset import Dataset
+from laserrec.data.dataset import TEXT_FEATURES, Dataset
 from laserrec.data.extras import extra_names
 from laserrec.llm.backbone import Backbone
 from laserrec.llm.fetch import DEFAULT_NAME, fetch_default
@@ -33,7 +33,7 @@ from laserrec.recommender.folder import Saved
 from laserrec.training.trainer import Pace, Trainer
 from laserrec.util.distributed import World, join
 from laserrec.util.errors import UserError
-from laserrec.util.io import locked, recover
+from laserrec.util.io import locked, plain, recover
 
 _PACE = {"train": ("checkpoint_minutes", "tokens_per_pass"),
          "backbone": ("compiled", "gradient_checkpointing", "shard"), "prompt": ("text_cache_gib",)}
@@ -88,7 +88,7 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
     Raises UserError for a folder of other settings or data, one that holds something else or that another process
     uses, and where the memory is too small.
     """
-    method, folder, world = find_method(name), Path(folder), join()
+    method, folder, world = find_method(name), plain(folder), join()
     method.needs(config, dataset.n_items)
     _check_attributes(method, config, dataset)
     if name == "laser" and not has_texts(config, dataset.items):
@@ -118,7 +118,7 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
         if below is not None:
             fitted.id_model = below.method, below.config
         if world.is_main:
-            folders.save(folder, fitted.saved())
+            folders.save(folder, fitted.saved(), finished=True)
     world.wait()  # where the folder is shared, it is complete for all
     return fitted
 
@@ -202,7 +202,7 @@ def _features(config: Config, dataset: Dataset, device: torch.device, world: Wor
 def kept_texts(dataset: Dataset) -> Path | None:
     """Where means of the data folder's texts are kept, if it can be written."""
     writable = dataset.folder is not None and os.access(dataset.folder, os.W_OK)
-    return dataset.folder / "text_features" if dataset.folder is not None and writable else None
+    return dataset.folder / TEXT_FEATURES if dataset.folder is not None and writable else None
 
 
 def _id_model(name: str, dataset: Dataset, config: Config, folder: Path, device: torch.device,

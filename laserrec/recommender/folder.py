@@ -62,8 +62,11 @@ KNOWN_FILES = (*_CHECKED, _MODEL, "README.md")
 _CURVES = ("training.jsonl", "tensorboard")
 _TRIALS = f"{ID_MODEL}_trials"
 """ID models of other settings, until the fit is finished."""
-_UNFINISHED = (*_CURVES, "checkpoint.safetensors", ID_MODEL, _TRIALS)
+_CHECKPOINT = "checkpoint.safetensors"
+_UNFINISHED = (*_CURVES, _CHECKPOINT, ID_MODEL, _TRIALS)
 """What stands in the folder of a fit that is not finished."""
+_OWN = (*_NEEDED, _MODEL, ID_MODEL, _CHECKPOINT, _TRIALS)
+"""What a save makes anew or removes."""
 _NO_FACTS = ("format", "laserrec", "method", "config", "backbone", "n_known", "n_items", "files")
 """What a save works out anew; the rest of model.json are the model's facts."""
 _ADVICE = "fit again or copy the folder anew"
@@ -88,12 +91,15 @@ class Saved:
     log: list[dict[str, Any]] | None = None
 
 
-def save(folder: Path, saved: Saved) -> None:
-    """Write the folder and swap it in; curves, a server's state and a card that a person wrote are taken over from the
-    folder that it replaces. Raises UserError where it can't be written, would replace something that is no model, or
-    while a server keeps its state there, whose next changes would be lost."""
+def save(folder: Path, saved: Saved, finished: bool = False) -> None:
+    """Write the folder and swap it in; whatever was in the folder that it replaces and is not of the model stays there:
+    curves, a server's state, a card that a person wrote, other files. finished: it ends the fit in this folder. Raises
+    UserError where it can't be written, would replace something that is no model, or while a server keeps its state
+    there, whose next changes would be lost."""
+    _check_replaced(folder)
     serving = locked(folder / SERVED, "a save") if (folder / f".{SERVED}.lock").is_file() else contextlib.nullcontext()
-    with serving, new_folder(folder, replace=(_MODEL, "checkpoint.safetensors", _CURVES[0])) as new:
+    replaced = (_MODEL, _CHECKPOINT, _CURVES[0]) if finished else (_MODEL,)
+    with serving, new_folder(folder, replace=replaced, own=_OWN) as new:
         _take_over(folder, new)
         checkpoint.save(new / _WEIGHTS, saved.weights)
         checkpoint.save(new / _KEPT, saved.kept)
@@ -115,9 +121,18 @@ def save(folder: Path, saved: Saved) -> None:
         write_json(new / _MODEL, note)
 
 
+def _check_replaced(folder: Path) -> None:
+    """Other programs' files have such names too."""
+    if (folder / _MODEL).is_file():
+        note = read_json(folder / _MODEL, "name another folder")
+        if not (isinstance(note, dict) and "laserrec" in note):
+            raise UserError(f"{folder / _MODEL} is not laserrec's; name another folder")
+
+
 def _take_over(old: Path, new: Path) -> None:
+    """What is copied before the rest is written: the card is made from the old one."""
     below = [f"{ID_MODEL}/{name}" for name in (*_CURVES, _LOG)]
-    for name in (*_CURVES, _LOG, *below, SERVED, "README.md", "LICENSE"):
+    for name in (_LOG, *below, "README.md"):
         if (old / name).is_dir():
             shutil.copytree(old / name, new / name, symlinks=True)
         elif (old / name).is_file():
@@ -148,7 +163,7 @@ def read_note(folder: Path) -> dict[str, Any]:
     with reading(folder):
         there = file.is_file()
     if not there:
-        unfinished = (folder / "checkpoint.safetensors").is_file()
+        unfinished = (folder / _CHECKPOINT).is_file()
         hint = "start the same fit again to go on with it" if unfinished else "make one with fit"
         raise UserError(f"{folder} is {'an unfinished fit' if unfinished else 'not a model folder'}; {hint}")
     note = read_json(file, _ADVICE)

@@ -1,4 +1,4 @@
-"""One request for recommendations in item rows, and its answer. What `recommend` and the server share."""
+"""The answer to one request for recommendations, in item rows. What `recommend` and the server share."""
 
 from __future__ import annotations
 
@@ -9,21 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from laserrec.retrieval.top import top
-
-
-@dataclass(frozen=True)
-class Ask:
-    """The k best next items of one history."""
-
-    history: Int[np.ndarray, "history"]
-    """Item rows, oldest first. An empty one is answered with nothing."""
-    k: int
-    exclude_seen: bool = False
-    candidates: Int[np.ndarray, "candidates"] | None = None
-    """Distinct item rows that alone may be recommended; None: all."""
-    exclude: Int[np.ndarray, "exclude"] | None = None
-    """Item rows that may not be recommended; None: none."""
+from laserrec.retrieval.top import Ask, top
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from laserrec.data.clean import item_ids_of
 from laserrec.data.dataset import Dataset
 from laserrec.data.door import Asked, read_histories
 from laserrec.data.histories import Histories
+from laserrec.data.losses import two_of
 from laserrec.data.prepare import prepare
 from laserrec.data.raw import ITEM_SCHEMA, from_frames, read_items
 from laserrec.data.summary import summary_lines
@@ -28,6 +30,7 @@ from laserrec.llm.backbone import Backbone
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.protocol import Growing, TwoTower
 from laserrec.recommender import folder as folders
+from laserrec.recommender.checks import changes_of, config_of, count_of, dataset_of, path_of, row_of, vectors_of
 from laserrec.recommender.fitting import Fitted, fit, open_folder
 from laserrec.recommender.hub import local_folder, push_folder
 from laserrec.recommender.ranking import NOTHING, Ask, Ranked, best, ranked
@@ -76,9 +79,7 @@ class LaserRecommender:
         the same call resumes an interrupted fit. device: auto, cpu, cuda, cuda:N or mps. UserError for bad input.
         """
         alone("LaserRecommender.fit")
-        config = load_config() if config is None else config
-        if not isinstance(config, Config):
-            raise UserError(f"config is a {type(config).__name__}; make a Config with laserrec.config.load_config")
+        config = load_config() if config is None else config_of(config)
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="laserrec-") as scratch:
                 return cls.fit(interactions, items, config, scratch, columns, progress, method, device, vectors)
@@ -93,19 +94,20 @@ class LaserRecommender:
                                progress=progress)
 
     @classmethod
-    def fit_dataset(cls, dataset: Dataset, config: Config, folder: Path | str, method: str = "laser",
+    def fit_dataset(cls, dataset: Dataset | Path | str, config: Config, folder: Path | str, method: str = "laser",
                     id_model: Path | str | None = None, device: str = "auto", progress: bool = True,
                     trust_remote_code: bool = False) -> LaserRecommender:
         """Fit on a data folder, into a model folder; see `laserrec.recommender.fitting.fit`. The data folder's items
         without enough interactions are added at the end, where the method can take them (`dataset.new_items`)."""
-        model = cls(fit(method, dataset, config, folder, choose(device), id_model, progress=progress,
+        dataset = dataset_of(dataset)
+        model = cls(fit(method, dataset, config_of(config), folder, choose(device), id_model, progress=progress,
                         trust_remote_code=trust_remote_code))
         new = dataset.new_items
         if new.height and isinstance(model.model, Growing) and model.add_items(new, exists="skip") and join().is_main:
             model.save_pretrained(folder)
         return model
 
-    def refit(self, dataset: Dataset, folder: Path | str, changes: Mapping[str, Any] | None = None,
+    def refit(self, dataset: Dataset | Path | str, folder: Path | str, changes: Mapping[str, Any] | None = None,
               progress: bool = True) -> LaserRecommender:
         """A new model of the same method for newer data, in a model folder of its own; this one stays as it is.
 
@@ -118,7 +120,8 @@ class LaserRecommender:
         known item if items are told by ids alone, for settings that would change the weights' shapes, as `fit_dataset`.
         """
         alone("refitting")
-        model = LaserRecommender(refit(self.fitted, dataset, folder, dict(changes or {}), progress))
+        dataset = dataset_of(dataset)
+        model = LaserRecommender(refit(self.fitted, dataset, folder, changes_of(changes), progress))
         gone = [name for name in map(self._names.__getitem__, self._removed) if name not in self._index]
         added = self.items[self.n_known :].select(list(ITEM_SCHEMA))
         new = pl.concat([dataset.new_items, added]).filter(~pl.col("item_id").is_in(gone))
@@ -143,7 +146,7 @@ class LaserRecommender:
         it was fitted with.
         """
         where = backbone.device if isinstance(backbone, Backbone) else choose(device)
-        place = local_folder(folder, revision, token)
+        place = local_folder(path_of(folder, "folder", "a model folder, or ORG/NAME on the hub"), revision, token)
         return cls(open_folder(place, where, backbone, trust_remote_code=trust_remote_code))
 
     def save_pretrained(self, folder: Path | str, licence: str | None = None, data_name: str | None = None) -> None:
@@ -154,10 +157,12 @@ class LaserRecommender:
         if told := {k: v for k, v in told.items() if v is not None}:
             self.facts["card"] = {**self.facts.get("card", {}), **told}
         with self._held(tables=True):
-            saved = self.fitted.saved()
-            saved.items = self.items
-            saved.facts = {**self.facts, **({"removed": self._removed} if self._removed else {})}
-            folders.save(Path(folder), saved)
+            folders.save(Path(folder), self.saved())
+
+    def saved(self) -> folders.Saved:
+        """All that a model folder holds."""
+        facts = {**self.facts, **({"removed": self._removed} if self._removed else {})}
+        return replace(self.fitted.saved(), items=self.items, facts=facts)
 
     def record(self, result: Result, dataset: Dataset) -> None:
         """Keep what `laserrec.evaluation.evaluate` measured of this model, for the card of its next save or push."""
@@ -189,8 +194,7 @@ class LaserRecommender:
         Returns a frame user_id, item_id, score, rank (from 1): polars, or pandas if pandas went in.
         Raises UserError for an unknown item, an empty history, or k < 1.
         """
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise UserError(f"k is {k!r}; it must be a whole number of at least 1")
+        k = count_of(k, "k")
         asked = self._read(histories, unknown, exclude)
         allowed = None if candidates is None else self.dense_items(item_ids_of(candidates), "candidates")
         users, ids, scores, ranks, nothing = [], [], [], [], 0
@@ -227,14 +231,16 @@ class LaserRecommender:
         self.dense_items(names, "item_ids")  # names what is unknown
         return self.embeddings[torch.tensor([self._index[i] for i in names], dtype=torch.long)].cpu().numpy()
 
-    def add_items(self, frame: Any, embeddings: Float[Tensor, "new d_out"] | None = None, exists: str = "error") -> int:
+    def add_items(self, frame: Any, embeddings: Float[np.ndarray | Tensor, "new d_out"] | None = None,
+                  exists: str = "error") -> int:
         """Add items (item_id, title; brand, category, further columns and vector of the catalogue if known) to the
         catalogue and encode them; they can be recommended and stand in histories at once. Nothing is retrained: their
         text does the work, and where scores have an ID part, they inherit that of the items nearest by text.
-        embeddings: these items' own, from an earlier call on the same model, which saves the encoding. exists:
+        embeddings: these items' own, as `encode_items` gave them on the same model, which saves the encoding. exists:
         "error", or "skip" to leave out items that are in the catalogue already.
-        Returns how many. Raises UserError for a missing title, a repeated or an existing id, and for a method
-        without `laserrec.methods.protocol.Growing`; then nothing is added."""
+        Returns how many. Raises UserError for a missing title, a repeated or an existing id, embeddings that are not
+        finite or not one for each, and for a method without `laserrec.methods.protocol.Growing`; then nothing is
+        added."""
         with self._held(tables=True):
             new = self._new_items(frame, exists)
             if not isinstance(self.model, Growing):
@@ -243,9 +249,7 @@ class LaserRecommender:
             first, ids = len(self._names), new["item_id"].to_list()
             if not ids:
                 return 0
-            if embeddings is not None and embeddings.shape != (len(ids), self.embeddings.shape[1]):
-                raise UserError(f"embeddings of shape {tuple(embeddings.shape)} are not those of {len(ids)} items")
-            self.model.add_items(new, embeddings)
+            self.model.add_items(new, None if embeddings is None else vectors_of(embeddings, ids, self.embeddings))
             new = new.with_columns(pl.Series("item", range(first, first + new.height), dtype=pl.Int32))
             self.items = pl.concat([self.items, new.select(self.items.columns)])
             self._names += ids
@@ -258,6 +262,9 @@ class LaserRecommender:
         many. Raises UserError for an unknown id; then nothing is removed."""
         with self._held():
             names = list(dict.fromkeys(item_ids_of(item_ids)))
+            if missing := self.unknown_items(names):
+                raise UserError(f"remove_items: {len(missing)} unknown item ids, first {missing[:3]}; the catalogue's "
+                                f"are like {two_of(self._index)}. Nothing was removed; leave them out")
             self._removed = [*self._removed, *self.dense_items(names, "remove_items").tolist()]
             for name in names:
                 del self._index[name]
@@ -287,7 +294,8 @@ class LaserRecommender:
 
     def nearest(self, row: int, k: int) -> Ranked:
         """The k items whose vectors have the largest cosine with one item's, which is not among them. Vectors alone:
-        no other part of a score."""
+        no other part of a score. Raises UserError for a row that is not in `items`, and k < 1."""
+        row, k = row_of(row, len(self._names)), count_of(k, "k")
         with self._held():
             unit = F.normalize(self.embeddings, dim=-1)
             scores = unit @ unit[row]

@@ -54,17 +54,13 @@ def make_index(kind: IndexKind, d: int, **place: Any) -> Index:
     return _KINDS[kind](d, **place)
 
 
-def save_index(index: Index, folder: Path | str, catalogue: str = "") -> None:
-    """Write a folder that `load_index` reads, as `index_folder` does."""
-    with index_folder(folder) as write:
-        write(index, catalogue)
-
-
 @contextlib.contextmanager
 def index_folder(folder: Path | str) -> Iterator[Callable[[Index, str], None]]:
-    """Yields what writes an index, with its `catalogue_sha256`, into a new folder, which replaces an index in `folder`
-    when the block ends. Raises UserError at the start for a folder that holds something else."""
-    with new_folder(folder, replace=(_NOTE,) if _is_index(Path(folder)) else ()) as new:
+    """Yields what writes an index, with its `catalogue_sha256`, into a new folder that `load_index` reads and that
+    replaces an index in `folder` when the block ends. Raises UserError at the start for a folder that holds something
+    else."""
+    own = (_NOTE, *(name for kind in _KINDS.values() for name in kind.files))
+    with new_folder(folder, replace=(_NOTE,) if _is_index(Path(folder)) else (), own=own) as new:
 
         def write(index: Index, catalogue: str) -> None:
             place = index.write(new)

@@ -52,7 +52,7 @@ class Index(Protocol):
         """The k best of each query. allowed: only these rows; excluded: per query, none of these."""
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Write its files and return what else is needed to open it (`laserrec.retrieval.folder.save_index`)."""
+        """Write its files and return what else is needed to open it (`laserrec.retrieval.folder.index_folder`)."""
 
 
 def recall(mine: Int[np.ndarray, "queries k"], truth: Int[np.ndarray, "queries k"]) -> float:

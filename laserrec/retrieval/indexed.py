@@ -10,51 +10,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from laserrec.methods.protocol import AppliedTerm
 from laserrec.retrieval.folder import AGAIN, catalogue_sha256, index_facts, load_index
 from laserrec.retrieval.index import Index
-from laserrec.retrieval.top import top
+from laserrec.retrieval.top import Ask, top
 from laserrec.util.errors import UserError
 from laserrec.util.memory import LIMIT_BYTES
 
 _PROBES, _SAME = 64, 0.99
 """Items that are looked up when an index is taken, and how near to the vector's own product with itself the index must
 come: it may keep fewer bits."""
-
-
-@runtime_checkable
-class Request(Protocol):
-    """The k best items for one history; item rows in any integer array or tensor."""
-
-    @property
-    def history(self) -> Any: ...
-    @property
-    def k(self) -> int: ...
-    @property
-    def exclude_seen(self) -> bool: ...
-    @property
-    def candidates(self) -> Any:
-        """Rows that alone may be recommended; None: all."""
-    @property
-    def exclude(self) -> Any:
-        """Rows that may not be recommended; None: no further ones."""
-
-
-@runtime_checkable
-class AppliedTerm(Protocol):
-    """A score term, applied to the histories of one batch: what `term.on(histories)` returns."""
-
-    def rows(self, u: int) -> Int[Tensor, "some"]:
-        """Item rows whose score it changes for user u of the batch; all others keep theirs."""
-
-    def to_some(self, u: int, rows: Int[Tensor, "n"], scores: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-        """The scores of these distinct rows, in any order, after the term."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +39,7 @@ class Indexed:
     gone: frozenset[int]
     """Removed before."""
 
-    def rank(self, users: Float[Tensor, "batch d"], asks: Sequence[Request], vectors: Float[Tensor, "items d"],
+    def rank(self, users: Float[Tensor, "batch d"], asks: Sequence[Ask], vectors: Float[Tensor, "items d"],
              removed: frozenset[int], applied: Sequence[AppliedTerm] = ()
              ) -> list[tuple[Int[Tensor, "found"], Float[Tensor, "found"]]]:
         """Rows and scores of each request, best first: users @ vectors.T, changed by each term in order. removed: rows
@@ -95,7 +67,7 @@ class Indexed:
             out.append(top(scores, rows, ask.k))
         return out
 
-    def _found(self, users: Tensor, asks: Sequence[Request], apart: Sequence[Tensor], lost: np.ndarray) -> list[Tensor]:
+    def _found(self, users: Tensor, asks: Sequence[Ask], apart: Sequence[Tensor], lost: np.ndarray) -> list[Tensor]:
         """Per request, the index's best rows but for those `apart`; none where there are candidates."""
         open_asks = [u for u, ask in enumerate(asks) if ask.candidates is None]
         out = [torch.zeros(0, dtype=torch.long)] * len(asks)
@@ -112,7 +84,7 @@ def _rows(rows: Any, device: torch.device) -> Int[Tensor, "n"]:
     return torch.as_tensor(rows).to(device, torch.long)
 
 
-def _barred(ask: Request) -> list[Any]:
+def _barred(ask: Ask) -> list[Any]:
     """Rows that this request must not be answered with."""
     return ([ask.history] if ask.exclude_seen else []) + ([] if ask.exclude is None else [ask.exclude])
 

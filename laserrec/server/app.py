@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
@@ -13,7 +13,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from laserrec import __version__
-from laserrec.server.guards import Counting, HostGuard, Shedding, TokenGuard, problem
+from laserrec.server.guards import BodyGuard, Counting, HostGuard, Shedding, TokenGuard, problem
 from laserrec.server.metrics import ServerMetrics
 from laserrec.server.routes import catalogue, operations, recommendations
 from laserrec.server.service import ConflictError, Service, StorageError
@@ -28,7 +28,7 @@ _ERRORS_TOLD = 3
 def make_app(service: Service, token: str | None = None, allowed_hosts: Sequence[str] = LOOPBACK) -> FastAPI:
     """An ASGI application. `token`: asked of every caller of /v1 and /metrics, if given. `allowed_hosts`: values of the
     Host header that are answered, without port; "*" allows all, "*.example.org" all names of a domain."""
-    app = FastAPIOffline(redoc_url=None, title="laserrec", version=__version__, max_body_size=service.limits.max_body,
+    app = FastAPIOffline(redoc_url=None, title="laserrec", version=__version__,
                          description="Recommendations for ordered histories. Item ids are your own.",
                          swagger_ui_parameters={"validatorUrl": None})
     metrics = ServerMetrics(service)
@@ -37,9 +37,10 @@ def make_app(service: Service, token: str | None = None, allowed_hosts: Sequence
         app.include_router(router)
     app.openapi = lambda: _description(app, token is not None)
     _errors(app, metrics)
-    app.add_middleware(Shedding, service=service, metrics=metrics)  # the last one is asked first
+    app.add_middleware(BodyGuard, limit=service.limits.max_body)  # the last one is asked first
+    app.add_middleware(Shedding, service=service, metrics=metrics)
     app.add_middleware(TokenGuard, token=token)
-    app.add_middleware(HostGuard, allowed_hosts=list(allowed_hosts), www_redirect=False)
+    app.add_middleware(HostGuard, allowed_hosts=list(allowed_hosts))
     app.add_middleware(Counting, metrics=metrics)
     return app
 
@@ -78,7 +79,11 @@ def _errors(app: FastAPI, metrics: ServerMetrics) -> None:
     answered(Exception, 500, text="an internal error; the server's log has it")
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        if isinstance(error.body, bytes):  # it was not read as JSON, which its head does not call it
+            kind = request.headers.get("content-type", "")
+            return problem(422, "give the header Content-Type: application/json; the body came "
+                                + (f"as {kind[:80]}" if kind else "without one"))
         # Without the input, which FastAPI would send back: it may be large, or nothing that JSON can hold.
         return problem(422, _told(error.errors()))
 

@@ -1,12 +1,13 @@
-"""ASGI middleware that looks at a request's head alone: the host, the token, whether there is room, and counting."""
+"""ASGI middleware: the host, the token, whether there is room, the body's size, and counting."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from fastapi import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,7 @@ from laserrec.server.service import Service
 from laserrec.server.settings import MAX_MESSAGE
 from laserrec.server.worker import OverloadedError
 
+_PASSED = "laserrec.host"
 _METHODS = frozenset(("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH"))
 
 
@@ -26,13 +28,29 @@ def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) 
     return JSONResponse({"detail": detail.encode("utf-8", "backslashreplace").decode()}, status, headers)
 
 
-class HostGuard(TrustedHostMiddleware):
+class HostGuard:
     """400 for a Host header of another name than the server's own, so that a web page can't reach a server on its
     reader's machine under a name of its own (DNS rebinding). Probes of whether the server lives ask by address."""
 
+    def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str]):
+        self.app, self._allowed = app, TrustedHostMiddleware(_passed, allowed_hosts, www_redirect=False)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        open_to_all = scope["type"] == "http" and scope["path"] in ("/healthz", "/readyz")
-        return await (self.app if open_to_all else super().__call__)(scope, receive, send)
+        if scope["type"] == "http" and scope["path"] not in ("/healthz", "/readyz"):
+            asked = dict(scope)
+            await self._allowed(asked, receive, _unsent)  # its own refusal is plain text
+            if _PASSED not in asked:
+                return await problem(400, "the Host header is another server's name; ask under this server's own, or "
+                                          "start it with --allowed-hosts NAME")(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+async def _passed(scope: Scope, receive: Receive, send: Send) -> None:
+    scope[_PASSED] = True
+
+
+async def _unsent(message: Message) -> None:
+    pass
 
 
 class TokenGuard:
@@ -74,6 +92,31 @@ class Shedding:
                 await asyncio.sleep(self.hold_seconds)
                 return await answer(scope, receive, send)
         return await self.app(scope, receive, send)
+
+
+class BodyGuard:
+    """413 for a body of more bytes than `limit`, whether its head says so or not."""
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self.app, self._limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        detail, left = f"the body has more than {self._limit:,} bytes; send less at once", self._limit
+        said = dict(scope["headers"]).get(b"content-length", b"")
+        if said.isdigit() and int(said) > left:
+            return await problem(413, detail)(scope, receive, send)
+
+        async def counted() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, detail)
+            return message
+
+        return await self.app(scope, counted, send)
 
 
 class Counting:

@@ -205,11 +205,11 @@ def operations(service: Service, metrics: ServerMetrics, guarded: bool) -> APIRo
 
 def _facts(service: Service) -> schema.ModelFacts:
     served = service.served
-    model, kept = served.model, served.kept
+    model, (added, removed) = served.model, served.counts
     reads = model.fitted.backbone is not None
     prefix = getattr(getattr(model.model, "reader", None), "mformer", None)
     routed = prefix is not None and prefix.router is not None
     return schema.ModelFacts(
         name=served.name, version=__version__, method=model.method, n_items=len(served.listing),
         backbone=model.config.backbone.name if reads else None, experts=len(prefix.experts) if routed else None,
-        max_items=model.config.prompt.max_items if reads else None, added=len(kept.added), removed=len(kept.removed))
+        max_items=model.config.prompt.max_items if reads else None, added=added, removed=removed)

@@ -104,6 +104,12 @@ class Served:
             return replace(kept, added=added, embeddings=self.embeddings(list(added))), True
         return kept, False
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Added and removed items of `kept` in this model's catalogue, which may not be all of them."""
+        return (len(self.kept.added) if isinstance(self.model.model, Growing) else 0,
+                len(self.fitted.intersection(self.kept.removed)))
+
     def _fits(self, embedding: np.ndarray | None) -> bool:
         return embedding is not None and embedding.shape == self.model.embeddings.shape[1:] \
             and bool(np.isfinite(embedding).all())

@@ -305,10 +305,6 @@ class Trainer:
         self.watch.flush()
         checkpoint.save(self._file, tensors, {"place": place, "log": self.log, "fingerprint": self.fingerprint})
 
-    def discard_checkpoint(self) -> None:
-        """Once the result is saved elsewhere."""
-        self._file.unlink(missing_ok=True)
-
     def _read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         if not self._file.exists():
             return {}, None

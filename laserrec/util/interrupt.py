@@ -40,6 +40,5 @@ class DeferredInterrupt:
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if a signal has arrived."""
-        """Raise KeyboardInterrupt if a signal has arrived."""
         if self.requested:
             raise KeyboardInterrupt

@@ -13,6 +13,7 @@ import fcntl
 import functools
 import io
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -27,6 +28,8 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from laserrec.util.errors import UserError, reading
+
+log = logging.getLogger(__name__)
 
 _ADVICE = {errno.ENOSPC: "make room on the disk", errno.EDQUOT: "make room within the disk quota",
            errno.EACCES: "name another folder or change its permissions", errno.EROFS: "name another folder"}
@@ -60,6 +63,11 @@ def check_file(path: Path | str) -> None:
     if path.exists() and not path.is_file():  # /dev/null would be replaced
         raise UserError(f"{path} is no plain file; name one")
     _check_parent(path)
+
+
+def plain(path: Path | str) -> Path:
+    """The path without `..`, so that it names the same place before and after a folder in it is made."""
+    return Path(os.path.realpath(path)) if ".." in Path(path).parts else Path(path)
 
 
 def check_folder(path: Path | str) -> None:
@@ -146,12 +154,13 @@ def parquet_bytes(frame: pl.DataFrame, metadata: dict[str, str] | None = None) -
 
 
 @contextlib.contextmanager
-def new_folder(path: Path | str, replace: Collection[str] = ()) -> Iterator[Path]:
+def new_folder(path: Path | str, replace: Collection[str] = (), own: Collection[str] | None = None) -> Iterator[Path]:
     """Context with an empty temporary folder that becomes `path` when the block ends; it is removed if the block fails.
 
     replace: an existing folder is replaced only if it holds a file of one of these names, so that a mistyped path does
-    not delete other files. Raises UserError for any other folder that is not empty, for a file, for a mount point or
-    the current folder (which cannot be renamed), and if the disk is full or cannot be written.
+    not delete other files. own: names of all that the writer makes or made there; what else is in the folder is
+    somebody else's and stays. None: nothing stays. Raises UserError for any other folder that is not empty, for a file,
+    for a mount point or the current folder (which cannot be renamed), and if the disk is full or cannot be written.
     """
     path = Path(os.path.realpath(path))
     recover(path)
@@ -165,6 +174,8 @@ def new_folder(path: Path | str, replace: Collection[str] = ()) -> Iterator[Path
             yield folder
             if path.is_dir():
                 shutil.copymode(path, folder)
+                if own is not None:
+                    _keep_others(path, folder, own)
             for place, _, names in os.walk(folder):
                 for name in names:
                     _flush(Path(place, name))
@@ -204,6 +215,27 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def in_turn(file: Path, doing: str, folder: str, advice: str) -> Iterator[None]:
+    """Hold a lock file, and wait while another process does; the lock ends with the process. doing: what that other one
+    does, for a warning. folder: what the file's folder is; advice: what to do where it can't be written, which is a
+    UserError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file)
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            log.warning("another process %s; waiting for it", doing)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"the {folder} {file.parent} can't be written: {error.strerror}; {advice}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _check_place(path: Path, replace: Collection[str]) -> None:
     with contextlib.suppress(FileNotFoundError):  # the current folder may be gone
         if path in (Path.cwd(), *Path.cwd().parents):
@@ -216,6 +248,16 @@ def _check_place(path: Path, replace: Collection[str]) -> None:
     with disk_errors(path):
         if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in replace):
             raise UserError(f"{path} is not empty and is not replaced; name another folder or delete it")
+
+
+def _keep_others(old: Path, new: Path, own: Collection[str]) -> None:
+    for entry in old.iterdir():
+        if entry.name in own or entry.name.endswith((".lock", ".tmp", ".old")) or (new / entry.name).exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
 
 
 def _swap(folder: Path, path: Path) -> None:

@@ -132,6 +132,39 @@ def test_excluded_items(model, folder, tmp_path):
         done(Job(folder, file, tmp_path / "bad", everyone, exclude_file=own), model)
 
 
+def test_text_files_of_another_separator_and_encoding(model, folder, tmp_path):
+    (tmp_path / "h.csv").write_text("user_id;item_id\nBär;i1\nBär;i2\nanna;i3\n", encoding="cp1252")
+    (tmp_path / "own.csv").write_text("user_id;item_id\nBär;i4\n", encoding="cp1252")
+    out = tmp_path / "out"
+    command = [str(folder), str(tmp_path / "h.csv"), str(out), "--k", str(N), "--exclude-file",
+               str(tmp_path / "own.csv"), "--device", "cpu", "--quiet"]
+    for wrong, message in (([], r"h\.csv:2: not UTF-8 .* in encoding \"cp1252\", set it if yours is\. Mend the line$"),
+                           (["--encoding", "cp1252"], 'separated by .;.; set separator ";"$'),
+                           (["--encoding", "none"], "unknown encoding 'none'")):
+        with pytest.raises(UserError, match=message):
+            batch_app([*command, *wrong], exit_on_error=False, result_action="return_value")
+    reading = ["--separator", ";", "--encoding", "cp1252"]
+    batch_app([*command, *reading], exit_on_error=False, result_action="return_value")
+    found = dict(result(out).group_by("user_id").agg("item_id").iter_rows())
+    assert found.keys() == {"Bär", "anna"} and len(found["anna"]) == N and len(found["Bär"]) == N - 1
+    with pytest.raises(UserError, match="begun with another encoding"):
+        batch_app([*command, *reading[:2], "--encoding", "latin-1"], exit_on_error=False, result_action="return_value")
+
+
+def test_mistakes_in_the_file_of_exclusions(model, folder, tmp_path):
+    file, own = listed(tmp_path / "h.parquet", many(3)), tmp_path / "own.csv"
+    for number, (text, message) in enumerate((
+            ("user_id,item_id\n101,i4\n ,i5\n", r"own\.csv:3, column user_id: empty id"),
+            ("user_id;item_id\n101;i4\n", 'own.csv: give the columns .* separated by .;.; set separator ";"'),
+            ("user_id,item_id\n101,i4,x\n", r"own\.csv:2: 3 fields, the header has 2\. Mend the line$"),
+            ("user_id,item\n101,i4\n", r"own\.csv: .* no column for item_id"))):
+        own.write_text(text)
+        with pytest.raises(UserError, match=message):
+            done(Job(folder, file, tmp_path / str(number), exclude_file=own), model)
+    own.write_text("user_id,item_id\n")
+    assert done(Job(folder, file, tmp_path / "none", exclude_file=own), model)["answered"] == 3
+
+
 def test_killed_and_resumed_nothing_is_lost_or_doubled(model, folder, tmp_path):
     rows = many(400)
     file, out = listed(tmp_path / "h.parquet", rows), tmp_path / "out"

@@ -7,7 +7,6 @@ import engine
 import machine
 import numpy as np
 import pytest
-import score
 import tiny
 import torch
 from engine import OURS, SORTED, THEIRS, Setting
@@ -86,14 +85,6 @@ def test_tokens_per_epoch_counts_every_token(setting):
 def test_more_histories_than_there_are(setting):
     with pytest.raises(UserError, match="not 5000"):
         engine.bench_train(dataclasses.replace(setting, histories=5000), progress=False)
-
-
-def test_score_rows(monkeypatch):
-    monkeypatch.setattr(score, "peak_memory", lambda work, task, *rest: 2.0 if task else 1.5)
-    rows = score.bench_score([50, 400], 8, 6, 1, progress=False)
-    assert [(r["items"], r["task"]) for r in rows] == [
-        (n, t) for n in (50, 400) for t in ("softmax and gradient", "ranking")]
-    assert all(r["ours_gib"] == 0.5 and r["ours_seconds"] > 0 for r in rows)
 
 
 def allocate(mebibytes):

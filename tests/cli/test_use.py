@@ -105,6 +105,21 @@ def test_one_history_and_a_file_of_histories(run, models, tmp_path):
     assert code == 2 and err.startswith("error: ") and "nope" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("user_id,item_id\na,i1\na,i2,x\n", "users.csv:3: 3 fields, the header has 2. Mend the line"),
+    ("user_id,item_id,timestamp\na,i1,1\na,i2,yesterday\n",
+     "users.csv:3, column timestamp: neither a number nor an ISO 8601 date (found 'yesterday'); mend it"),
+    ("user_id,item_id\na,i1\n ,i2\n", "users.csv:3, column user_id: empty id (found ' '); mend it"),
+    ("user_id;item_id\na;i1\n", "users.csv: histories: no column for user_id, item_id; there are: user_id;item_id. The "
+     "header looks separated by ';'; set separator \";\""),
+])
+def test_mistakes_in_a_file_of_histories(run, tmp_path, text, message):
+    """Told before the model is opened, with the file and without advice that the command can't take."""
+    (tmp_path / "users.csv").write_text(text, encoding="utf-8")
+    code, _, err = run("recommend", tmp_path / "none", "--histories", tmp_path / "users.csv", "--unknown", "drop")
+    assert code == 2 and err.strip().endswith(message), err
+
+
 def test_small_losses_are_told_unless_a_level_is_asked_for(run, models, tmp_path, monkeypatch):
     users = "user_id,item_id\n" + "a,i1\n" * 29 + "a,zz\n"
     (tmp_path / "users.csv").write_text(users, encoding="utf-8")

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import random
+import shutil
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -351,7 +352,11 @@ def test_an_existing_folder_is_reused_refused_or_replaced(tmp_path, random_sourc
     with pytest.raises(UserError, match=r"made from other input or settings.*overwrite"):
         prepare(*random_source, other, out)
     assert contents(out) == before
+    (out / "model").mkdir()
+    (out / "model" / "weights").write_text("of a fit into the data folder")
     assert prepare(*random_source, other, out, overwrite=True)["reused"] is False
+    assert (out / "model" / "weights").read_text() == "of a fit into the data folder"
+    shutil.rmtree(out / "model")
     assert contents(out) != before
     (out / "users.parquet").write_bytes(b"damaged")
     with pytest.raises(UserError, match="or changed since"):

@@ -110,7 +110,7 @@ def test_what_was_learnt_in_one_shop_helps_in_the_other(setup, rivals, monkeypat
     assert json.loads(kept.read_text())["ndcg@10"] == everyone["ndcg@10"]
 
     monkeypatch.setattr(tables, "fit", lambda *_: pytest.fail("it fits again"))
-    monkeypatch.setattr(transfer, "evaluate", lambda *_: pytest.fail("it ranks again"))
+    monkeypatch.setattr(tables, "evaluate", lambda *_: pytest.fail("it ranks again"))
     again = transfer.reproduce(setup, [0], [0, 2, 100], ["zesrec", "text-sasrec"], ["here"])
     assert again["rows"] == result["rows"] == json.loads((setup.out / "figure3.json").read_text())["rows"]
 

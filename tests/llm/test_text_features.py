@@ -12,7 +12,7 @@ import torch
 
 from laserrec.config import BackboneConfig, PromptConfig
 from laserrec.llm import text_features
-from laserrec.llm.text_features import TextFeatures, mean_outputs, text_vectors, whitened
+from laserrec.llm.text_features import TextFeatures, whitened
 from laserrec.util import checkpoint
 from laserrec.util.device import CPU
 from laserrec.util.errors import UserError
@@ -44,10 +44,8 @@ def counted(monkeypatch):
     return counts
 
 
-def test_rows_are_white(llm_folder, llm):
-    config = tiny.config(llm_folder(), prompt={"layout": "text_first"})
-    dataset = tiny.planted(60, 70)
-    vectors = text_vectors(dataset, config, backbone=llm())
+def test_rows_are_white(llm_folder):
+    vectors = features(llm_folder).vectors(tiny.items(60))
     assert vectors.shape == (60, 32)
     covariance = vectors.double().T @ vectors.double() / 60
     torch.testing.assert_close(covariance, torch.eye(32, dtype=torch.float64), rtol=0, atol=1e-2)
@@ -56,27 +54,27 @@ def test_rows_are_white(llm_folder, llm):
 
 def test_other_users_give_the_same_vectors(llm_folder, llm):
     config = tiny.config(llm_folder(), id_model={**tiny.ID_MODEL.model_dump(), "items": "text"})
-    few, many = (text_vectors(tiny.planted(20, *given), config, backbone=llm()) for given in ((30, 0), (50, 4)))
+    few, many = (tiny.features(llm(), config).vectors(tiny.planted(20, *given).items) for given in ((30, 0), (50, 4)))
     assert torch.equal(few, many)
 
 
 @pytest.mark.parametrize("depths", [(), (1, 3)])
-def test_features_are_the_llms_mean_outputs(llm, llm_folder, depths):
+def test_vectors_are_whitened_means(llm_folder, depths):
     own = features(llm_folder, mean_layers=depths)
-    expected = mean_outputs(llm(mean_layers=depths), PROMPT, ITEMS)
-    assert torch.equal(own.means(ITEMS), expected)
-    assert torch.equal(own.vectors(ITEMS), whitened(expected, max(1, len(depths))))
-    assert torch.equal(own.vectors(ITEMS, fit_rows=40), whitened(expected, max(1, len(depths)), 40))
+    means = own.means(ITEMS)
+    assert torch.equal(own.vectors(ITEMS), whitened(means, max(1, len(depths))))
+    assert torch.equal(own.vectors(ITEMS, fit_rows=40), whitened(means, max(1, len(depths)), 40))
     assert not torch.allclose(own.vectors(ITEMS, fit_rows=40), own.vectors(ITEMS))
 
 
-def test_a_mean_is_taken_over_all_tokens_but_the_first(llm, llm_folder):
-    own, backbone = features(llm_folder), llm()
+@pytest.mark.parametrize("depths", [(), (1, 3)])
+def test_a_mean_is_taken_over_all_tokens_but_the_first(llm, llm_folder, depths):
+    own, cut = features(llm_folder, mean_layers=depths), [llm(layers=layers) for layers in depths] or [llm()]
     means = own.means(ITEMS)
     for row in (0, 41):
         [line] = own._encoder.item_tokens(ITEMS[row : row + 1])
-        outputs = backbone.decoder(backbone.embed(backbone.tokens(line[None])))
-        torch.testing.assert_close(means[row], outputs[0, 1:].mean(dim=0), rtol=1e-4, atol=1e-5)
+        outputs = [each.decoder(each.embed(each.tokens(line[None])))[0, 1:].mean(dim=0) for each in cut]
+        torch.testing.assert_close(means[row], torch.cat(outputs), rtol=1e-4, atol=1e-5)
 
 
 def test_a_catalogue_is_read_once(llm_folder, counted):

@@ -182,8 +182,9 @@ def test_it_goes_into_no_folder_that_holds_something_else(fit, tmp_path, no_trai
     """It would be gone when the finished model takes the folder's place."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"mine holds thesis\.txt, which is no part of a fit; name another folder"):
-        fit(DATA, tmp_path / "mine", name)
+    for place in (tmp_path / "mine", tmp_path / "not there yet" / ".." / "mine"):
+        with pytest.raises(UserError, match=r"mine holds thesis\.txt, which is no part of a fit; name another folder"):
+            fit(DATA, place, name)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 

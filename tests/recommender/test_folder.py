@@ -67,7 +67,12 @@ def test_a_save_keeps_what_others_put_there(model, folder):
     (folder / "served").mkdir()
     (folder / "served" / "items.parquet").write_bytes(b"what callers added")
     (folder / "LICENSE").write_text("mine")
+    (folder / "notes" / "deep").mkdir(parents=True)
+    (folder / "notes" / "deep" / "a.txt").write_text("years of work")
+    (folder / "checkpoint.safetensors").write_bytes(b"of a fit that went before")
     model.save_pretrained(folder)
+    assert (folder / "notes" / "deep" / "a.txt").read_text() == "years of work"
+    assert not (folder / "checkpoint.safetensors").exists()
     assert (folder / "served" / "items.parquet").read_bytes() == b"what callers added"
     assert (folder / "LICENSE").read_text() == "mine" and "LICENSE" in shared_files(folder)
     (folder / "LICENSE").unlink()
@@ -90,6 +95,17 @@ def test_a_save_replaces_no_strangers_folder(model, tmp_path):
     with pytest.raises(UserError, match="is not empty and is not replaced"):
         model.save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("training.jsonl", "is not empty and is not replaced"), ("checkpoint.safetensors", "is not empty"),
+    ("model.json", r"model\.json is not laserrec's; name another folder")])
+def test_a_save_replaces_no_other_programs_model(model, tmp_path, name, message):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / name).write_text('{"architectures": ["Llama"]}')
+    with pytest.raises(UserError, match=message):
+        model.save_pretrained(tmp_path / "own")
+    assert (tmp_path / "own" / name).read_text() == '{"architectures": ["Llama"]}'
 
 
 # -- the LLM ----------------------------------------------------------------------------------------------------

@@ -65,6 +65,11 @@ def test_any_width_goes_beside_any_llm(llm_folder, wide):
     assert fit(config(llm_folder(), backbone={"mean_layers": (1, 2)}), vectors).embeddings.shape[1] == 3 * 4
 
 
+def test_vectors_narrower_than_the_whitening_keep_their_width(no_llm):
+    model = fit(config("no such llm", "instead", head={"whiten_dims": 512}), own_vectors())
+    assert model.embeddings.shape[1] == DIMS and model.recommend([["i1", "i2"]], k=3).height == 3
+
+
 def test_in_place_of_the_llm_it_is_not_even_loaded(no_llm, tmp_path):
     tree = config("no such llm", "instead")
     model = fit(tree, own_vectors(), folder=tmp_path / "kept")

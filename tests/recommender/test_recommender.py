@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 
+import jaxtyping
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -175,7 +176,16 @@ def test_encode_items_by_id(model):
      "no column for user_id; there are: user"),
     (lambda m: m.encode_items(["nope"]), "item_ids: 1 unknown"),
     (lambda m: m.recommend([["i1"]], exclude="i1"), "exclude is a list of item ids, or a dict of such lists by user"),
-    (lambda m: m.remove_items(["i1", "nope"]), "remove_items: 1 unknown item ids, first .'nope'"),
+    (lambda m: m.remove_items(["i1", "nope"]), "remove_items: 1 unknown item ids, first .'nope'.; the catalogue's are "
+     "like 'i1' and 'i2'. Nothing was removed; leave them out$"),
+    (lambda m: m.add_items(NEW, m.encode_items(["i1", "i2"]) * [[1], [np.nan]]),
+     "embeddings: row 2, of item 'new2', holds numbers that are not finite"),
+    (lambda m: m.nearest(99, 3), "row is 99; give an item's row in items, from 0 to 11"),
+    (lambda m: m.nearest(-1, 3), "row is -1; give"),
+    (lambda m: m.nearest(0, 0), "k is 0; it must be a whole number of at least 1"),
+    (lambda m: LaserRecommender.from_pretrained(""), "folder is ''; give a model folder"),
+    (lambda m: m.refit("no/data", "out"), "no/data is not a data folder"),
+    (lambda m: LaserRecommender.fit_dataset("no/data", m.config, "out"), "no/data is not a data folder"),
     (lambda m: m.add_items(NEW, exists="maybe"), "exists is .error. or .skip., not 'maybe'"),
     (lambda m: m.add_items(pl.DataFrame({"item_id": ["x"]})), "no column for title; there are: item_id"),
     (lambda m: m.add_items(pl.DataFrame({"item_id": ["i1"], "title": ["saw"]})), "in the catalogue already"),
@@ -189,6 +199,39 @@ def test_mistakes_are_named(model, ask, message):
     with pytest.raises(UserError, match=message):
         ask(model)
     assert len(model.items) == before and "i1" in model.recommend([["i1"]], k=99)["item_id"]
+
+
+@pytest.fixture
+def untyped():
+    """As users call it: the tests' own check of types is off."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(("ask", "message"), [
+    (lambda m: m.add_items(NEW, [[1.0], [1.0, 2.0]]), "embeddings are ..1.0., .1.0, 2.0..; give numbers, a row for"),
+    (lambda m: m.add_items(NEW, [["x"], ["y"]]), "give numbers, a row for each item, as encode_items does"),
+    (lambda m: m.add_items(NEW, m.encode_items(["i1"])[0].tolist()), "embeddings of shape .* are not those of 2 items"),
+    (lambda m: m.nearest("i1", 3), "row is 'i1'; give an item's row in items, .*dense_items tells those of ids"),
+    (lambda m: m.nearest(0, "3"), "k is '3'; it must be a whole number"),
+    (lambda m: LaserRecommender.from_pretrained(None), "folder is None; give a model folder, or ORG/NAME on the hub"),
+    (lambda m: m.refit(None, "out"), "dataset is None; give a data folder, or what Dataset.load makes of one"),
+    (lambda m: m.refit(tiny.planted(N, 16), "out", "lr"), "changes are settings by section, .*, not 'lr'"),
+    (lambda m: LaserRecommender.fit_dataset(tiny.planted(N, 16), {}, "out"), "config is a dict; make a Config"),
+])
+def test_mistakes_of_type_are_named(model, untyped, ask, message):
+    before = len(model.items)
+    with pytest.raises(UserError, match=message):
+        ask(model)
+    assert len(model.items) == before
+
+
+def test_embeddings_of_encode_items_are_taken_as_they_are(copy):
+    own = copy.encode_items(["i1", "i2"])
+    assert copy.add_items(NEW, own) == 2
+    assert np.array_equal(copy.encode_items(["new1", "new2"]), own)
+    assert copy.recommend([["i1", "new1"]], k=3).height == 3
 
 
 def test_unknown_items_can_be_dropped(model):

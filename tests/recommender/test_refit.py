@@ -188,6 +188,18 @@ def test_an_interrupted_refit_goes_on_to_the_same_model(whole, tmp_path, monkeyp
     torch.testing.assert_close(model.score(asked), want.score(asked), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", [str, lambda folder: folder, Dataset.load])
+def test_a_data_folder_is_loaded(tmp_path, kind):
+    acts, goods = tiny.planted_tables(N, 24)
+    config = tiny.config("none", data={"min_user_interactions": 1, "min_item_interactions": 1})
+    old = LaserRecommender.fit(acts, goods, config, tmp_path / "run", method="ease", device="cpu", progress=False)
+    new = old.refit(kind(tmp_path / "run" / "data"), tmp_path / "m", progress=False)
+    again = LaserRecommender.fit_dataset(kind(tmp_path / "run" / "data"), config, tmp_path / "n", "ease", device="cpu",
+                                         progress=False)
+    want = old.recommend([["i1", "i2"]], k=3)
+    assert new.recommend([["i1", "i2"]], k=3).equals(want) and again.recommend([["i1", "i2"]], k=3).equals(want)
+
+
 def test_a_closed_form_is_fitted_anew(whole, fit, tmp_path):
     asked = tiny.histories([0, 1], [7])
     for name in ("ease", "ease-text", "popularity"):
@@ -225,6 +237,9 @@ def test_a_finished_refit_is_loaded_and_another_one_refused(whole, fit, tmp_path
     ({"id_model": {"d_id": 32}}, r"id_model\.d_id can't change in a refit"),
     ({"zesrec": {"d_model": 32}}, r"zesrec\.d_model can't change in a refit"),
     ({"train": {"learning": 3}}, r"train\.learning"),
+    ({"lr": 1}, r"changes are settings by section, as .*, not .'lr': 1."),
+    ({"train": None}, r"changes are settings by section, .*, not .'train': None."),
+    ({"nothing": {"lr": 1}}, r"nothing\.lr can't change"),
     ({"train": {"learn_temperature": True}}, r"other weights than the one to go on from \(log_temperature\)"),
 ])
 def test_settings_that_the_weights_depend_on_can_t_change(whole, tmp_path, changes, told):

@@ -10,7 +10,7 @@ from kills import kill_at_every_step
 
 from laserrec.retrieval import graph
 from laserrec.retrieval.build import build_index, fill_index
-from laserrec.retrieval.folder import index_kind, load_index, make_index, save_index
+from laserrec.retrieval.folder import index_folder, index_kind, load_index, make_index
 from laserrec.retrieval.index import IndexKind
 from laserrec.util import manifest
 from laserrec.util.errors import UserError
@@ -29,6 +29,11 @@ def stored(request, tmp_path, vectors, live):
     """(folder, kind) of an index whose vectors are in the folder."""
     save_index(fill_index(vectors, live, request.param), tmp_path / "index")
     return tmp_path / "index", request.param
+
+
+def save_index(index, folder):
+    with index_folder(folder) as write:
+        write(index, "")
 
 
 def place(kind, server):

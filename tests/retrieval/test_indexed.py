@@ -1,7 +1,6 @@
 """A ranking through an index is the one without it, whatever the index holds, whatever the terms change."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,19 +13,16 @@ from laserrec.retrieval.exact import ExactIndex
 from laserrec.retrieval.folder import make_index
 from laserrec.retrieval.index import IndexKind
 from laserrec.retrieval.indexed import Indexed, attach, live_rows
+from laserrec.retrieval.top import Ask
 from laserrec.util.errors import UserError
 
 N = 30
 GONE = frozenset((6, 19))
 
 
-@dataclass
-class Ask:
-    history: Any
-    k: int
-    exclude_seen: bool = False
-    candidates: Any = None
-    exclude: Any = None
+def ask(history, k, exclude_seen=False, candidates=None, exclude=None) -> Ask:
+    candidates, exclude = (None if rows is None else np.array(rows, np.int64) for rows in (candidates, exclude))
+    return Ask(np.array(history, np.int64), k, exclude_seen, candidates, exclude)
 
 
 @dataclass
@@ -39,21 +35,22 @@ class Shift:
     def rows(self, user):
         return self.of[user]
 
+    def to_all(self, scores):
+        return torch.stack([self.to_some(u, torch.arange(len(row)), row) for u, row in enumerate(scores)])
+
     def to_some(self, user, rows, scores):
         return torch.where(torch.isin(rows, self.of[user]), scores + self.by * (scores.abs() + 1), scores)
 
 
 def by_hand(users, asks, vectors, removed, applied):
     """All scores of all items, sorted."""
-    out = []
-    for u, ask in enumerate(asks):
-        rows = torch.arange(len(vectors))
-        scores = vectors @ users[u]
-        for term in applied:
-            scores = term.to_some(u, rows, scores)
+    scores, out = users @ vectors.T, []
+    for term in applied:
+        scores = term.to_all(scores)
+    for ask, own in zip(asks, scores, strict=True):
         barred = {*removed, *(ask.history if ask.exclude_seen else []), *([] if ask.exclude is None else ask.exclude)}
-        allowed = rows.tolist() if ask.candidates is None else list(ask.candidates)
-        best = sorted((-float(scores[r]), int(r)) for r in allowed if int(r) not in {int(b) for b in barred})
+        allowed = range(len(own)) if ask.candidates is None else ask.candidates
+        best = sorted((-float(own[r]), int(r)) for r in allowed if int(r) not in {int(b) for b in barred})
         out.append(([r for _, r in best[: ask.k]], [-s for s, _ in best[: ask.k]]))
     return out
 
@@ -69,8 +66,8 @@ def kind(request):
     return request.param
 
 
-ASKS = [Ask(np.array([2, 3, 2]), 5), Ask(torch.tensor([8]), 40), Ask([0, 1, 4, 9, 11], 3, exclude_seen=True),
-        Ask([29, 0], 4, candidates=[3, 29, 8, 14, 6]), Ask([5], 6, exclude=np.array([1, 2, 3]))]
+ASKS = [ask([2, 3, 2], 5), ask([8], 40), ask([0, 1, 4, 9, 11], 3, exclude_seen=True),
+        ask([29, 0], 4, candidates=[3, 29, 8, 14, 6]), ask([5], 6, exclude=[1, 2, 3])]
 
 
 @pytest.mark.parametrize("by", [-1.0, 0.05, 2.0])
@@ -104,7 +101,7 @@ def test_rows_that_are_none_are_left_out(vectors, live):
     index = fill_index(vectors, live, IndexKind.EXACT)
     indexed = attach(index, vectors, GONE)
     index.search = lambda queries, k, excluded: (np.array([[N + 70, -1, 3]]), np.zeros((1, 3), np.float32))
-    rows, _ = indexed.rank(vectors[:1], [Ask([0], 3)], vectors, GONE)[0]
+    rows, _ = indexed.rank(vectors[:1], [ask([0], 3)], vectors, GONE)[0]
     assert rows.tolist() == [3]
 
 
@@ -140,7 +137,7 @@ def test_an_index_of_another_catalogue_is_refused(vectors, live, kind):
 def test_nothing_that_can_be_recommended(vectors):
     removed = frozenset(range(N))
     indexed = attach(make_index(IndexKind.EXACT, 8), vectors, removed)
-    rows, scores = indexed.rank(vectors[:1], [Ask([3], 5)], vectors, removed)[0]
+    rows, scores = indexed.rank(vectors[:1], [ask([3], 5)], vectors, removed)[0]
     assert len(rows) == len(scores) == 0 and len(live_rows(N, removed)) == 0
 
 
@@ -150,7 +147,7 @@ def cases(draw):
     items = st.integers(0, n - 1)
     some = st.none() | st.lists(items, unique=True, max_size=n)
     covered, removed = draw(st.integers(0, n)), draw(st.frozensets(items, max_size=n))
-    asks = [Ask(draw(st.lists(items, max_size=6)), draw(st.integers(1, 30)), draw(st.booleans()), draw(some),
+    asks = [ask(draw(st.lists(items, max_size=6)), draw(st.integers(1, 30)), draw(st.booleans()), draw(some),
                 draw(some)) for _ in range(draw(st.integers(1, 3)))]
     terms = [Shift([torch.tensor(draw(st.lists(items, unique=True)), dtype=torch.long) for _ in asks],
                    draw(st.sampled_from([1.0, -1.0]))) for _ in range(draw(st.integers(0, 2)))]

@@ -67,13 +67,16 @@ def test_bounds(client, body):
 def test_bodies_are_bounded_whether_they_say_so_or_not(model_folder, tmp_path):
     with served(model_folder, tmp_path, max_body=200) as client:
         large = b'{"history": ["i1"], "candidates": [' + b'"i1",' * 60 + b'"i1"]}'
-        assert client("POST", "/v1/recommend", content=large).status_code == 413
+        told = client("POST", "/v1/recommend", content=large)
+        assert told.status_code == 413 and "more than 200 bytes" in told.json()["detail"]
 
         async def pieces():
             for at in range(0, len(large), 50):
                 yield large[at : at + 50]
 
-        assert client("POST", "/v1/recommend", content=pieces()).status_code == 413
+        for headers in ({}, {"Content-Type": "application/json"}):
+            told = client("POST", "/v1/recommend", headers, content=pieces())
+            assert told.status_code == 413 and "more than 200 bytes" in told.json()["detail"]
         assert client.recommend(["i1"]).status_code == 200
 
 

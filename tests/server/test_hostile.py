@@ -90,7 +90,10 @@ def test_large_bodies_neither_hold_the_loop_nor_come_back(shared, what):
 def test_a_form_from_another_site_changes_nothing(shared):
     body = b'{"items": [{"item_id": "evil", "title": "x"}]}'
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        assert post(shared, body, "/v1/items", kind).status_code == 422
+        answer = post(shared, body, "/v1/items", kind)
+        assert answer.status_code == 422
+        assert answer.json()["detail"] == ("give the header Content-Type: application/json; the body came "
+                                           + (f"as {kind}" if kind else "without one"))
     assert shared("GET", "/v1/items/evil").status_code == 404
 
 
@@ -102,6 +105,9 @@ def test_hosts_of_other_names_are_turned_away(model_folder, tmp_path):
         assert [status(h) for h in ("localhost:8000", "[::1]:1", "a.example.org", "LOCALHOST")] == [200] * 4
         assert [status(h) for h in ("evil.test", "localhost.evil.test", "evil.test:8000", "127.0.0.1", "")] == [400] * 5
         assert status("evil.test", "/healthz") == status("10.1.2.3", "/readyz") == 200
+        told = client("GET", "/v1/model", headers={"Host": "evil.test"}).json()["detail"]
+        assert told.startswith("the Host header is another server's name")
+        assert client("PUT", "/v1/model").json() == {"detail": "Method Not Allowed"}
 
 
 def test_unknown_methods_and_paths_make_no_labels(model_folder, tmp_path):

@@ -127,6 +127,23 @@ def test_items_that_were_added_and_removed_stay_so(client, model_folder, newer, 
             assert len(again.service.listing) == count
 
 
+def test_a_model_that_takes_no_new_items_has_none(client, model_folder, tmp_path):
+    """They are kept for a later model that does."""
+    data, small = tiny.planted(12, users=16), tiny.planted(4, users=16)
+    for name, of in (("ease", data), ("small", small)):
+        LaserRecommender.fit_dataset(of, tiny.config("none"), tmp_path / name, "ease", device="cpu", progress=False)
+    assert client("POST", "/v1/items", json={"items": [NEW]}).status_code == 201
+    assert client("DELETE", "/v1/items/i5").status_code == 200
+
+    def facts(answer):
+        return [answer.json()[name] for name in ("n_items", "added", "removed")]
+
+    assert facts(client("GET", "/v1/model")) == [12, 1, 1]
+    assert facts(load(client, tmp_path / "ease")) == facts(client("GET", "/v1/model")) == [11, 0, 1]
+    assert facts(load(client, tmp_path / "small")) == [4, 0, 0]
+    assert facts(load(client, model_folder)) == [12, 1, 1]
+
+
 @pytest.mark.parametrize("what", ["nothing", "damaged", "index", "name"])
 def test_what_can_t_be_loaded_changes_nothing(client, model_folder, newer, tmp_path, what):
     place, more = tmp_path / "nothing", {}

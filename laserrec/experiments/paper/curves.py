@@ -7,8 +7,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from laserrec.util.errors import UserError
-
 Rows = Sequence[Mapping[str, Any]]
 Panel = dict[tuple[str, str], dict[float, tuple[float, float]]]
 """(model, start) -> percent -> mean and standard deviation over seeds; that of one seed is zero."""
@@ -67,12 +65,10 @@ def told(row: Mapping[str, Any]) -> str:
 
 def plot(result: Mapping[str, Any], file: Path, k: int = 10) -> None:
     """A panel for each way between two data sets and each base, a colour for each model. Shares stand at equal
-    distances. SVG or PNG by the name. Raises UserError without the extra `report`."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError:
-        raise UserError("a plot needs matplotlib: pip install 'laserrec[report]'") from None
+    distances. SVG or PNG by the name. Raises ImportError without the extra `report`."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     panels = lines(result["rows"], f"ndcg@{k}")
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
     percents = sorted({row["percent"] for row in result["rows"]})

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,11 @@ from pydantic import ValidationError
 
 from laserrec.config import Config, merge
 from laserrec.data.dataset import Dataset
-from laserrec.evaluation.evaluate import Scorer, evaluate
 from laserrec.experiments.paper.spec import EXPERIMENTS, Experiment, published_of, table7_rows
-from laserrec.experiments.table import Measured, Row, Table, rank_test
+from laserrec.experiments.table import Measured, Row, Table, rank
 from laserrec.util.device import choose
 from laserrec.util.errors import UserError
 from laserrec.util.io import write_json
-from laserrec.util.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,8 @@ def _table(experiment: Experiment, setup: Setup, data: str, base: str) -> Table:
     config, dataset = setup.bases[base], Dataset.load(setup.data[data])
     others = [str(folder) for name, folder in setup.data.items() if name != data]
     rows = [_with_other(row, others) for row in _wanted(experiment, config)]
-    measure = rank_test if experiment.split == "test" else rank_validation
     return Table(rows, dataset, config, setup.out / data / base, choose(setup.device), setup.progress,
-                 measure=measure, measured_by=experiment.split)
+                 measure=partial(rank, split=experiment.split), measured_by=experiment.split)
 
 
 def _with_other(row: Row, others: Sequence[str]) -> Row:
@@ -146,13 +144,6 @@ def _ruled_out(row: Row, base: Config) -> str | None:
     except ValidationError as error:
         return error.errors()[0]["msg"].removeprefix("Value error, ")
     return None
-
-
-def rank_validation(table: Table, name: str, scorer: Scorer, file: Path) -> Measured:
-    """As rank_test, of the validation split, and nothing is written beside the result."""
-    dataset, settings = table.dataset, table.config.eval
-    with Progress(f"{name}: validation", len(dataset.cases("validation")), table.progress) as bar:
-        return evaluate(name, scorer, dataset, "validation", settings.k, settings.batch_size, bar.advance).row()
 
 
 class _Found:

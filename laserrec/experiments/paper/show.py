@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from laserrec.util.errors import UserError
+from laserrec.experiments.table import over_seeds
 from laserrec.util.io import write_text
 
 Rows = Sequence[Mapping[str, Any]]
@@ -16,26 +15,15 @@ Rows = Sequence[Mapping[str, Any]]
 def groups(rows: Rows, k: int) -> list[dict[str, Any]]:
     """Per data set, base and model: mean and standard deviation over seeds of recall@k, ndcg@k and mrr, the number of
     seeds, the mean seconds of training, and the published figures."""
-    keys = dict.fromkeys((row["data"], row["base"], row["model"]) for row in rows)
-    out = []
-    for data, base, model in keys:
-        own = [row for row in rows if (row["data"], row["base"], row["model"]) == (data, base, model)]
-        line: dict[str, Any] = {"data": data, "base": base, "model": model, "seeds": len(own),
-                                "train_seconds": mean(row["train_seconds"] for row in own),
-                                "published": own[0]["published"]}
-        for metric in (f"recall@{k}", f"ndcg@{k}", "mrr"):
-            values = [row[metric] for row in own]
-            line |= {metric: mean(values), f"{metric}_sd": stdev(values) if len(values) > 1 else None}
-        out.append(line)
-    return out
+    published = {row["model"]: row["published"] for row in rows}
+    lines = over_seeds(rows, ("data", "base", "model"), (f"recall@{k}", f"ndcg@{k}", "mrr", "train_seconds"))
+    return [{**line, "published": published[line["model"]]} for line in lines]
 
 
 def cells(line: Mapping[str, Any], k: int) -> list[str]:
     """Of one group: metrics (± sd where there are several seeds), the paper's NDCG@10, seeds, seconds."""
-    shown = []
-    for metric in (f"recall@{k}", f"ndcg@{k}", "mrr"):
-        sd = line[f"{metric}_sd"]
-        shown.append(f"{line[metric]:.4f}" + ("" if sd is None else f" ± {sd:.4f}"))
+    shown = [f"{line[metric]:.4f}" + (f" ± {line[f'{metric}_sd']:.4f}" if line["seeds"] > 1 else "")
+             for metric in (f"recall@{k}", f"ndcg@{k}", "mrr")]
     paper = "; ".join(f"{data} {figures[1]:.4f}" for data, figures in line["published"].items())
     return [*shown, paper, str(line["seeds"]), f"{line['train_seconds']:,.0f}"]
 
@@ -62,16 +50,14 @@ def markdown(result: Mapping[str, Any], k: int = 10) -> str:
 
 def plot(result: Mapping[str, Any], file: Path, k: int = 10) -> None:
     """Bars of NDCG@k, one panel for each data set and base, and one for the paper's own figures. SVG or PNG by the
-    name. Raises UserError without the extra `report`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("a plot needs matplotlib: pip install 'laserrec[report]'") from None
+    name. Raises ImportError without the extra `report`."""
+    from matplotlib.figure import Figure
+
     found = groups(result["rows"], k)
     panels: dict[str, list[tuple[str, float, float]]] = {}
     for line in found:
         panels.setdefault(f"{line['data']}, {line['base']}", []).append(
-            (line["model"], line[f"ndcg@{k}"], line[f"ndcg@{k}_sd"] or 0.0))
+            (line["model"], line[f"ndcg@{k}"], line[f"ndcg@{k}_sd"]))
     for line in {line["model"]: line for line in found}.values():
         for data, figures in line["published"].items():
             panels.setdefault(f"the paper's, {data}", []).append((line["model"], figures[1], 0.0))
@@ -100,6 +86,6 @@ def write(result: Mapping[str, Any], out: Path, k: int = 10, text: Callable[[Any
         try:
             draw(result, out / f"{result['experiment']}.png", k)
             files.append(out / f"{result['experiment']}.png")
-        except UserError:
+        except ImportError:
             pass
     return files

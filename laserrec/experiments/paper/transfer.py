@@ -12,24 +12,22 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from laserrec.data.dataset import Dataset
-from laserrec.evaluation.evaluate import Scorer, evaluate
+from laserrec.evaluation.evaluate import Scorer
 from laserrec.experiments.paper.run import Setup
 from laserrec.experiments.paper.spec import transferred
-from laserrec.experiments.table import Measured, Place, Row, Table
+from laserrec.experiments.table import Place, Row, Table, rank
 from laserrec.llm.text_features import TextFeatures
 from laserrec.recommender.fitting import open_folder
 from laserrec.recommender.scorers import zero_shot
 from laserrec.util.device import choose
 from laserrec.util.errors import UserError
 from laserrec.util.io import write_json
-from laserrec.util.progress import Progress
 
 NAME, TITLE = "figure3", "Transfer to another shop with few users"
 PERCENTS = (0.0, 1.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -169,11 +167,4 @@ class _Tables:
         out = self.setup.out / NAME / point.target / point.base / origin / f"{point.percent:g}-percent"
         whole = self.data[point.target]
         return Table(rows, dataset, self.setup.bases[point.base], out, self.device, self.setup.progress,
-                     self.features(point.base), partial(_rank, whole), ["test", whole.fingerprint], starts)
-
-
-def _rank(whole: Dataset, table: Table, name: str, scorer: Scorer, file: Path) -> Measured:
-    """All test users of the whole target."""
-    settings = table.config.eval
-    with Progress(f"{name}: test", len(whole.cases("test")), table.progress) as bar:
-        return evaluate(name, scorer, whole, "test", settings.k, settings.batch_size, bar.advance).row()
+                     self.features(point.base), partial(rank, other=whole), ["test", whole.fingerprint], starts)

@@ -15,7 +15,7 @@ from laserrec.data.extras import VECTOR
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.laser.head import AddedOutput, Head
 from laserrec.methods.laser.id_states import IdStates
-from laserrec.methods.laser.model import Laser, Parts
+from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.readers import READERS, Reader
 from laserrec.methods.laser.sides import MeanItems, ReadItems, ReadUsers, StudentUsers, SummedUsers
 from laserrec.methods.laser.student import Student
@@ -60,8 +60,8 @@ def compose(
         user_side = StudentUsers(student, ids, decay)
     neighbours = Neighbours(config.neighbours, n_known) if config.neighbours.count else None
     seen = SeenOffset(settings.seen_offset_start) if settings.seen_offset else None
-    laser = Laser(config, Parts(user_side, item_side, head, ids, features, texts, reader, added, transformer, student,
-                                neighbours, seen))
+    laser = Laser(config, user_side, item_side, head, ids, features, texts, reader, added, transformer, student,
+                  neighbours, seen)
     laser.n_known = n_known
     return laser
 

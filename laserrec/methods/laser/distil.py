@@ -8,7 +8,7 @@ model's state. No label is read, and nothing of validation or test. All else sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.sides import StudentUsers
-from laserrec.methods.protocol import Phase
+from laserrec.methods.protocol import Phase, Trainable
 from laserrec.util.progress import Progress
 
 _READ_AT_ONCE = 2048
@@ -59,8 +59,8 @@ class _Batch:
     """Those of the softmax; None: all known ones."""
 
 
-class DistilTask:
-    """Training the student; a `Trainable`. Reading the teacher's users is its start, and can be interrupted.
+class DistilTask(Trainable):
+    """Training the student. Reading the teacher's users is its start, and can be interrupted.
 
     Raises ValueError where `student` is a Laser without a student network.
     """
@@ -114,13 +114,6 @@ class DistilTask:
             wanted = (self.users[index].to(device).float() @ items.T / tau).softmax(dim=-1)
         loss = F.cross_entropy(F.normalize(text, dim=-1) @ items.T / tau, wanted, reduction="sum")
         return {"loss": loss / len(batch.index)}
-
-    def end_epoch(self) -> None:
-        """Nothing."""
-
-    def decayed(self) -> Iterable[Tensor]:
-        """All of the student."""
-        return self.module.parameters()
 
     def scorer(self) -> Laser:
         """The distilled model."""

@@ -19,9 +19,9 @@ class Whitening(nn.Module):
 
     def __init__(self, d_in: int, dims: int, depths: int = 1):
         super().__init__()
-        self.depths, self.dims = depths, dims
+        self.depths, self.dims = depths, min(dims, d_in // depths)  # no more than the outputs have
         self.register_buffer("mean", torch.zeros(d_in))
-        self.register_buffer("matrix", torch.eye(d_in // depths, dims).repeat(depths, 1))
+        self.register_buffer("matrix", torch.eye(d_in // depths, self.dims).repeat(depths, 1))
 
     def fit(self, outputs: Float[Tensor, "rows d_in"]) -> None:
         """By these outputs' mean and covariance, each depth on its own."""
@@ -43,7 +43,7 @@ class Head(nn.Module):
     def __init__(self, config: HeadConfig, d_in: int, depths: int = 1):
         super().__init__()
         self.white = Whitening(d_in, config.whiten_dims, depths) if config.whiten_dims else None
-        self.d_out = config.whiten_dims * depths if config.whiten_dims else d_in
+        self.d_out = d_in if self.white is None else self.white.dims * depths
         self.dropout = nn.Dropout(config.dropout)
         self.projection = nn.Linear(self.d_out, self.d_out, bias=False) if config.projection else None
         if self.projection is not None:

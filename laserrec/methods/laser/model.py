@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import polars as pl
 import torch
@@ -24,7 +23,7 @@ from laserrec.methods.laser.student import Student
 from laserrec.methods.laser.texts import Texts
 from laserrec.methods.laser.transformer import HistoryTransformer
 from laserrec.methods.neighbours import Neighbours
-from laserrec.methods.protocol import ScoreTerm
+from laserrec.methods.protocol import ScoreTerm, TwoTower
 from laserrec.methods.terms import SeenOffset
 from laserrec.util.room import Room
 
@@ -32,41 +31,29 @@ _ITEMS_AT_ONCE = 64
 """Items whose texts go through the LLM together."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a Laser is composed of; None: it has no such part."""
-
-    user_side: UserSide
-    item_side: ItemSide
-    head: Head
-    ids: IdStates
-    features: TextFeatures
-    texts: Texts | None = None
-    reader: Reader | None = None
-    added: AddedOutput | None = None
-    transformer: HistoryTransformer | None = None
-    student: Student | None = None
-    neighbours: Neighbours | None = None
-    seen: SeenOffset | None = None
-
-
-class Laser(nn.Module):
+class Laser(nn.Module, TwoTower):
     """A two-tower model whose scores are cosines, changed by its terms.
 
     An embedding is the text part and, with head.id_share, the ID part behind it: with both of unit length and scaled by
-    the roots of their shares, the cosine of two embeddings is the shares' weighted sum of the parts' cosines.
+    the roots of their shares, the cosine of two embeddings is the shares' weighted sum of the parts' cosines. A part
+    that is None is not there.
     """
 
-    def __init__(self, config: Config, parts: Parts):
+    def __init__(
+        self, config: Config, user_side: UserSide, item_side: ItemSide, head: Head, ids: IdStates,
+        features: TextFeatures, texts: Texts | None = None, reader: Reader | None = None,
+        added: AddedOutput | None = None, transformer: HistoryTransformer | None = None,
+        student: Student | None = None, neighbours: Neighbours | None = None, seen: SeenOffset | None = None,
+    ):
         super().__init__()
-        self.config, self.user_side, self.item_side = config, parts.user_side, parts.item_side
-        self.ids, self.features, self.texts = parts.ids, parts.features, parts.texts
-        self.head, self.reader, self.added, self.student = parts.head, parts.reader, parts.added, parts.student
-        self.transformer, self.neighbours, self.seen = parts.transformer, parts.neighbours, parts.seen
+        self.config, self.user_side, self.item_side = config, user_side, item_side
+        self.ids, self.features, self.texts = ids, features, texts
+        self.head, self.reader, self.added, self.student = head, reader, added, student
+        self.transformer, self.neighbours, self.seen = transformer, neighbours, seen
         self.id_share = config.head.id_share
         tau = torch.tensor(float(config.train.temperature))
         self.log_temperature = nn.Parameter(tau.log()) if config.train.learn_temperature else None
-        self.to(parts.features.device)
+        self.to(features.device)
         self.vectors: Float[Tensor, "n_items d_out"] = torch.zeros(0, self.d_out, device=self.device)
         """The items', of unit length."""
         self._room = Room()
@@ -116,14 +103,6 @@ class Laser(nn.Module):
     def items(self, rows: Int[Tensor, "some"] | None = None) -> Float[Tensor, "items d_out"]:
         """Items' embeddings, of unit length."""
         return self.vectors if rows is None else self.vectors[rows]
-
-    @torch.no_grad()
-    def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
-        """Cosines and terms."""
-        scores = self.users(histories) @ self.vectors.T
-        for term in self.terms:
-            scores = term.on(histories).to_all(scores)
-        return scores
 
     @torch.no_grad()
     def item_outputs(self, rows: Int[Tensor, "items"]) -> Float[Tensor, "items d_in"]:
@@ -233,7 +212,7 @@ class Laser(nn.Module):
         self.vectors = self._room.add(self.vectors, new)
 
     def drop_items(self, count: int) -> None:
-        """As `Growing.drop_items`."""
+        """Forget the items behind the first `count`."""
         if self.texts is not None:
             self.texts.truncate(count)
         if isinstance(self.item_side, MeanItems):

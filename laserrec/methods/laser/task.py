@@ -23,6 +23,7 @@ from laserrec.methods.laser.losses import contrast_of_some, item_contrast, load_
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.readers import Reader
 from laserrec.methods.laser.sides import MeanItems
+from laserrec.methods.protocol import Trainable
 from laserrec.methods.sampled_softmax import Sampler
 from laserrec.methods.targets import Candidates
 from laserrec.util.device import move
@@ -41,8 +42,8 @@ def scale_histories(dataset: Dataset) -> Histories:
     return sequences.take(np.linspace(0, len(sequences) - 1, min(_SCALE_USERS, len(sequences))).astype(int))
 
 
-class LaserTask:
-    """One stage; a `Trainable`. fixed: the items' embeddings stay as they are (stage 2)."""
+class LaserTask(Trainable):
+    """One stage. fixed: the items' embeddings stay as they are (stage 2)."""
 
     def __init__(self, laser: Laser, dataset: Dataset, world: World, fixed: bool, progress: bool = False):
         self.module, self.dataset, self.world, self.fixed = laser, dataset, world, fixed
@@ -238,10 +239,6 @@ class LaserTask:
     def decayed(self) -> Iterable[Tensor]:
         """Weights of linear maps; decay would pull tokens, norms and biases away from where the LLM can read them."""
         return (m.weight for m in self.module.modules() if isinstance(m, nn.Linear))
-
-    def scorer(self) -> Laser:
-        """Without dropout."""
-        return self.module.eval()
 
     def state(self) -> dict[str, Tensor]:
         """Weights, items' embeddings, and outputs where training changes them."""

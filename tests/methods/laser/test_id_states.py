@@ -34,7 +34,7 @@ def test_a_sequence_model_knows_the_items_of_its_sequences():
     data = temporal()
     model = trained(tiny.id_model(N), data)
     assert (~model.known).nonzero()[:, 0].tolist() == NEVER
-    assert model.known.nonzero()[:, 0].tolist() == data.trained_items.tolist()
+    assert model.known.nonzero()[:, 0].tolist() == data.train_sequences.items.unique().tolist()
     again = tiny.id_model(N)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.known, model.known)
