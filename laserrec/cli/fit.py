@@ -111,6 +111,10 @@ def _tell_parts(parts: dict[str, Any] | None) -> None:
              for name in ndcg if name.startswith("without")]
     say(f"parts weighed on {parts['users']:,} validation users: NDCG@10 {ndcg['chosen']:.4f}, with the settings as "
         f"given {ndcg['given']:.4f}; each part adds: {', '.join(worth)}")
+    if network := parts.get("network"):
+        gain = 100 * (network["network"] / max(network["blend"], 1e-9) - 1)
+        say(f"ranked anew by a network, for users that it was not trained on: {gain:+.1f}%"
+            f"{'' if network['kept'] else '; not kept'}")
 
 
 def _tell_new_items(model: LaserRecommender, dataset: Dataset) -> int:

@@ -19,7 +19,8 @@ def inspect(data: Data, model: Model, *, split: Literal["validation", "test"] = 
 
     Each row changes one thing in the fitted model: the LLM's or the transformer's reading of the history, the prefix,
     the router, another user's ID states, the ID part, the text part, the neighbours, the seen offset, the history's
-    order. Nothing is trained again.
+    order. Nothing is trained again. A network that ranks items anew is taken out first, and the parts are compared
+    with the model without it.
 
     Examples:
       laserrec inspect runs/data runs/model

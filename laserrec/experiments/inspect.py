@@ -19,7 +19,7 @@ from laserrec.evaluation.metrics import Metrics
 from laserrec.evaluation.significance import bootstrap_interval, user_ndcg
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.task import scale_histories
-from laserrec.methods.laser.variants import variants
+from laserrec.methods.laser.variants import NO_RANKER, variants
 from laserrec.methods.protocol import TwoTower
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.recommender.scorers import FirstItems
@@ -44,7 +44,8 @@ def inspect(model: LaserRecommender, dataset: Dataset, split: str = "validation"
             ) -> tuple[list[Part], float | None]:
     """One row per part, the first of the model as fitted, and the mean cosine of users' vectors before and after
     shuffling their histories (None for a method without vectors). Nothing is trained again, so a row tells what the
-    fitted model loses, not what one trained without the part would reach.
+    fitted model loses, not what one trained without the part would reach. Where a network ranks items anew by all
+    parts, the second row is of the model without it, and the parts are compared with that.
 
     users: at most so many of the split, drawn at random. told: name of a row -> a context that yields what is called
     with the number of users done. Raises UserError for another catalogue and for a split without cases.
@@ -54,14 +55,17 @@ def inspect(model: LaserRecommender, dataset: Dataset, split: str = "validation"
     cases = dataset.cases(split) if users is None else dataset.cases(split).sample(users)
     rows: list[Part] = []
     base: Float[np.ndarray, "cases"] | None = None
+    parts: Float[np.ndarray, "cases"] | None = None
     mixed = replace(cases, histories=shuffled(cases.histories))
     scorer = FirstItems(model, dataset.n_items)
     for name, change in _changes(model, dataset):
         with change(), (told or _silent)(name) as advance:
             asked = mixed if name == SHUFFLED else cases
             ranks = rank_cases(scorer, asked, model.batch_size, dataset.n_items, advance).plain
-        base = user_ndcg(ranks, k) if base is None else base
-        rows.append(_row(name, ranks, base, k))
+        ndcg = user_ndcg(ranks, k)
+        base = ndcg if base is None else base
+        rows.append(_row(name, ranks, base if name == SHUFFLED else parts, k))
+        parts = ndcg if name in (AS_FITTED, NO_RANKER) else parts
     return rows, _shuffle_cosine(model, cases)
 
 
@@ -77,11 +81,12 @@ def _changes(model: LaserRecommender, dataset: Dataset
     yield SHUFFLED, nullcontext
 
 
-def _row(name: str, ranks: Float[np.ndarray, "cases"], base: Float[np.ndarray, "cases"], k: int) -> Part:
-    metrics, difference = Metrics.from_ranks(ranks, k), user_ndcg(ranks, k) - base
+def _row(name: str, ranks: Float[np.ndarray, "cases"], base: Float[np.ndarray, "cases"] | None, k: int) -> Part:
+    metrics = Metrics.from_ranks(ranks, k)
     row: Part = {"part": name, f"recall@{k}": metrics.recall, f"ndcg@{k}": metrics.ndcg}
-    if name == AS_FITTED:
+    if base is None:
         return row
+    difference = user_ndcg(ranks, k) - base
     low, high = bootstrap_interval(difference)
     gain = 100 * (float(base.mean()) / metrics.ndcg - 1) if metrics.ndcg else None
     return {**row, "difference": float(difference.mean()), "low": low, "high": high, "gain_percent": gain}

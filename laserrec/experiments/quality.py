@@ -19,7 +19,6 @@ from laserrec.data.histories import Histories
 from laserrec.evaluation.evaluate import Scorer
 from laserrec.experiments.table import Place, Row, Table, compare, summarise
 from laserrec.methods.laser.model import Laser
-from laserrec.methods.neighbours import Neighbours
 from laserrec.presets import EASE, EASE_TEXT, ID_MODELS, READING
 from laserrec.recommender.distil import distil
 from laserrec.recommender.fitting import Fitted
@@ -82,10 +81,7 @@ class CosinesAlone:
     def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
         """Cosines with the seen offset."""
         scores = self.model.users(histories) @ self.model.items().T
-        for term in self.model.terms:
-            if not isinstance(term, Neighbours):
-                scores = term.on(histories).to_all(scores)
-        return scores
+        return scores if self.model.seen is None else self.model.seen.on(histories).to_all(scores)
 
 
 def _cosines(place: Place, laser: Fitted) -> tuple[Scorer, float]:

@@ -149,7 +149,7 @@ class LlamaRec(nn.Module, TwoTower):
         return self._ranked(histories, scores).to_all(scores) if bool(self.ranks) else scores
 
     @torch.no_grad()
-    def on(self, histories: Histories) -> AtPairs:
+    def on(self, histories: Histories, users: Tensor | None = None) -> AtPairs:
         """As `ScoreTerm.on`: the candidates' new scores."""
         return self._ranked(histories, self.retriever.score(histories))
 

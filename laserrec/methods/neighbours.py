@@ -237,8 +237,8 @@ class Neighbours(nn.Module):
         self.inherit(rows, weights)
 
     @torch.no_grad()
-    def on(self, histories: Histories) -> AtPairs:
-        """The boosts of one batch; none for items of the history itself."""
+    def on(self, histories: Histories, users: Tensor | None = None) -> AtPairs:
+        """As `ScoreTerm.on`: the boosts; none for items of the history itself."""
         histories = histories.to(self.items.device)
         pairs, strength = decayed_pairs(histories, self.config.decay)
         users, rows, strength = self._as_known(pairs, strength)

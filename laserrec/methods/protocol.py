@@ -40,8 +40,8 @@ class AppliedTerm(Protocol):
 class ScoreTerm(Protocol):
     """What a score holds beside the product of two vectors."""
 
-    def on(self, histories: Histories) -> AppliedTerm:
-        """The term for these histories."""
+    def on(self, histories: Histories, users: Float[Tensor, "users d_out"]) -> AppliedTerm:
+        """The term for these histories. users: their vectors, of `TwoTower.users`."""
         ...
 
 
@@ -54,6 +54,12 @@ class TwoTower(Protocol):
         """In the order in which they are applied."""
         return ()
 
+    @property
+    def depth(self) -> int:
+        """How many of a user's best items by vectors alone an index has to find at least, since a term orders them
+        anew."""
+        return 0
+
     def users(self, histories: Histories) -> Float[Tensor, "users d_out"]:
         """Vectors of users."""
         ...
@@ -65,9 +71,10 @@ class TwoTower(Protocol):
     @torch.no_grad()
     def score(self, histories: Histories) -> Float[Tensor, "users items"]:
         """Users by items, terms included."""
-        scores = self.users(histories) @ self.items().T
+        users = self.users(histories)
+        scores = users @ self.items().T
         for term in self.terms:
-            scores = term.on(histories).to_all(scores)
+            scores = term.on(histories, users).to_all(scores)
         return scores
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,11 @@ class AtPairs:
         hit = own[place] == rows
         return torch.where(hit, self.change(scores, torch.where(hit, values[place], 1.0)), scores)
 
+    def at(self, user: int, rows: Int[Tensor, "some"]) -> Float[Tensor, "some"]:
+        """One user's values at these items; zero where there is none."""
+        taken = replace(self, change=lambda scores, values: values)
+        return taken.to_some(user, rows, torch.zeros(len(rows), device=self.values.device))
+
     def rows(self, user: int) -> Int[Tensor, "changed"]:
         """Items of one user whose score changes, ascending."""
         return self.pairs.items[self._slice(user)]
@@ -59,7 +64,7 @@ class SeenOffset(nn.Module):
         super().__init__()
         self.offset = nn.Parameter(torch.tensor(start), requires_grad=learnt)
 
-    def on(self, histories: Histories) -> AtPairs:
+    def on(self, histories: Histories, users: Tensor | None = None) -> AtPairs:
         """As `ScoreTerm.on`."""
         pairs = histories.distinct().to(self.offset.device)
         return AtPairs(pairs, self.offset.detach().expand(len(pairs.users)), torch.add)

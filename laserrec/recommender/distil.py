@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def _student(teacher: LaserRecommender, config: StudentConfig) -> Laser:
     means = model.item_side.means if isinstance(model.item_side, MeanItems) else None
     torch.manual_seed(config.seed)
     student = compose(own, teacher.items, teacher.n_known, teacher.fitted.features, model.ids.model, means)
+    if model.ranker is not None:
+        student.ranker = deepcopy(model.ranker)
     shared = {n: t for n, t in model.state_dict().items() if n in student.state_dict()}
     student.load_state_dict({**student.state_dict(), **shared})
     student.set_items(model.vectors)

@@ -376,13 +376,13 @@ class LaserRecommender:
                             else (self.model.users(histories), None))
         experts = [None] * len(asks) if route is None else route.expert.tolist()
         if self._indexed is not None:
-            terms = [term.on(histories) for term in self.model.terms]
-            found = self._indexed.rank(users, asks, self.embeddings, self.removed, terms)
+            terms = [term.on(histories, users) for term in self.model.terms]
+            found = self._indexed.rank(users, asks, self.embeddings, self.removed, terms, self.model.depth)
             return [ranked(*pair, expert) for pair, expert in zip(found, experts, strict=True)]
         if isinstance(self.model, TwoTower):
             scores = users @ self.model.items().T
             for term in self.model.terms:
-                scores = term.on(histories).to_all(scores)
+                scores = term.on(histories, users).to_all(scores)
         else:
             scores = self.model.score(histories)
         scores[:, torch.tensor(self._removed, dtype=torch.long, device=scores.device)] = -torch.inf

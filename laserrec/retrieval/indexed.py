@@ -40,16 +40,17 @@ class Indexed:
     """Removed before."""
 
     def rank(self, users: Float[Tensor, "batch d"], asks: Sequence[Ask], vectors: Float[Tensor, "items d"],
-             removed: frozenset[int], applied: Sequence[AppliedTerm] = ()
+             removed: frozenset[int], applied: Sequence[AppliedTerm] = (), depth: int = 0
              ) -> list[tuple[Int[Tensor, "found"], Float[Tensor, "found"]]]:
         """Rows and scores of each request, best first: users @ vectors.T, changed by each term in order. removed: rows
-        that are never recommended; applied: `[term.on(histories) for term in terms]`."""
+        that are never recommended; applied: `[term.on(histories, users) for term in terms]`; depth: the model's
+        (`TwoTower.depth`)."""
         none, device = torch.zeros(0, dtype=torch.long, device=vectors.device), vectors.device
         changed = [torch.unique(torch.cat([none, *(term.rows(u) for term in applied)])) for u in range(len(asks))]
         barred = [torch.cat([none, *(_rows(part, device) for part in _barred(ask))]) for ask in asks]
         lost = torch.tensor(sorted(removed), dtype=torch.long, device=device)
         found = self._found(users, asks, [torch.cat(pair) for pair in zip(changed, barred, strict=True)],
-                            np.array(sorted(removed - self.gone), dtype=np.int64))
+                            np.array(sorted(removed - self.gone), dtype=np.int64), depth)
         late = torch.arange(self.covered, len(vectors), device=device)
         late_scores = users @ vectors[self.covered :].T
         out = []
@@ -67,14 +68,16 @@ class Indexed:
             out.append(top(scores, rows, ask.k))
         return out
 
-    def _found(self, users: Tensor, asks: Sequence[Ask], apart: Sequence[Tensor], lost: np.ndarray) -> list[Tensor]:
+    def _found(self, users: Tensor, asks: Sequence[Ask], apart: Sequence[Tensor], lost: np.ndarray,
+               depth: int) -> list[Tensor]:
         """Per request, the index's best rows but for those `apart`; none where there are candidates."""
         open_asks = [u for u, ask in enumerate(asks) if ask.candidates is None]
         out = [torch.zeros(0, dtype=torch.long)] * len(asks)
         if open_asks:
             excluded = [np.concatenate([apart[u].cpu().numpy(), lost]) for u in open_asks]
             queries = users[open_asks].to("cpu", torch.float32).numpy()
-            rows, _ = self.index.search(queries, max(asks[u].k for u in open_asks), excluded=excluded)
+            count = max(depth, *(asks[u].k for u in open_asks))
+            rows, _ = self.index.search(queries, count, excluded=excluded)
             for u, own in zip(open_asks, rows, strict=True):
                 out[u] = torch.from_numpy(own[(own >= 0) & (own < self.covered)])
         return out

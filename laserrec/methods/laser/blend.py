@@ -18,6 +18,8 @@ from torch import Tensor
 
 _TOP = 100
 """Best items of each part among a user's candidates. The best ten of a blend are nearly always among them."""
+_ANY = 50
+"""Other items, drawn at random, so that the candidates show what most items are like."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,15 @@ class Candidates:
     """Users with an ID part."""
     background: tuple[Float[Tensor, "others items"], Float[Tensor, "others items"]]
     """Text and ID cosines of some training users with all items, which set the neighbours' scale."""
+    items: Int[Tensor, "users candidates"]
+    """Their rows."""
+    lengths: Int[Tensor, "users"]
+    """Items of the histories."""
+
+    @cached_property
+    def found(self) -> Bool[Tensor, "users"]:
+        """Users whose target is among their likely items by itself."""
+        return (self.items[:, 1:] == self.items[:, :1]).any(dim=1)
 
     @cached_property
     def log_boosts(self) -> Float[Tensor, "users candidates"]:
@@ -84,18 +95,30 @@ class Candidates:
 
     def ndcg(self, blend: Blend, k: int = 10) -> Float[Tensor, "users"]:
         """Of each user's target; tied items share the mean of their ranks."""
-        share = blend.id_share
-        # A user without ID part has a text part of full length.
-        alone = 1.0 if share in (0.0, 1.0) else (1 - share) ** -0.5
-        scores = (1 - share) * self.text + share * self.ids
-        scores = torch.where(self.has_ids[:, None], scores, scores * alone)
-        if blend.share is not None:
-            tau = blend.temperature
-            scores = tau * torch.logaddexp(scores / tau, self.log_boosts + self._log_scale(blend))
-        scores = (scores + blend.seen_offset * self.seen).masked_fill(~self.real, -torch.inf)
+        return self.ndcg_of(self.scores(blend), k)
+
+    def ndcg_of(self, scores: Float[Tensor, "users candidates"], k: int = 10) -> Float[Tensor, "users"]:
+        """The same of any scores."""
+        scores = scores.masked_fill(~self.real, -torch.inf)
         target, others = scores[:, :1], scores[:, 1:]
         rank = 1 + (others > target).sum(dim=1) + 0.5 * ((others == target) & self.real[:, 1:]).sum(dim=1)
         return torch.where(rank <= k, 1 / torch.log2(rank + 1), 0.0)
+
+    def cosines(self, id_share: float) -> tuple[Float[Tensor, "users candidates"], Float[Tensor, "users candidates"]]:
+        """What text parts and ID parts add to the cosines of whole embeddings."""
+        # A user without ID part has a text part of full length.
+        alone = 1.0 if id_share in (0.0, 1.0) else (1 - id_share) ** -0.5
+        text = (1 - id_share) * self.text
+        return torch.where(self.has_ids[:, None], text, text * alone), id_share * self.ids
+
+    def scores(self, blend: Blend) -> Float[Tensor, "users candidates"]:
+        """With all terms."""
+        text, ids = self.cosines(blend.id_share)
+        scores = text + ids
+        if blend.share is not None:
+            tau = blend.temperature
+            scores = tau * torch.logaddexp(scores / tau, self.log_boosts + self._log_scale(blend))
+        return scores + blend.seen_offset * self.seen
 
     def _log_scale(self, blend: Blend) -> Tensor:
         key = blend.id_share, blend.temperature
@@ -115,16 +138,17 @@ def gather_candidates(
     targets: Int[Tensor, "users"], text: Float[Tensor, "users items"], ids: Float[Tensor, "users items"],
     boosts: Float[Tensor, "users items"], seen: Bool[Tensor, "users items"],
 ) -> tuple[Tensor, ...]:
-    """(text, ids, boosts, seen, real) of the candidates of some users: the target, and the best items by text, by ID,
-    by both and by neighbours, and seen ones."""
-    count = min(_TOP, text.shape[1])
-    tops = [part.topk(count, dim=1).indices for part in (text, ids, text + ids, boosts, seen.float())]
-    rows = torch.cat([targets[:, None], *tops], dim=1)
+    """(text, ids, boosts, seen, real, items) of some users' candidates: the target, the best items by text, by ID,
+    by both and by neighbours, seen ones, and some others, the same at every call."""
+    users, n_items = text.shape
+    tops = [part.topk(min(_TOP, n_items), dim=1).indices for part in (text, ids, text + ids, boosts, seen.float())]
+    drawn = torch.randint(n_items, (users, _ANY), generator=torch.Generator().manual_seed(0))
+    rows = torch.cat([targets[:, None], *tops, drawn.to(targets.device)], dim=1)
     order = rows.sort(dim=1, stable=True)
     again = torch.zeros_like(rows, dtype=torch.bool)
     again[:, 1:] = order.values[:, 1:] == order.values[:, :-1]
     real = torch.empty_like(again).scatter_(1, order.indices, ~again)
-    return *(part.gather(1, rows) for part in (text, ids, boosts, seen)), real
+    return *(part.gather(1, rows) for part in (text, ids, boosts, seen)), real, rows
 
 
 def search(candidates: Candidates, start: Blend, grid: Grid, trials: int) -> tuple[Blend, Float[Tensor, "users"]]:

@@ -16,6 +16,7 @@ from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.laser.head import AddedOutput, Head
 from laserrec.methods.laser.id_states import IdStates
 from laserrec.methods.laser.model import Laser
+from laserrec.methods.laser.ranker import Ranker
 from laserrec.methods.laser.readers import READERS, Reader
 from laserrec.methods.laser.sides import MeanItems, ReadItems, ReadUsers, StudentUsers, SummedUsers
 from laserrec.methods.laser.student import Student
@@ -122,6 +123,8 @@ def restore(config: Config, items: pl.DataFrame, n_known: int, features: TextFea
         raise RuntimeError(f"{len(kept['means'])} mean outputs of {items.height} items")
     means = kept["means"].to(features.device) if "means" in kept else None
     laser = compose(config, items, n_known, features, id_model, means)
+    if "ranker.hidden.weight" in weights:
+        laser.ranker = Ranker(n_known, len(weights["ranker.hidden.weight"])).to(features.device)
     laser.load_state_dict(weights)
     if kept["vectors"].shape != (items.height, laser.d_out):
         raise RuntimeError(f"embeddings of shape {tuple(kept['vectors'].shape)}, not {(items.height, laser.d_out)}")

@@ -14,6 +14,7 @@ from laserrec.config import BlendConfig, Config, NeighboursConfig
 from laserrec.data.dataset import Cases
 from laserrec.data.histories import Histories
 from laserrec.methods.laser.blend import Blend, Candidates, choose, full_grid, gather_candidates, search
+from laserrec.methods.laser.ranker_fit import fit_ranker
 from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.task import LaserTask
 from laserrec.methods.neighbours import Neighbours, multiplications
@@ -24,6 +25,8 @@ _FEWEST_USERS = 50
 """With fewer validation users nothing is chosen."""
 _WORK = 3e13
 """Multiplications that may be spent on regressions: sixteen of 12,000 items, or eight with order."""
+_RANKED_ITEMS = 100_000
+"""With more no ranker is trained: it would score all items of a large catalogue for each user."""
 _ALONE = 0.001
 """Share of the cosines at which the neighbours alone decide."""
 _LADDERS: dict[str, tuple[float, ...]] = {
@@ -36,8 +39,8 @@ _LADDERS: dict[str, tuple[float, ...]] = {
 @torch.no_grad()
 def choose_blend(task: LaserTask, progress: bool = False) -> tuple[Config, dict[str, Any]]:
     """Weigh the parts of a fitted Laser and change it accordingly; the config that it has then, and what was found:
-    {users, chosen, ndcg@10: {given, chosen, without ...}}. Parts that do not help are dropped. Every process of several
-    chooses alike."""
+    {users, chosen, ndcg@10: {given, chosen, without ...}, network}. Parts that do not help are dropped. Every process
+    of several chooses alike."""
     config, dataset = task.module.config, task.dataset
     cases = dataset.cases("validation").sample(config.blend.users)
     if not config.blend.trials or len(cases) < _FEWEST_USERS:
@@ -47,7 +50,13 @@ def choose_blend(task: LaserTask, progress: bool = False) -> tuple[Config, dict[
     chosen = parts.choose(config.blend)
     report = {"users": len(cases), "chosen": {**vars(chosen.blend), **chosen.regression()},
               "ndcg@10": parts.report(chosen, config.blend.trials)}
-    return _apply(task, chosen), report
+    config = _apply(task, chosen)
+    if config.blend.network and dataset.n_items <= _RANKED_ITEMS:
+        popularity = torch.bincount(dataset.train_sequences.items, minlength=dataset.n_items).float()
+        task.module.ranker, told = fit_ranker(chosen.candidates, chosen.blend, popularity.to(task.module.device),
+                                              config.blend.network, progress)
+        report |= {"network": told} if told else {}
+    return config, report
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ class _Parts:
     def candidates(self, neighbours: Neighbours | None, users: Tensor | None = None) -> Candidates:
         """users: vectors in place of the model's own."""
         users, found, own = self.users if users is None else users, [], []
+        lengths = self.cases.histories.lengths
         for rows in torch.arange(len(self.cases)).split(self.batch):
             text, ids = self._cosines(users[rows.to(users.device)])
             histories = self.cases.histories.take(rows)
@@ -109,7 +119,8 @@ class _Parts:
             targets = self.cases.targets[rows].to(text.device)
             found.append(gather_candidates(targets, text, ids, boosts, seen))
             own.append(ids.any(dim=1))
-        return Candidates(*(torch.cat(part) for part in zip(*found, strict=True)), torch.cat(own), self.background)
+        *parts, rows = (torch.cat(part) for part in zip(*found, strict=True))
+        return Candidates(*parts, torch.cat(own), self.background, rows, lengths.to(rows.device))
 
     # -- the choice ---------------------------------------------------------------------------------------------
 

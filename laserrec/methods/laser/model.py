@@ -17,6 +17,7 @@ from laserrec.methods.laser.head import AddedOutput, Head
 from laserrec.methods.laser.id_states import IdStates
 from laserrec.methods.laser.mformer import Route
 from laserrec.methods.laser.new_items import inherit_id_part, nearest_known
+from laserrec.methods.laser.ranker import AppliedRanker, Ranker, seen_pairs
 from laserrec.methods.laser.readers import Reader
 from laserrec.methods.laser.sides import ItemSide, MeanItems, StudentUsers, UserSide
 from laserrec.methods.laser.student import Student
@@ -29,6 +30,8 @@ from laserrec.util.room import Room
 
 _ITEMS_AT_ONCE = 64
 """Items whose texts go through the LLM together."""
+_RANKED = 500
+"""Best items by vectors that are looked at for the ranker where an index finds them."""
 
 
 class Laser(nn.Module, TwoTower):
@@ -44,12 +47,13 @@ class Laser(nn.Module, TwoTower):
         features: TextFeatures, texts: Texts | None = None, reader: Reader | None = None,
         added: AddedOutput | None = None, transformer: HistoryTransformer | None = None,
         student: Student | None = None, neighbours: Neighbours | None = None, seen: SeenOffset | None = None,
+        ranker: Ranker | None = None,
     ):
         super().__init__()
         self.config, self.user_side, self.item_side = config, user_side, item_side
         self.ids, self.features, self.texts = ids, features, texts
         self.head, self.reader, self.added, self.student = head, reader, added, student
-        self.transformer, self.neighbours, self.seen = transformer, neighbours, seen
+        self.transformer, self.neighbours, self.seen, self.ranker = transformer, neighbours, seen, ranker
         self.id_share = config.head.id_share
         tau = torch.tensor(float(config.train.temperature))
         self.log_temperature = nn.Parameter(tau.log()) if config.train.learn_temperature else None
@@ -80,8 +84,16 @@ class Laser(nn.Module, TwoTower):
 
     @property
     def terms(self) -> Sequence[ScoreTerm]:
-        """Neighbours change cosines, the seen offset what comes of them."""
+        """Neighbours change cosines, the seen offset what comes of them; a ranker, if there is one, does both and what
+        it has learnt."""
+        if self.ranker is not None:
+            return [_Ranking(self, self.ranker)]
         return [term for term in (self.neighbours, self.seen) if term is not None]
+
+    @property
+    def depth(self) -> int:
+        """As `TwoTower.depth`."""
+        return 0 if self.ranker is None else _RANKED
 
     @property
     def temperature(self) -> float | Float[Tensor, ""]:
@@ -146,8 +158,10 @@ class Laser(nn.Module, TwoTower):
         text = F.normalize(vectors[:, : self.d_text], dim=-1)
         if isinstance(self.user_side, StudentUsers):
             self.user_side.vectors = text
-        if self.neighbours is not None and self.n_known > 0:
-            self.neighbours.inherit(*nearest_known(text[self.n_known :], text[: self.n_known]))
+        if (inheriting := self._inheriting()) and self.n_known > 0:
+            parents = nearest_known(text[self.n_known :], text[: self.n_known])
+            for part in inheriting:
+                part.inherit(*parents)
 
     @torch.no_grad()
     def scale_neighbours(self, some_users: Histories) -> None:
@@ -202,13 +216,18 @@ class Laser(nn.Module, TwoTower):
         count = int(known.sum())
         return self.vectors[:count] if bool(known[:count].all()) else self.vectors[known]
 
+    def _inheriting(self) -> list[Neighbours | Ranker]:
+        return [part for part in (self.neighbours, self.ranker) if part is not None]
+
     def _add_vectors(self, new: Float[Tensor, "new d_out"]) -> None:
         """As `set_items` of all, without another look at those that are there."""
         text, first = F.normalize(new[:, : self.d_text], dim=-1), self.vectors[: self.n_known, : self.d_text]
         if isinstance(self.user_side, StudentUsers):
             self.user_side.add(text)
-        if self.neighbours is not None and self.n_known > 0:
-            self.neighbours.inherit_behind(*nearest_known(text, first))
+        if (inheriting := self._inheriting()) and self.n_known > 0:
+            parents = nearest_known(text, first)
+            for part in inheriting:
+                part.inherit_behind(*parents)
         self.vectors = self._room.add(self.vectors, new)
 
     def drop_items(self, count: int) -> None:
@@ -223,3 +242,19 @@ class Laser(nn.Module, TwoTower):
         """What a model folder keeps of the items beside their text: embeddings and, if used, mean outputs."""
         means = {"means": self.item_side.means} if isinstance(self.item_side, MeanItems) else {}
         return {"vectors": self.vectors, **means}
+
+
+class _Ranking:
+    """The ranker of a Laser and the terms before it, as one score term."""
+
+    def __init__(self, laser: Laser, ranker: Ranker):
+        self.laser, self.ranker = laser, ranker
+
+    def on(self, histories: Histories, users: Float[Tensor, "users d_out"]) -> AppliedRanker:
+        """As `ScoreTerm.on`."""
+        laser, here = self.laser, histories.to(self.laser.device)
+        boosts = None if laser.neighbours is None else laser.neighbours.on(here)
+        offsets = [] if laser.seen is None else [laser.seen.on(here)]
+        terms, d = ([] if boosts is None else [boosts]) + offsets, laser.d_text
+        return AppliedRanker(self.ranker, terms, boosts, seen_pairs(here, laser.device), users[:, d:],
+                             laser.vectors[:, d:], here.lengths)

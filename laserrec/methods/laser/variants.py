@@ -14,13 +14,15 @@ from laserrec.methods.laser.id_states import IdStates
 from laserrec.methods.laser.model import Laser
 from laserrec.methods.laser.sides import SummedUsers
 
+NO_RANKER = "without the ranking network"
 Variant = Callable[[], AbstractContextManager[None]]
 """Makes a context in which the model is changed; afterwards it is as before."""
 
 
 def variants(laser: Laser, some_users: Histories) -> dict[str, Variant]:
-    """Name -> change, for each part that this model has. some_users: training sequences by whose cosines the
-    neighbours' scale is set anew, as in a fit (laserrec.methods.laser.task.scale_histories)."""
+    """Name -> change, for each part that this model has. What a ranker has learnt about all parts means nothing without
+    one of them, so it is taken out first, and out in all others too. some_users: training sequences by whose cosines
+    the neighbours' scale is set anew, as in a fit (laserrec.methods.laser.task.scale_histories)."""
     found: dict[str, Variant] = {}
     side, reader = laser.user_side, laser.reader
     if isinstance(side, SummedUsers) and side.more:
@@ -41,6 +43,8 @@ def variants(laser: Laser, some_users: Histories) -> dict[str, Variant]:
         found["without neighbours"] = lambda: _with(laser, neighbours=None)
     if laser.seen is not None:
         found["without the seen offset"] = lambda: _with(laser, seen=None)
+    if laser.ranker is not None:
+        found = {NO_RANKER: lambda: _with(laser), **found}
     return {name: _rescaled(laser, some_users, change) for name, change in found.items()}
 
 
@@ -100,7 +104,7 @@ def _rescaled(laser: Laser, some_users: Histories, change: Variant) -> Variant:
         neighbours = laser.neighbours
         scale = None if neighbours is None else neighbours.log_scale.clone()
         try:
-            with change():
+            with _with(laser, ranker=None), change():
                 laser.scale_neighbours(some_users)
                 yield
         finally:

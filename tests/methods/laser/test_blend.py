@@ -33,8 +33,9 @@ def planted(seed: int, text: float, ids: float, boosts: float, users: int = USER
     weights[at] += boosts
     seen = torch.rand(users, ITEMS, generator=g) < 0.05
     seen[at] = False
-    parts = gather_candidates(targets, *noise, weights, seen)
-    return Candidates(*parts, torch.ones(users, dtype=torch.bool), (noise[0][:50], noise[1][:50]))
+    *parts, rows = gather_candidates(targets, *noise, weights, seen)
+    return Candidates(*parts, torch.ones(users, dtype=torch.bool), (noise[0][:50], noise[1][:50]), rows,
+                      torch.randint(1, 9, (users,), generator=g))
 
 
 def test_a_users_candidates_are_each_counted_once():

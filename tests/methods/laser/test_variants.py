@@ -5,9 +5,10 @@ import tiny
 import torch
 
 from laserrec.data.histories import Histories
+from laserrec.methods.laser.ranker import Ranker
 from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.task import LaserTask, scale_histories
-from laserrec.methods.laser.variants import OtherUsers, variants
+from laserrec.methods.laser.variants import NO_RANKER, OtherUsers, variants
 
 N = 20
 DATA = tiny.planted(N, users=30)
@@ -48,6 +49,24 @@ def test_every_part_changes_the_scores_and_comes_back(laser):
             raise KeyError
         assert torch.equal(laser.score(asked()), before), name
     tiny.assert_same(state, dict(laser.state_dict()))
+
+
+def test_parts_are_taken_out_of_a_model_without_its_ranking_network(laser):
+    plain = {}
+    for name, change in variants(laser, scale_histories(DATA)).items():
+        with change():
+            plain[name] = laser.score(asked())
+    plain[NO_RANKER] = laser.score(asked())
+    laser.ranker = Ranker(N, 4).eval()
+    laser.ranker.out.weight.data.normal_()
+    ranked = laser.score(asked())
+    assert not torch.allclose(ranked, plain[NO_RANKER], atol=1e-4)
+    found = variants(laser, scale_histories(DATA))
+    assert next(iter(found)) == NO_RANKER and set(found) == {NO_RANKER, *ALL}
+    for name, change in found.items():
+        with change():
+            torch.testing.assert_close(laser.score(asked()), plain[name])
+        assert torch.equal(laser.score(asked()), ranked)
 
 
 def test_what_a_model_lacks_is_no_variant(llm):

@@ -1,0 +1,145 @@
+"""The network that ranks items anew: its scores against a naive form, what it learns in planted cases, its guard."""
+
+from dataclasses import replace
+
+import polars as pl
+import pytest
+import tiny
+import torch
+from test_blend import ITEMS, START, planted
+from test_finish import DATA, SMALL, N, started
+
+from laserrec.methods.laser import finish, ranker_fit
+from laserrec.methods.laser.blend import Blend
+from laserrec.methods.laser.finish import choose_blend
+from laserrec.methods.laser.ranker import Parts, Ranker
+from laserrec.methods.laser.ranker_fit import fit_ranker
+
+USERS = 600
+HISTORIES = tiny.histories([0, 1, 1, 5], [7], [3, 4, 9, 2, 8, 11], [])
+NEW = pl.DataFrame({"title": ["red saw", "blue glue"], "brand": ["redco", None], "category": [None, "tools"]})
+
+
+def with_ranker(llm, **sections):
+    """A Laser with any ranker, whose weights all matter."""
+    laser = started(llm, **{**SMALL, **sections}).module
+    torch.manual_seed(5)
+    laser.ranker = Ranker(N, 9)
+    for parameter in laser.ranker.parameters():
+        parameter.data.normal_(std=0.5)
+    laser.ranker.popularity.copy_(torch.arange(N).float())
+    laser.ranker.standardise(torch.randn(50, 7) * 2 + 1)
+    return laser.eval().requires_grad_(False)
+
+
+def naive(laser, histories):
+    """All features of all items, through `Ranker.forward`."""
+    users, d = laser.users(histories), laser.d_text
+    text, ids = users[:, :d] @ laser.vectors[:, :d].T, users[:, d:] @ laser.vectors[:, d:].T
+    scores, boosts, seen = text + ids, torch.zeros_like(text), torch.zeros_like(text, dtype=torch.bool)
+    if laser.neighbours is not None:
+        term = laser.neighbours.on(histories)
+        boosts[term.pairs.users, term.pairs.items] = term.values
+        scores = term.to_all(scores)
+    if laser.seen is not None:
+        scores = laser.seen.on(histories).to_all(scores)
+    for user, row in enumerate(histories.lists()):
+        seen[user, row] = True
+    parts = Parts(text, ids, boosts, seen, laser.ranker.popularities().expand_as(text), histories.lengths[:, None])
+    added = laser.ranker(laser.ranker.standardised(parts.features()))
+    return scores + laser.ranker.log_temperature.exp() * added
+
+
+@pytest.mark.parametrize("sections", [
+    {}, {"neighbours": {"count": 0}}, {"head": {"whiten_dims": 8, "projection": True}}
+], ids=["all", "no neighbours", "text alone"])
+def test_scores_are_the_networks(llm, sections):
+    laser = with_ranker(llm, **sections)
+    laser.add_items(NEW)
+    want = naive(laser, HISTORIES)
+    assert want.shape == (4, N + 2)
+    torch.testing.assert_close(laser.score(HISTORIES), want)
+    term, = laser.terms
+    users = laser.users(HISTORIES)
+    applied, rows = term.on(HISTORIES, users), torch.tensor([N + 1, 3, 0, 9])
+    for user in range(4):
+        some = applied.to_some(user, rows, users[user] @ laser.vectors[rows].T)
+        torch.testing.assert_close(some, want[user, rows])
+    laser.drop_items(N)
+    torch.testing.assert_close(laser.score(HISTORIES), want[:, :N])
+
+
+def test_new_items_are_as_popular_as_their_parents(llm):
+    laser = with_ranker(llm)
+    laser.add_items(NEW.head(1))
+    laser.add_items(NEW.tail(1))
+    rows, weights = laser.neighbours._parents
+    assert len(rows) == 2
+    torch.testing.assert_close(laser.ranker.popularities()[N:], (rows * weights).sum(dim=1))
+
+
+def crowded(seed: int):
+    """The ID part finds the target, but among popular items (the first half) it is loud for no reason: a weighted sum
+    of the parts can't tell."""
+    found = planted(seed, 0.0, 0.35, 0.0, users=USERS)
+    loud = (found.items < ITEMS // 2) & (found.items != found.items[:, :1])
+    popularity = torch.where(torch.arange(ITEMS) < ITEMS // 2, 500.0, 5.0)
+    return replace(found, ids=found.ids + 0.4 * loud), popularity
+
+
+def test_it_learns_what_a_weighted_sum_cannot_tell(monkeypatch):
+    monkeypatch.setattr(ranker_fit, "_EPOCHS", 30)
+    found, popularity = crowded(3)
+    blend = Blend(0.9, None, 0.1, 0.0)
+    ranker, told = fit_ranker(found, blend, popularity, hidden=8)
+    assert ranker is not None and told["kept"] and told["network"] > 1.15 * told["blend"]
+    again, same = fit_ranker(found, blend, popularity, hidden=8)
+    assert same == told and all(torch.equal(a, b) for a, b in zip(ranker.state_dict().values(),
+                                                                  again.state_dict().values(), strict=True))
+
+
+def test_it_is_judged_by_users_that_it_was_not_trained_on(monkeypatch):
+    trained, shown = [], []
+    train, ranked = ranker_fit._train, ranker_fit._ranked
+    monkeypatch.setattr(ranker_fit, "_EPOCHS", 1)
+    monkeypatch.setattr(ranker_fit, "_train", lambda r, e, own: trained.append(set(own.tolist())) or train(r, e, own))
+    monkeypatch.setattr(ranker_fit, "_ranked", lambda r, e: shown.append(len(trained)) or ranked(r, e))
+    found, popularity = crowded(3)
+    fit_ranker(found, Blend(0.9, None, 0.1, 0.0), popularity, hidden=8)
+    there = set(found.found.nonzero()[:, 0].tolist())
+    assert shown == [1, 2, 3] and trained[3] == there
+    left_out = [there - fold for fold in trained[:3]]
+    assert set().union(*left_out) == there and sum(map(len, left_out)) == len(there)
+
+
+def test_it_is_not_kept_where_it_ranks_worse(monkeypatch):
+    """A network that has learnt nothing but noise."""
+    found, popularity = crowded(3)
+
+    def spoilt(ranker, examples, users):
+        ranker.direct.weight.data.fill_(0.0)
+        ranker.out.weight.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(100)
+
+    monkeypatch.setattr(ranker_fit, "_train", spoilt)
+    ranker, told = fit_ranker(found, START, popularity, hidden=8)
+    assert ranker is None and not told["kept"] and told["network"] < told["blend"]
+
+
+def test_few_users_train_none():
+    found, popularity = planted(1, 0.3, 0.3, 0.5, users=100), torch.ones(ITEMS)
+    assert fit_ranker(found, START, popularity, hidden=8) == (None, {})
+
+
+@pytest.mark.parametrize("limit", [10**6, N - 1])
+def test_a_fit_ends_with_it_if_the_catalogue_is_not_too_large(llm, monkeypatch, limit):
+    monkeypatch.setattr(ranker_fit, "_FEWEST_USERS", 10)
+    monkeypatch.setattr(finish, "_RANKED_ITEMS", limit)
+    sections = {**SMALL, "blend": {**SMALL["blend"], "network": 4}}
+    task = started(llm, DATA, **sections)
+    counts = torch.bincount(DATA.train_sequences.items, minlength=N).float()
+    _, report = choose_blend(task)
+    assert ("network" in report) == (limit > N)
+    if "network" in report and report["network"]["kept"]:
+        assert torch.equal(task.module.ranker.popularity, counts) and task.module.depth == 500
+    else:
+        assert task.module.ranker is None and task.module.depth == 0
