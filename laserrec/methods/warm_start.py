@@ -56,10 +56,11 @@ def carry_sequence_model(
 
 @torch.no_grad()
 def carry_laser(new: Laser, old: Laser, rows: Int[Tensor, "n_items"]) -> None:
-    """All weights but the neighbours', which are made anew; the whitening of LLM outputs stays as it was, since what
-    is trained behind it counts on it. rows: `old`'s row of each item of `new`, -1 for items that it does not know; the
-    others keep their text parts. Raises UserError where the two differ in more than their items."""
-    carry_weights(new, old, ("neighbours.items", "neighbours.weights", "neighbours.log_scale"))
+    """All weights but the neighbours' and the ranker's, which are made anew; the whitening of LLM outputs stays as it
+    was, since what is trained behind it counts on it. rows: `old`'s row of each item of `new`, -1 for items that it
+    does not know; the others keep their text parts. Raises UserError where the two differ in more than their items."""
+    anew = ("neighbours.", "ranker.")
+    carry_weights(new, old, [name for name in (*new.state_dict(), *old.state_dict()) if name.startswith(anew)])
     text = F.normalize(old.vectors[:, : old.d_text], dim=-1).to(new.device)
     new.carried = torch.where((rows >= 0)[:, None], text[rows.clamp(min=0)], torch.nan)
 

@@ -22,7 +22,7 @@ STEADY = {"id_model": tiny.ID_MODEL.model_dump() | {"max_epochs": 2, "dropout": 
 SMALL = {"prompt": {"layout": "text_first", "item_side": "mean", "max_items": 4, "max_item_tokens": 8},
          "head": {"projection": True, "whiten_dims": 8, "seen_offset": True, "id_share": 0.3},
          "neighbours": {"count": 4, "l2": 1.0}, "train": {"item_gradient": True},
-         "blend": {"trials": 60, "regressions": 2}}
+         "blend": {"trials": 60, "regressions": 2, "network": 4}}
 CASES = [*((name, {}) for name in METHODS), ("sasrec", {"id_model": {"items": "text", "seen_offset": True}}),
          ("laser", SMALL)]
 
@@ -37,7 +37,10 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "sections"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x) or "plain")
 def test_a_fit_on_the_device_is_the_cpus(data, llm_folder, tmp_path, monkeypatch, name, sections):
-    monkeypatch.setattr("laserrec.methods.laser.finish._FEWEST_USERS", 10)
+    for module in ("finish", "ranker_fit"):
+        monkeypatch.setattr(f"laserrec.methods.laser.{module}._FEWEST_USERS", 10)
+    monkeypatch.setattr("laserrec.methods.laser.ranker_fit._worse", lambda gain: False)
+    monkeypatch.setattr("laserrec.methods.laser.ranker_fit._EPOCHS", 2)
     merged = {section: STEADY.get(section, {}) | sections.get(section, {}) for section in {*STEADY, *sections}}
     config, asked = tiny.config(llm_folder(), **merged), Histories.of([[0, 3], [5], [7, 8, 9]])
     own = fit(name, data, config, tmp_path / "cpu", CPU, progress=False)
@@ -45,6 +48,7 @@ def test_a_fit_on_the_device_is_the_cpus(data, llm_folder, tmp_path, monkeypatch
     with pretended() as gpu:
         there = fit(name, data, config, tmp_path / "gpu", gpu.device, progress=False)
         opened = open_folder(tmp_path / "gpu", gpu.device)
+        assert getattr(own.model, "ranker", None) is not None or sections is not SMALL
         for model in (there.model, opened.model):
             scores = model.score(asked.to(gpu.device))
             assert scores.device == gpu.device

@@ -14,6 +14,7 @@ from laserrec.config import BlendConfig, Config, NeighboursConfig
 from laserrec.data.dataset import Cases
 from laserrec.data.histories import Histories
 from laserrec.methods.laser.blend import Blend, Candidates, choose, full_grid, gather_candidates, search
+from laserrec.methods.laser.ranker import Ranker
 from laserrec.methods.laser.ranker_fit import fit_ranker
 from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.task import LaserTask
@@ -52,11 +53,26 @@ def choose_blend(task: LaserTask, progress: bool = False) -> tuple[Config, dict[
               "ndcg@10": parts.report(chosen, config.blend.trials)}
     config = _apply(task, chosen)
     if config.blend.network and dataset.n_items <= _RANKED_ITEMS:
-        popularity = torch.bincount(dataset.train_sequences.items, minlength=dataset.n_items).float()
-        task.module.ranker, told = fit_ranker(chosen.candidates, chosen.blend, popularity.to(task.module.device),
-                                              config.blend.network, progress)
+        task.module.ranker, told = _ranker(task, chosen, config.blend.network, progress)
         report |= {"network": told} if told else {}
     return config, report
+
+
+def _ranker(task: LaserTask, chosen: _Choice, hidden: int, progress: bool) -> tuple[Ranker | None, dict[str, Any]]:
+    """Of several processes the first one trains it."""
+    n_items, device = task.dataset.n_items, task.module.device
+
+    def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        popularity = torch.bincount(task.dataset.train_sequences.items, minlength=n_items).float().to(device)
+        ranker, told = fit_ranker(chosen.candidates, chosen.blend, popularity, hidden, progress)
+        return ({} if ranker is None else dict(ranker.state_dict())), told
+
+    weights, told = task.world.from_main(make)
+    if not weights:
+        return None, told
+    ranker = Ranker(n_items, hidden).to(device)
+    ranker.load_state_dict(weights)
+    return ranker.eval().requires_grad_(False), told
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,14 @@ def fit_ranker(candidates: Candidates, blend: Blend, popularity: Float[Tensor, "
         bar.advance(1)
     with_network, without = with_network * candidates.found, candidates.ndcg(blend) * candidates.found
     gain = with_network - without
-    told = {"blend": round(float(without.mean()), 5), "network": round(float(with_network.mean()), 5)}
-    keeps = float(gain.mean()) >= -float(gain.std()) / len(gain) ** 0.5
-    return (ranker.requires_grad_(False) if keeps else None), {**told, "kept": keeps}
+    told = {"blend": round(float(without.mean()), 5), "network": round(float(with_network.mean()), 5),
+            "kept": not _worse(gain)}
+    return (ranker.requires_grad_(False) if told["kept"] else None), told
+
+
+def _worse(gain: Float[Tensor, "users"]) -> bool:
+    """By more than a standard error."""
+    return float(gain.mean()) < -float(gain.std()) / len(gain) ** 0.5
 
 
 def _prepared(candidates: Candidates, blend: Blend, popularity: Float[Tensor, "n_items"], hidden: int
