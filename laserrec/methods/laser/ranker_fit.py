@@ -15,7 +15,9 @@ from laserrec.methods.laser.ranker import Parts, Ranker
 from laserrec.util.progress import Progress
 
 _FOLDS = 3
-_EPOCHS, _BATCH, _LR, _DECAY = 100, 256, 1e-2, 0.1
+_EPOCHS, _MOST_STEPS = 100, 1_600
+"""Fewer epochs where they would take more steps."""
+_BATCH, _LR, _DECAY = 256, 1e-2, 0.1
 _WARMUP = 0.1
 _FEWEST_USERS = 300
 """Whose targets are among their likely items. With fewer no network is trained."""
@@ -98,9 +100,10 @@ def _minimise(ranker: Ranker, examples: _Examples, users: Int[Tensor, "some"]) -
     maps = [parameter for name, parameter in ranker.named_parameters() if name != "log_temperature"]
     optimizer = torch.optim.AdamW([{"params": maps, "weight_decay": _DECAY},
                                    {"params": [ranker.log_temperature], "weight_decay": 0.0}], lr=_LR)
-    steps = _EPOCHS * -(-len(users) // _BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=steps, pct_start=_WARMUP)
-    for _ in range(_EPOCHS):
+    batches = -(-len(users) // _BATCH)
+    epochs = min(_EPOCHS, -(-_MOST_STEPS // batches))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=epochs * batches, pct_start=_WARMUP)
+    for _ in range(epochs):
         for rows in torch.randperm(len(users)).to(users.device).split(_BATCH):
             own = users[rows]
             logits = examples.scores[own] * (-ranker.log_temperature).exp() + ranker(examples.features[own])
