@@ -14,8 +14,9 @@ from laserrec.methods.all import find_method
 from laserrec.recommender.fitting import Fitted, fit, kept_texts
 from laserrec.util.errors import UserError
 
-_EPOCHS, _PATIENCE, _TRIALS = 10, 2, 100
-"""At most: epochs of a sequence model, validations without a better one, and blends that are tried."""
+_EPOCHS, _PATIENCE, _EXAMPLES, _TRIALS = 5, 2, 15_000, 100
+"""At most: epochs of a sequence model, validations without a better one, examples of Laser's epoch, and blends that are
+tried."""
 _OPTIMISER = ("lr", "weight_decay", "dropout", "batch_size", "max_epochs", "patience", "eval_every", "seed")
 _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
     "train": None, "blend": None, "eval": None, "neighbours": None,
@@ -54,7 +55,8 @@ def settings(config: Config, changes: dict[str, Any]) -> Config:
         **{name: {"max_epochs": min(own.max_epochs, _EPOCHS), "patience": min(own.patience, _PATIENCE)}
            for name, own in trained.items()},
         "train": {"stage_one_epochs": min(train.stage_one_epochs, 1),
-                  "stage_two_epochs": 0 if train.stage_one_epochs else min(train.stage_two_epochs, 1)},
+                  "stage_two_epochs": 0 if train.stage_one_epochs else min(train.stage_two_epochs, 1),
+                  "epoch_examples": min(train.epoch_examples or _EXAMPLES, _EXAMPLES)},
         "blend": {"trials": min(config.blend.trials, _TRIALS), "regressions": 0, "shuffles": ()},
     }
     return merged(config, merge(short, changes))

@@ -130,6 +130,20 @@ def test_few_users_train_none():
     assert fit_ranker(found, START, popularity, hidden=8) == (None, {})
 
 
+def test_the_model_reads_what_the_network_was_trained_on(llm, monkeypatch):
+    monkeypatch.setattr(ranker_fit, "_FEWEST_USERS", 10)
+    monkeypatch.setattr(ranker_fit, "_worse", lambda gain: False)
+    kept, ranked, taken, fit = [], ranker_fit._ranked, [], finish.fit_ranker
+    monkeypatch.setattr(ranker_fit, "_ranked", lambda ranker, own: kept.append(own) or ranked(ranker, own))
+    monkeypatch.setattr(finish, "fit_ranker", lambda found, *own: taken.append(found) or fit(found, *own))
+    laser = started(llm, DATA, **{**SMALL, "blend": {**SMALL["blend"], "network": 4}})
+    choose_blend(laser)
+    laser, (candidates,) = laser.module, taken
+    cases = DATA.cases("validation").sample(4000)
+    want = ranked(laser.ranker, kept[0])
+    torch.testing.assert_close(laser.score(cases.histories).gather(1, candidates.items), want, atol=2e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("limit", [10**6, N - 1])
 def test_a_fit_ends_with_it_if_the_catalogue_is_not_too_large(llm, monkeypatch, limit):
     monkeypatch.setattr(ranker_fit, "_FEWEST_USERS", 10)
