@@ -14,7 +14,7 @@ from laserrec.methods.all import find_method
 from laserrec.recommender.fitting import Fitted, fit, kept_texts
 from laserrec.util.errors import UserError
 
-_EPOCHS, _PATIENCE, _EXAMPLES, _TRIALS = 5, 2, 15_000, 100
+_EPOCHS, _PATIENCE, _EXAMPLES, _TRIALS = 10, 2, 15_000, 100
 """At most: epochs of a sequence model, validations without a better one, examples of Laser's epoch, and blends that are
 tried."""
 _OPTIMISER = ("lr", "weight_decay", "dropout", "batch_size", "max_epochs", "patience", "eval_every", "seed")
