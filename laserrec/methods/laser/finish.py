@@ -24,8 +24,8 @@ from laserrec.util.progress import Progress
 
 _FEWEST_USERS = 50
 """With fewer validation users nothing is chosen."""
-_WORK = 1.2e14
-"""Multiplications that may be spent on regressions: with order, sixteen of 15,000 items or seven of 20,000."""
+_WORK = 3e13
+"""Multiplications that may be spent on regressions: sixteen of 12,000 items, or eight with order."""
 _RANKED_ITEMS = 100_000
 """With more no ranker is trained: it would score all items of a large catalogue for each user."""
 _ALONE = 0.001
