@@ -52,6 +52,7 @@ def rows() -> list[Row]:
         Row("SASRec from LLM embeddings", "text", "sasrec", id_settings("sasrec", items="llm_start")),
         Row("text SASRec", "text", "sasrec", id_settings("sasrec", items="text")),
         Row(LASER, "laser", "laser"),
+        Row("Laser without its ranking network", "laser", of=(LASER,), make=_blend),
         Row("Laser without its neighbours (cosines)", "laser", of=(LASER,), make=_cosines),
         Row(BI_TUNING, "laser", "laser", READING),
         Row("Laser, bi-tuning, distilled (no LLM for users)", "laser",
@@ -71,21 +72,27 @@ def reproduce(dataset: Dataset, config: Config, out: Path, seeds: Sequence[int],
     return result
 
 
-class CosinesAlone:
-    """A Laser without the regression beside it."""
+class Unranked:
+    """A Laser without the network that ranks items anew, and if `neighbours` is False without the regression too."""
 
-    def __init__(self, model: Laser):
-        self.model = model
+    def __init__(self, model: Laser, neighbours: bool = True):
+        self.model, self.neighbours = model, neighbours
 
     @torch.no_grad()
     def score(self, histories: Histories) -> Float[Tensor, "users n_items"]:
-        """Cosines with the seen offset."""
+        """Cosines with the terms that are left."""
         scores = self.model.users(histories) @ self.model.items().T
-        return scores if self.model.seen is None else self.model.seen.on(histories).to_all(scores)
+        for term in (self.model.neighbours if self.neighbours else None, self.model.seen):
+            scores = scores if term is None else term.on(histories).to_all(scores)
+        return scores
+
+
+def _blend(place: Place, laser: Fitted) -> tuple[Scorer, float]:
+    return Unranked(laser.model), 0.0
 
 
 def _cosines(place: Place, laser: Fitted) -> tuple[Scorer, float]:
-    return CosinesAlone(laser.model), 0.0
+    return Unranked(laser.model, neighbours=False), 0.0
 
 
 def _distilled(place: Place, laser: Fitted) -> tuple[Scorer, float]:

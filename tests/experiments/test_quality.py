@@ -8,7 +8,7 @@ import torch
 
 from laserrec.config import Config
 from laserrec.experiments import quality, table
-from laserrec.experiments.quality import CosinesAlone
+from laserrec.experiments.quality import Unranked
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_all_models_of_all_seeds_once(small, tmp_path, monkeypatch):
     dataset = tiny.planted(15, 30)
     result = quality.reproduce(dataset, small, tmp_path, [0], progress=False, device="cpu")
     assert {row["model"] for row in result["rows"]} == {row.name for row in quality.rows()}
-    assert len(result["rows"]) == len(quality.rows()) == 12
+    assert len(result["rows"]) == len(quality.rows()) == 13
     assert all({"model", "kind", "seed", "recall@10", "ndcg@10", "mrr", "train_seconds"} <= row.keys()
                for row in result["rows"])
     assert json.loads((tmp_path / "quality.json").read_text(encoding="utf-8")) == result
@@ -48,6 +48,7 @@ def test_cosines_alone_are_a_user_and_all_items_with_the_seen_offset(small, llm,
     expected = users @ model.items().T
     for user, row in enumerate([[3, 4], [9]]):
         expected[user, row] += model.seen.offset
-    alone = CosinesAlone(model).score(histories)
+    torch.testing.assert_close(Unranked(model).score(histories), model.score(histories))
+    alone = Unranked(model, neighbours=False).score(histories)
     torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-4)
     assert (model.score(histories) > alone + 1e-4).any()
