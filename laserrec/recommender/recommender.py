@@ -274,7 +274,8 @@ class LaserRecommender:
         """Find recommendations through an index from here on: an index of all items under their rows
         (`laserrec.recommender.indexing.fill_index`), or a folder that `laserrec index build` made; None: compare with
         all items again. The index is not changed: items that are added or removed later are seen to beside it. An exact
-        index changes no recommendation, others may miss some. Raises UserError for an index of another model or
+        index changes no recommendation, but where a network ranks items anew (`blend.network`), which then looks at the
+        best 500 by vectors; other indexes may miss some. Raises UserError for an index of another model or
         catalogue."""
         with self._held():
             self._indexed = None if index is None else attach(index, self.embeddings, self.removed)
