@@ -34,7 +34,7 @@ def rows() -> list[Row]:
     """A model in closed form for the start, then those of the table."""
     instant, whole = PRESETS["instant"], load_config("instant")
     settings = {name: own for name, own in instant.items() if name != "backbone"}
-    settings |= {"head": whole.head.model_dump(), "neighbours": whole.neighbours.model_dump()}
+    settings |= {name: getattr(whole, name).model_dump() for name in ("head", "neighbours", "blend")}
     return [Row(_INSTANT, "text", "laser", settings, folder="instant"),
             Row(LASER, "laser", "laser", folder="model"),
             Row(_SASREC, "id", "sasrec", {"id_model": {"kind": "sasrec", "items": "ids"}}),
