@@ -106,12 +106,12 @@ _INSTANT: dict[str, Any] = {
 }
 
 # `small` for a quarter of an hour on two slow cores. Item texts are read at one depth, a fifth of the time, which costs
-# Laser 2% on test; an epoch has one cut per user in place of all; one SASRec is rival and ID model.
+# Laser 2% on test; an epoch has one cut per user in place of all; one SASRec is rival and ID model; no ranking network.
 _QUICKSTART: dict[str, Any] = {
     **_SMALL,
     "id_model": {**_SMALL["id_model"], "items": "ids", "patience": 3},
     "backbone": {**_SMALL["backbone"], "mean_layers": (6,)},
-    "blend": {"trials": 150, "regressions": 6, "network": 32},
+    "blend": {"trials": 150, "regressions": 6},
     "train": {**_SMALL["train"], "cuts": "random", "stage_one_epochs": 3, "stage_two_epochs": 0,
               "validation_users": 2000},
 }
