@@ -16,7 +16,17 @@ import polars as pl
 
 from laserrec.data.clean import ids, unmixed, value_at, why_no_id
 from laserrec.data.door import read_histories
-from laserrec.data.files import POLARS_ERRORS, SKIP_HINT, FileOptions, Table, ending, parts_of, read_table, reason
+from laserrec.data.files import (
+    POLARS_ERRORS,
+    SKIP_HINT,
+    FileOptions,
+    Table,
+    below_each_other,
+    ending,
+    parts_of,
+    read_table,
+    reason,
+)
 from laserrec.data.raw import INTERACTION_SCHEMA, time_and_order
 from laserrec.util.errors import UserError, reading
 
@@ -168,11 +178,7 @@ class _Parquet:
         self._files = files
         kinds, heights = zip(*(_scanned(file, lambda scan: (
             scan.collect_schema(), scan.select(pl.len()).collect().item())) for file in files), strict=True)
-        try:
-            self._none = pl.concat([pl.DataFrame(schema=kind) for kind in kinds], how="diagonal_relaxed")
-        except POLARS_ERRORS as error:
-            raise UserError(f"{path}: the parts' columns differ in type: {reason(error)}; write them with one schema"
-                            ) from None
+        self._none = below_each_other(path, [pl.DataFrame(schema=kind) for kind in kinds])
         self.kinds, self.spans = self._none.schema, list(pairwise(accumulate(heights, initial=0)))
         """Of columns; and each file's rows [first, end)."""
 

@@ -96,13 +96,19 @@ def read_parts(path: Path | str, read: Callable[[Path], Table]) -> Table:
         part = bisect_right(ends, row)
         return tables[part].where(row - (ends[part - 1] if part else 0))
 
+    frames = [t.frame for t in tables]
+    frame = below_each_other(path, frames if ending(files[0]) == ".parquet" else alike(frames))
+    return Table(frame, str(path), locate, sum(t.skipped for t in tables))
+
+
+def below_each_other(path: Path | str, frames: list[pl.DataFrame]) -> pl.DataFrame:
+    """The parts of `path` with the columns of all, each as wide as any part has it. Raises UserError where there is no
+    such type."""
     try:
-        frames = [t.frame for t in tables]
-        frame = pl.concat(frames if ending(files[0]) == ".parquet" else alike(frames), how="diagonal_relaxed")
+        return pl.concat(frames, how="diagonal_relaxed")
     except POLARS_ERRORS as error:
         raise UserError(f"{path}: the parts' columns differ in type: {reason(error)}; write them with one schema"
                         ) from None
-    return Table(frame, str(path), locate, sum(t.skipped for t in tables))
 
 
 def parts_of(path: Path | str) -> list[Path]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from laserrec.config import NeighboursConfig, RegressionForm
 from laserrec.data.histories import Histories, Pairs
 from laserrec.methods.local_regression import largest, local_weights
-from laserrec.methods.terms import AtPairs, decayed_pairs
+from laserrec.methods.terms import AtPairs, Inheriting, decayed_pairs
 from laserrec.util.errors import UserError
 from laserrec.util.memory import available_bytes
 
@@ -182,14 +182,17 @@ def sparse_regress(
     return weights
 
 
-class Neighbours(nn.Module):
+class Neighbours(Inheriting, nn.Module):
     """Each item's strongest neighbours, as a score term. Nothing here is trained by gradient.
 
     With boost b of an item, the sum of the weights of the history's items for it, its cosine c becomes
     tau log(exp(c / tau) + scale b): the cosine whose softmax weight is the item's own plus its neighbours'. An item
     without a boost keeps its cosine.
 
-    Parameters: `n_items`: the items of the regression; later ones inherit (`inherit`).
+    Items that the regression never saw count in a history as their parents do (`inherit`), and their boost is the
+    weighted mean of their parents' boosts, where a parent in the history counts as the strongest neighbour would.
+
+    Parameters: `n_items`: the items of the regression; later ones inherit.
     """
 
     items: Int[Tensor, "n_items count"]
@@ -203,7 +206,6 @@ class Neighbours(nn.Module):
         self.register_buffer("items", torch.zeros(n_items, count, dtype=torch.int32))
         self.register_buffer("weights", torch.zeros(n_items, count))
         self.register_buffer("log_scale", torch.zeros(()))
-        self._parents: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def fit(self, sequences: Histories, text: Float[Tensor, "n_items d_text"]) -> None:
@@ -223,18 +225,6 @@ class Neighbours(nn.Module):
         weights, on average over these users. One scale for all users, so that a score needs no sum over items."""
         log_sums = (cosines / self.config.temperature).logsumexp(dim=1)
         self.log_scale.copy_(log_sums.mean() - np.log(self.config.share))
-
-    def inherit(self, rows: Int[Tensor, "new parents"], weights: Float[Tensor, "new parents"]) -> None:
-        """Give items behind the known ones, which the regression never saw, parents among the known ones: in a history
-        they count as their parents do, and their boost is the weighted mean of their parents' boosts, where a parent
-        in the history counts as the strongest neighbour would."""
-        self._parents = (rows, weights) if len(rows) else None
-
-    def inherit_behind(self, rows: Int[Tensor, "new parents"], weights: Float[Tensor, "new parents"]) -> None:
-        """Give parents to items behind those that have some already."""
-        if self._parents is not None:
-            rows, weights = (torch.cat(pair) for pair in zip(self._parents, (rows, weights), strict=True))
-        self.inherit(rows, weights)
 
     @torch.no_grad()
     def on(self, histories: Histories, users: Tensor | None = None) -> AtPairs:

@@ -54,6 +54,22 @@ class AtPairs:
         return slice(*torch.searchsorted(self.pairs.users, bounds).tolist())
 
 
+class Inheriting:
+    """A part of a model that knows items up to some row; later ones take after parents among these, by weight."""
+
+    _parents: tuple[Tensor, Tensor] | None = None
+
+    def inherit(self, rows: Int[Tensor, "new parents"], weights: Float[Tensor, "new parents"]) -> None:
+        """Parents of all items behind the known ones."""
+        self._parents = (rows, weights) if len(rows) else None
+
+    def inherit_behind(self, rows: Int[Tensor, "new parents"], weights: Float[Tensor, "new parents"]) -> None:
+        """Give parents to items behind those that have some already."""
+        if self._parents is not None:
+            rows, weights = (torch.cat(pair) for pair in zip(self._parents, (rows, weights), strict=True))
+        self.inherit(rows, weights)
+
+
 class SeenOffset(nn.Module):
     """One number added to the scores of items that stand in the history already (not in the paper).
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laserrec.config import Config
+from laserrec.data.clean import short
 from laserrec.data.dataset import Dataset
 from laserrec.util.errors import UserError
 
@@ -34,14 +35,14 @@ def dataset_of(given: Any) -> Dataset:
 def path_of(given: Any, name: str, wanted: str) -> Path | str:
     """A path. name, wanted: for the message."""
     if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
-        raise UserError(f"{name} is {_short(given)}; give {wanted}")
+        raise UserError(f"{name} is {short(given)}; give {wanted}")
     return given if isinstance(given, str) else Path(given)
 
 
 def count_of(given: Any, name: str) -> int:
     """A whole number of at least 1."""
     if isinstance(given, bool) or not isinstance(given, int | np.integer) or given < 1:
-        raise UserError(f"{name} is {_short(given)}; it must be a whole number of at least 1")
+        raise UserError(f"{name} is {short(given)}; it must be a whole number of at least 1")
     return int(given)
 
 
@@ -49,7 +50,7 @@ def row_of(given: Any, n_items: int) -> int:
     """The row of an item."""
     whole = isinstance(given, int | np.integer) and not isinstance(given, bool)
     if not whole or not 0 <= given < n_items:
-        raise UserError(f"row is {_short(given)}; give an item's row in items, from 0 to {n_items - 1}; dense_items "
+        raise UserError(f"row is {short(given)}; give an item's row in items, from 0 to {n_items - 1}; dense_items "
                         "tells those of ids")
     return int(given)
 
@@ -60,7 +61,7 @@ def vectors_of(given: Any, item_ids: Sequence[str], like: Float[Tensor, "n_items
         found = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given, dtype=np.float32))
         found = found.detach().to(like.dtype)
     except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"embeddings are {_short(given)}; give numbers, a row for each item, as encode_items does"
+        raise UserError(f"embeddings are {short(given)}; give numbers, a row for each item, as encode_items does"
                         ) from None
     if found.shape != (len(item_ids), like.shape[1]):
         raise UserError(f"embeddings of shape {tuple(found.shape)} are not those of {len(item_ids)} items with "
@@ -78,9 +79,5 @@ def changes_of(given: Any) -> dict[str, dict[str, Any]]:
     given = {} if given is None else given
     if not isinstance(given, Mapping) or not all(isinstance(values, Mapping) for values in given.values()):
         raise UserError(f'changes are settings by section, as {{"train": {{"stage_one_epochs": 2}}}}, not '
-                        f"{_short(given)}")
+                        f"{short(given)}")
     return {str(section): dict(values) for section, values in given.items()}
-
-
-def _short(given: Any) -> str:
-    return repr(given)[:80]

@@ -17,7 +17,7 @@ from laserrec.methods.laser.head import AddedOutput, Head
 from laserrec.methods.laser.id_states import IdStates
 from laserrec.methods.laser.mformer import Route
 from laserrec.methods.laser.new_items import inherit_id_part, nearest_known
-from laserrec.methods.laser.ranker import AppliedRanker, Ranker, seen_pairs
+from laserrec.methods.laser.ranker import AppliedRanker, Ranker
 from laserrec.methods.laser.readers import Reader
 from laserrec.methods.laser.sides import ItemSide, MeanItems, StudentUsers, UserSide
 from laserrec.methods.laser.student import Student
@@ -25,7 +25,7 @@ from laserrec.methods.laser.texts import Texts
 from laserrec.methods.laser.transformer import HistoryTransformer
 from laserrec.methods.neighbours import Neighbours
 from laserrec.methods.protocol import ScoreTerm, TwoTower
-from laserrec.methods.terms import SeenOffset
+from laserrec.methods.terms import AtPairs, SeenOffset
 from laserrec.util.room import Room
 
 _ITEMS_AT_ONCE = 64
@@ -47,13 +47,13 @@ class Laser(nn.Module, TwoTower):
         features: TextFeatures, texts: Texts | None = None, reader: Reader | None = None,
         added: AddedOutput | None = None, transformer: HistoryTransformer | None = None,
         student: Student | None = None, neighbours: Neighbours | None = None, seen: SeenOffset | None = None,
-        ranker: Ranker | None = None,
     ):
         super().__init__()
         self.config, self.user_side, self.item_side = config, user_side, item_side
         self.ids, self.features, self.texts = ids, features, texts
         self.head, self.reader, self.added, self.student = head, reader, added, student
-        self.transformer, self.neighbours, self.seen, self.ranker = transformer, neighbours, seen, ranker
+        self.transformer, self.neighbours, self.seen = transformer, neighbours, seen
+        self.ranker: Ranker | None = None
         self.id_share = config.head.id_share
         tau = torch.tensor(float(config.train.temperature))
         self.log_temperature = nn.Parameter(tau.log()) if config.train.learn_temperature else None
@@ -254,7 +254,8 @@ class _Ranking:
         """As `ScoreTerm.on`."""
         laser, here = self.laser, histories.to(self.laser.device)
         boosts = None if laser.neighbours is None else laser.neighbours.on(here)
-        offsets = [] if laser.seen is None else [laser.seen.on(here)]
-        terms, d = ([] if boosts is None else [boosts]) + offsets, laser.d_text
-        return AppliedRanker(self.ranker, terms, boosts, seen_pairs(here, laser.device), users[:, d:],
-                             laser.vectors[:, d:], here.lengths)
+        offset = None if laser.seen is None else laser.seen.on(here)
+        pairs = here.distinct() if offset is None else offset.pairs
+        seen = AtPairs(pairs, torch.ones(len(pairs.users), device=laser.device), torch.add)
+        terms, d = [term for term in (boosts, offset) if term is not None], laser.d_text
+        return AppliedRanker(self.ranker, terms, boosts, seen, users[:, d:], laser.vectors[:, d:], here.lengths)

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from laserrec.data.histories import Histories
-from laserrec.methods.terms import AtPairs
+from laserrec.methods.terms import AtPairs, Inheriting
 
 _LONGEST = 50
 """Items of a history; longer ones count as so long."""
@@ -52,7 +51,7 @@ class Parts:
 FEATURES = len(fields(Parts)) + 1  # boosts make two
 
 
-class Ranker(nn.Module):
+class Ranker(Inheriting, nn.Module):
     """score + temperature * network(features): one hidden layer beside a linear map.
 
     Parameters: `n_items`: those that the model was fitted on; later ones inherit (`inherit`). `hidden`: units.
@@ -70,7 +69,6 @@ class Ranker(nn.Module):
         self.direct = nn.Linear(FEATURES, 1, bias=False)
         self.hidden, self.out = nn.Linear(FEATURES, hidden), nn.Linear(hidden, 1, bias=False)
         self.log_temperature = nn.Parameter(torch.tensor(_LOG_TEMPERATURE))
-        self._parents: tuple[Tensor, Tensor] | None = None
         self.reset()
 
     @torch.no_grad()
@@ -101,20 +99,8 @@ class Ranker(nn.Module):
         biases = torch.cat([self.hidden.bias.new_zeros(1), self.hidden.bias])
         return weights, biases - weights @ self.mean
 
-    # -- new items ----------------------------------------------------------------------------------------------
-
-    def inherit(self, rows: Int[Tensor, "new parents"], weights: Float[Tensor, "new parents"]) -> None:
-        """Items behind the known ones count as popular as their parents, by weight."""
-        self._parents = (rows, weights) if len(rows) else None
-
-    def inherit_behind(self, rows: Int[Tensor, "new parents"], weights: Float[Tensor, "new parents"]) -> None:
-        """Give parents to items behind those that have some already."""
-        if self._parents is not None:
-            rows, weights = (torch.cat(pair) for pair in zip(self._parents, (rows, weights), strict=True))
-        self.inherit(rows, weights)
-
     def popularities(self) -> Float[Tensor, "items"]:
-        """Of all items."""
+        """Of all items; new ones count as popular as their parents, by weight."""
         if self._parents is None:
             return self.popularity
         rows, weights = self._parents
@@ -143,15 +129,17 @@ class AppliedRanker:
                 dense[term.pairs.users, term.pairs.items] = term.values
         for term in self.terms:
             scores = term.to_all(scores)
+        by_item = self._by_item(self.ranker.popularities())
         for user, row in enumerate(scores):
-            row += self._added(user, self._by_item, text[user], ids[user], boosts[user], seen[user])
+            row += self._added(user, by_item, text[user], ids[user], boosts[user], seen[user])
         return scores
 
     def to_some(self, user: int, rows: Int[Tensor, "some"], scores: Float[Tensor, "some"]) -> Float[Tensor, "some"]:
         """The same for some items of one user."""
         ids = self.id_items[rows] @ self.id_users[user]
         boosts = torch.zeros_like(scores) if self.boosts is None else self.boosts.at(user, rows)
-        added = self._added(user, self._by_item[rows], scores - ids, ids, boosts, self.seen.at(user, rows))
+        by_item = self._by_item(self.ranker.popularities()[rows])
+        added = self._added(user, by_item, scores - ids, ids, boosts, self.seen.at(user, rows))
         for term in self.terms:
             scores = term.to_some(user, rows, scores)
         return scores + added
@@ -174,18 +162,11 @@ class AppliedRanker:
     def _folded(self) -> tuple[Tensor, Tensor]:
         return self.ranker.folded()
 
-    @cached_property
-    def _by_item(self) -> Float[Tensor, "all_items units"]:
+    def _by_item(self, popularity: Float[Tensor, "items"]) -> Float[Tensor, "items units"]:
         """What depends on the item alone."""
         weights, biases = self._folded
-        return torch.addcmul(biases, self.ranker.popularities().log1p()[:, None], weights[:, 5])
+        return torch.addcmul(biases, popularity.log1p()[:, None], weights[:, 5])
 
     def rows(self, user: int) -> Int[Tensor, "changed"]:
         """Items that a term changes. The network changes all; `Laser.depth` tells how many are looked at for it."""
         return torch.unique(torch.cat([term.rows(user) for term in (*self.terms, self.seen)]))
-
-
-def seen_pairs(histories: Histories, device: torch.device) -> AtPairs:
-    """A one at each item of each history."""
-    pairs = histories.distinct().to(device)
-    return AtPairs(pairs, torch.ones(len(pairs.users), device=device), torch.add)
