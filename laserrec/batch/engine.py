@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from laserrec.batch.source import Part, Source, checked, digest_of_ends, read_listed
+from laserrec.batch.source import Part, Source, digest_of_ends
 from laserrec.data.clean import as_id, ids
 from laserrec.data.door import Asked, read_histories
 from laserrec.data.files import FileOptions, header_hint, parts_of
 from laserrec.data.losses import Losses
+from laserrec.data.tables import checked, read_listed
 from laserrec.recommender.folder import model_identity
 from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender

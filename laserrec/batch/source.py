@@ -1,11 +1,11 @@
-"""The histories that commands read from files: whole, or for `laserrec batch` cut into parts of so many users."""
+"""The histories of `laserrec batch`, cut into parts of so many users."""
 
 from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -14,20 +14,17 @@ from typing import Any, TypeVar
 import numpy as np
 import polars as pl
 
-from laserrec.data.clean import ids, unmixed, value_at, why_no_id
-from laserrec.data.door import read_histories
+from laserrec.data.clean import ids
 from laserrec.data.files import (
     POLARS_ERRORS,
-    SKIP_HINT,
     FileOptions,
     Table,
     below_each_other,
     ending,
     parts_of,
-    read_table,
     reason,
 )
-from laserrec.data.raw import INTERACTION_SCHEMA, time_and_order
+from laserrec.data.tables import check_columns, check_rows, read_listed
 from laserrec.util.errors import UserError, reading
 
 _DIGEST_BYTES = 1 << 20
@@ -57,8 +54,8 @@ class Source:
         if not self.n_rows:
             raise UserError(f"{path} has no rows; there is nothing to recommend for")
         first = self._rows.read(0, 1)
-        _check_columns(path, first)
-        _check_rows(first, self._rows.where)
+        check_columns(path, first)
+        check_rows(first, self._rows.where)
 
     @cached_property
     def _users(self) -> tuple[np.ndarray, bool]:
@@ -69,7 +66,7 @@ class Source:
             name, start = ids(runs["value"]), first + runs["len"].cast(pl.Int64).cum_sum() - runs["len"].cast(pl.Int64)
             if name.null_count():
                 row = start[name.is_null().arg_max() or 0]
-                _check_rows(self._rows.read(row, row + 1), lambda at, row=row: self._rows.where(row + at))
+                check_rows(self._rows.read(row, row + 1), lambda at, row=row: self._rows.where(row + at))
             names.append(name)
             starts.append(start)
         name, start = pl.concat(names), pl.concat(starts)
@@ -103,7 +100,7 @@ class Source:
         """The part's users (Int64 or String), and its rows with the users' places (from 0) as user_id. Raises UserError
         for a row without a time, by its place in the file."""
         rows = self._rows.read(part.first, part.end)
-        _check_rows(rows, lambda row: self._rows.where(part.first + row))
+        check_rows(rows, lambda row: self._rows.where(part.first + row))
         names = ids(rows["user_id"])
         users = names.rle().struct.field("value").alias("user_id")
         return (users.cast(pl.Int64) if self._numbers else users,
@@ -112,31 +109,6 @@ class Source:
     def ends(self) -> dict[str, Any]:
         """Tells this input from another."""
         return {**digest_of_ends(self.files), "users": self.n_users}
-
-
-def read_whole(path: Path | str, options: FileOptions | None = None) -> pl.DataFrame:
-    """A file, folder of parts or pattern of histories at once. Raises UserError for columns that are missing, and for
-    rows without a user or a time, by their place in the file."""
-    return checked(path, read_listed(path, options))
-
-
-def checked(path: Path | str, table: Table) -> pl.DataFrame:
-    """The table's frame. Raises UserError as `read_whole`."""
-    if table.frame.height:
-        _check_columns(path, table.frame.head(1))
-        _check_rows(table.frame, table.where)
-    return table.frame
-
-
-def read_listed(path: Path | str, options: FileOptions | None = None) -> Table:
-    """As `files.read_table`, without the advice to leave broken lines out: a user whose history lacks some would be
-    answered as another. Mixtures of values that are no ids or times are text or lists."""
-    try:
-        table = read_table(path, options)
-    except UserError as error:
-        raise UserError(str(error).replace(SKIP_HINT, "Mend the line")) from None
-    others = (column for column in table.frame if column.name not in INTERACTION_SCHEMA)
-    return replace(table, frame=table.frame.with_columns(unmixed(column) for column in others))
 
 
 def digest_of_ends(files: list[Path]) -> dict[str, Any]:
@@ -213,24 +185,3 @@ def _scanned(file: Path, read: Callable[[pl.LazyFrame], _T]) -> _T:
             return read(pl.scan_parquet(file, glob=False))
     except (*POLARS_ERRORS, OSError) as error:
         raise UserError(f"{file} is not readable as Parquet: {reason(error)}; write it again") from None
-
-
-def _check_columns(path: Path | str, first: pl.DataFrame) -> None:
-    """Raise UserError where columns are missing. first: the first row."""
-    times = [name for name in ("timestamp", "position") if name in first.columns]
-    try:
-        read_histories(first.drop(times).with_columns(user_id=0) if "user_id" in first.columns else first, {}, "drop",
-                       tell=False)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _check_rows(rows: pl.DataFrame, where: Callable[[int], str]) -> None:
-    """Raise UserError for the first row without a user or a time. where: the place of a row, in words."""
-    problems = [("user_id", ids(rows["user_id"]).is_null(), ""), *time_and_order(rows)[2]]
-    for name, bad, why in problems:
-        if bad.any():
-            row = int(bad.arg_max() or 0)
-            value = value_at(rows[name], row)
-            raise UserError(f"{where(row)}, column {name}: {why or why_no_id(value)} (found {str(value)[:80]!r}); "
-                            "mend it")

@@ -9,13 +9,13 @@ from cyclopts import App
 
 from laserrec.cli.options import (
     OPENING,
-    Encoding,
+    READING,
     Index,
     JsonFile,
     Model,
     Opening,
     Quiet,
-    Separator,
+    Reading,
     Switch,
     finish,
     item_ids,
@@ -31,7 +31,7 @@ def batch(model: Model, histories: Path, out: Path, *, k: int = 10, exclude_seen
           exclude: str | None = None, exclude_file: Path | None = None, chunk: int = 4096,
           unknown: Literal["drop", "error"] = "drop", shard: str = "1/1", engine: Literal["local", "ray"] = "local",
           workers: int | None = None, num_gpus: float | None = None, address: str | None = None, index: Index = None,
-          separator: Separator = None, encoding: Encoding = "utf-8", opening: Opening = OPENING, quiet: Quiet = False,
+          reading: Reading = READING, opening: Opening = OPENING, quiet: Quiet = False,
           json_file: JsonFile = None) -> None:
     """Recommend for every user of a file, in bounded memory. Run again to resume.
 
@@ -75,7 +75,6 @@ def batch(model: Model, histories: Path, out: Path, *, k: int = 10, exclude_seen
         the run.
     """
     from laserrec.batch import engine as work
-    from laserrec.data.files import FileOptions
     from laserrec.recommender.hub import local_folder
 
     if engine == "local" and (workers, num_gpus, address) != (None, None, None):
@@ -84,10 +83,10 @@ def batch(model: Model, histories: Path, out: Path, *, k: int = 10, exclude_seen
         raise UserError(f"workers is {workers} and num_gpus is {num_gpus}; give at least 1 worker and 0 GPUs")
     share, excluded = _shard(shard), () if exclude is None else tuple(item_ids(exclude))
     settings = work.BatchSettings(k, exclude_seen, chunk, unknown, excluded)
-    reading = FileOptions(separator=separator, encoding=encoding)
-    _ = work.Source(histories, reading).n_users  # mistakes are told before a model is fetched or Ray is started
+    files = reading.options()
+    _ = work.Source(histories, files).n_users  # mistakes are told before a model is fetched or Ray is started
     job = work.Job(local_folder(model), histories, out, settings, index, exclude_file, **vars(opening),
-                   reading=reading)
+                   reading=files)
     if engine == "ray":
         from laserrec.batch import ray_engine
 

@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from laserrec.cli.options import (
+    READING,
     ConfigFile,
-    Encoding,
     Flags,
     JsonFile,
     Preset,
-    Separator,
+    Reading,
     Switch,
     finish,
     say,
@@ -28,8 +28,7 @@ def prepare(
     source: str, out: Path, *, items: Path | None = None,
     format: Literal["auto", "amazon2018", "amazon2023", "recbole", "csv", "parquet", "movielens"] = "auto",
     columns: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    vectors: Path | None = None, on_error: Literal["raise", "skip"] = "raise", separator: Separator = None,
-    encoding: Encoding = "utf-8",
+    vectors: Path | None = None, on_error: Literal["raise", "skip"] = "raise", reading: Reading = READING,
     overwrite: Switch = False, preset: Preset = "small", config: ConfigFile = None, json_file: JsonFile = None,
     flags: Flags = None,
 ) -> None:
@@ -70,8 +69,8 @@ def prepare(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LossWarning)  # the lines below tell the same
         report = prepare_source([source, str(items)] if items else source, out, settings(preset, config, flags).data,
-                                format=format, columns=pairs or None, on_error=on_error, separator=separator,
-                                encoding=encoding, overwrite=overwrite, vectors=vectors)
+                                format=format, columns=pairs or None, on_error=on_error, overwrite=overwrite,
+                                vectors=vectors, **vars(reading))
     one = report["table1"]
     print_table(f"data folder {out}", ("users", "items", "interactions", "avg n", "density"), [
         (f"{one['users']:,}", f"{one['items']:,}", f"{one['interactions']:,}", f"{one['avg_history_length']:.2f}",

@@ -16,6 +16,7 @@ from laserrec.presets import PRESETS
 from laserrec.util.io import check_file, write_json
 
 if TYPE_CHECKING:
+    from laserrec.data.files import FileOptions
     from laserrec.recommender.recommender import LaserRecommender
 
 Data = Annotated[Path, Parameter(help="A data folder.")]
@@ -37,8 +38,6 @@ def writable(kind: Any, file: Path | None) -> None:
 
 
 JsonFile = Annotated[Path | None, Parameter(name="--json", help="Write the numbers to this file.", validator=writable)]
-Separator = Annotated[str | None, Parameter(help="Of delimited text, such as ; (a comma if not given, a tab in .tsv).")]
-Encoding = Annotated[str, Parameter(help="Of text files, such as cp1252 or utf-16.")]
 Quiet = Annotated[bool, Parameter(negative="", help="Show no progress.")]
 Device = Annotated[str, Parameter(help="Where to compute: auto, cpu, cuda, cuda:N or mps. auto takes a GPU if there "
                                   "is one.")]
@@ -66,6 +65,22 @@ class Opening:
 
 @Parameter(name="*")
 @dataclass(frozen=True)
+class Reading:
+    """How text files are read."""
+
+    separator: Annotated[str | None, Parameter(help="Of delimited text, such as ; (a comma if not given, a tab in "
+                                               ".tsv).")] = None
+    encoding: Annotated[str, Parameter(help="Of text files, such as cp1252 or utf-16.")] = "utf-8"
+
+    def options(self) -> FileOptions:
+        """For the functions that read them."""
+        from laserrec.data.files import FileOptions
+
+        return FileOptions(separator=self.separator, encoding=self.encoding)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
 class Fitting:
     """How a method is fitted."""
 
@@ -82,7 +97,7 @@ class Fitting:
         return load_config(self.preset, self.config, given(self.flags), method)
 
 
-OPENING, FITTING = Opening(), Fitting()
+OPENING, READING, FITTING = Opening(), Reading(), Fitting()
 """The defaults."""
 
 

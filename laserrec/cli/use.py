@@ -8,14 +8,14 @@ from typing import Literal
 
 from laserrec.cli.options import (
     OPENING,
+    READING,
     Data,
-    Encoding,
     Index,
     JsonFile,
     Model,
     Opening,
     Quiet,
-    Separator,
+    Reading,
     Switch,
     finish,
     item_ids,
@@ -92,7 +92,7 @@ def _file_names(models: list[str]) -> list[str]:
 
 
 def recommend(model: Model, *, history: str | None = None, histories: Path | None = None, out: Path | None = None,
-              separator: Separator = None, encoding: Encoding = "utf-8", k: int = 10, exclude_seen: Switch = False,
+              reading: Reading = READING, k: int = 10, exclude_seen: Switch = False,
               exclude: str | None = None, unknown: Literal["error", "drop"] = "error", index: Index = None,
               opening: Opening = OPENING, json_file: JsonFile = None) -> None:
     """Recommend the next items for one history, or for a file of histories.
@@ -119,14 +119,12 @@ def recommend(model: Model, *, history: str | None = None, histories: Path | Non
     unknown
         drop leaves out history items that are not in the catalogue.
     """
-    from laserrec.batch.source import read_whole
-    from laserrec.data.files import FileOptions
-    from laserrec.data.tables import write_frame
+    from laserrec.data.tables import read_whole, write_frame
 
     if history is not None and histories is None:
         asked = [item_ids(history)]
     elif histories is not None and history is None:
-        asked = read_whole(histories, FileOptions(separator=separator, encoding=encoding))
+        asked = read_whole(histories, reading.options())
     else:
         raise UserError("give either --history ID,ID,... or --histories FILE")
     if out is not None and out.suffix not in (".csv", ".parquet"):

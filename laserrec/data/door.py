@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from laserrec.data.clean import as_id, ids, is_missing, is_nested, short, unmixed, value_at, why_no_id
+from laserrec.data.clean import as_id, ids, is_missing, is_nested, short, unmixed, why_no_id
 from laserrec.data.losses import Losses, LossWarning, likely_cause, mismatch, two_of
-from laserrec.data.raw import no_column, time_and_order, to_polars
+from laserrec.data.raw import first_problem, no_column, time_and_order, to_polars
 from laserrec.util.errors import UserError
 
 __all__ = ["Asked", "LossWarning", "read_histories"]
@@ -209,12 +209,9 @@ def _of_frame(frame: pl.DataFrame) -> _Named:
         raise no_column("histories", [name for name, found in there.items() if not found], frame.columns)
     users, given = ids(frame["user_id"]), frame["user_id"]
     time, order, problems = time_and_order(frame)
-    problems = [("user_id", users.is_null(), "no id"), *problems]
-    for name, bad, why in problems:
-        if bad.any():
-            row = int(bad.arg_max() or 0)
-            found = short(value_at(frame[name], row))
-            raise UserError(f"histories: row {row + 1}, column {name}: {why} (found {found}); mend it")
+    problems = [("user_id", users.is_null(), ""), *problems]
+    if problem := first_problem(frame, problems, lambda row: f"histories: row {row + 1}"):
+        raise UserError(f"{problem}; mend it")
     table = pl.DataFrame({"user": users, "given": given if given.dtype.is_numeric() else users, "time": time,
                           "order": order})
     everyone = table.select("user", "given").unique("user", keep="first", maintain_order=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -208,6 +208,20 @@ def time_and_order(frame: pl.DataFrame) -> tuple[pl.Series, pl.Series, list[tupl
     return time, order, problems
 
 
+def first_problem(frame: pl.DataFrame, problems: Iterable[tuple[str, pl.Series, str]], where: Callable[[int], str]
+                  ) -> str | None:
+    """What is wrong with the first row that the first problem has, in words, for an error; None where nothing is.
+
+    problems: (column, mask of bad rows, why; "" where a value is no id). where: the place of a row, in words.
+    """
+    for column, bad, why in problems:
+        if bad.any():
+            row = int(bad.arg_max() or 0)
+            value = value_at(frame[column], row)
+            return f"{where(row)}, column {column}: {why or why_no_id(value)} (found {short(value)})"
+    return None
+
+
 def _checked_items(table: Table, on_error: str, advice: str = SKIP_HINT, extra: Sequence[str] = ()
                    ) -> tuple[pl.DataFrame, int]:
     names, problems = _ids(table, ("item_id",))
@@ -225,13 +239,10 @@ def _ids(table: Table, columns: tuple[str, ...]) -> tuple[pl.DataFrame, list[tup
 def _without(problems: list[tuple[str, pl.Series, str]], table: Table, on_error: str, advice: str = SKIP_HINT
              ) -> tuple[pl.Series, int]:
     """Mask of good rows and the number of bad ones; raises on the first bad one unless they are skipped."""
+    if on_error == "raise" and (problem := first_problem(table.frame, problems, table.where)):
+        raise UserError(f"{problem}. {advice}")
     keep = pl.Series([True] * table.frame.height, dtype=pl.Boolean)
-    for column, bad, why in problems:
-        if on_error == "raise" and bad.any():
-            row = int(bad.arg_max() or 0)
-            value = value_at(table.frame[column], row)
-            raise UserError(f"{table.where(row)}, column {column}: {why or why_no_id(value)} "
-                            f"(found {str(value)[:80]!r}). {advice}")
+    for _, bad, _ in problems:
         keep = keep & ~bad
     return keep, int((~keep).sum())
 

@@ -5,9 +5,10 @@ import json
 import polars as pl
 import pytest
 
-from laserrec.batch.source import Source, read_whole
+from laserrec.batch.source import Source
 from laserrec.data.door import read_histories
 from laserrec.data.files import read_table
+from laserrec.data.tables import read_whole
 from laserrec.util.errors import UserError
 
 ROWS = {"b": ["i1", "i2"], "a": ["i3"], "d": [], "c": ["i1", "i2", "i3", "i4"]}
@@ -109,7 +110,7 @@ def test_a_row_without_a_time_is_named_by_its_place_in_the_file(tmp_path, column
 @pytest.mark.parametrize(("frame", "message"), [
     ({"user_id": [1], "item": ["i1"]}, r"h\.parquet: .*item_id"),
     ({"item_id": ["i1"]}, "user_id"),
-    ({"user_id": [1, None], "item_id": ["i1", "i2"]}, r"h\.parquet: row 2, column user_id: empty id \(found 'None'\)"),
+    ({"user_id": [1, None], "item_id": ["i1", "i2"]}, r"h\.parquet: row 2, column user_id: empty id \(found None\)"),
     ({"user_id": ["a", "b", " "], "item_id": ["i1", "i2", "i3"]}, "row 3, column user_id: empty id"),
     ({"user_id": [1.0, float("nan")], "item_id": ["i1", "i2"]}, "row 2, column user_id: empty id"),
     ({"user_id": [["a"]], "item_id": ["i1"]}, "row 1, column user_id: a list or dict, not an id"),

@@ -195,10 +195,11 @@ def test_what_is_no_exclusion_is_refused(exclude, message):
     ("a", "not str"), (5, "not int"), (None, "not NoneType"), ({"a"}, "not set"),
     (FRAME.drop("item_id"), "no column for item_id; there are: user_id, other"),
     (pl.DataFrame({"user_id;item_id": ["u;a"]}), "looks separated by ';'; set separator"),
-    (FRAME.with_columns(user_id=pl.Series(["a", None, "b"])), "row 2, column user_id: no id"),
+    (FRAME.with_columns(user_id=pl.Series(["a", None, "b"])), "row 2, column user_id: empty id"),
     ({"": ["a"]}, "user 1: empty id"), ({5: ["a"], "5": ["b"]}, "two users are called '5'"),
     (FRAME.with_columns(timestamp=pl.Series([[1], [2], [3]])), r"row 1, column timestamp: neither .*\(found \[1\]\)"),
-    (LISTS.with_columns(user_id=pl.Series([["a"], ["b"]])), r"row 1, column user_id: no id \(found \['a'\]\)"),
+    (LISTS.with_columns(user_id=pl.Series([["a"], ["b"]])),
+     r"row 1, column user_id: a list or dict, not an id \(found \['a'\]\)"),
     ({"x": FRAME}, "user 'x' is a DataFrame, not a list"),
     (PANDAS.groupby("user_id"), r"give .agg\(list\)"), (PANDAS.groupby("user_id")["item_id"], r"give .agg\(list\)"),
 ])

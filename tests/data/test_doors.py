@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from laserrec.data.door import read_histories
 from laserrec.data.raw import from_frames
 from laserrec.data.readers import read_tables
-from laserrec.data.tables import read_frame
+from laserrec.data.tables import read_whole
 
 
 def understood(histories):
@@ -40,7 +40,7 @@ def test_lists_without_users_are_understood_the_same(form, table):
 @given(table=tables())
 def test_every_file_is_understood_the_same(form, table):
     with tempfile.TemporaryDirectory() as folder:
-        assert understood(read_frame(written(form, table, Path(folder)))) == expected(table)
+        assert understood(read_whole(written(form, table, Path(folder)))) == expected(table)
 
 
 TEXTS = st.one_of(st.none(), st.sampled_from(["Drill", "Dr&amp;ill", " a\nb ", "<br>", "<b>x</b>", '"q", z', "ä;ö"]))

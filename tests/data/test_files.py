@@ -13,11 +13,15 @@ from laserrec.data.files import FileOptions, read_table
 from laserrec.data.prepare import prepare_source
 from laserrec.data.raw import from_frames
 from laserrec.data.readers import read_tables
-from laserrec.data.tables import read_frame, write_frame
+from laserrec.data.tables import read_listed, read_whole, write_frame
 from laserrec.util.errors import UserError
 
 ROWS = pl.DataFrame({"user_id": ["u", "v", "w"], "item_id": ["a", "b", "c"], "timestamp": [1, 2, 3]})
 TEXT = "user_id,item_id,timestamp\nu,ä,1\nv,b,2\n"
+
+
+def read_frame(path, separator=None, encoding="utf-8"):
+    return read_listed(path, FileOptions(separator=separator, encoding=encoding)).frame
 
 
 def parts(folder, ending):
@@ -241,7 +245,7 @@ ODD_LINES = [
     ('{"user_id": "u1", "item_id": ["p1"], "timestamp": 5}', r"item_id: a list or dict, not an id \(found .*p1"),
     ('{"user_id": {"id": 1}, "item_id": "p1", "timestamp": 5}', "user_id: a list or dict, not an id"),
     ('{"user_id": "u1", "item_id": "p1", "timestamp": {"$date": 5}}', r"timestamp: neither a number.*\['5'\]"),
-    ('{"user_id": true, "item_id": "p1", "timestamp": 5}', r"user_id: not an id \(found 'True'\)"),
+    ('{"user_id": true, "item_id": "p1", "timestamp": 5}', r"user_id: not an id \(found True\)"),
     ('{"user_id": "u1", "item_id": 1e19, "timestamp": 5}', "item_id: a float too large to hold all digits"),
 ]
 
@@ -285,9 +289,9 @@ def test_histories_of_json_lines_name_a_user_without_an_id(tmp_path):
     path = tmp_path / "h.jsonl"
     path.write_text('{"user_id": "u", "item_id": "a"}\n{"user_id": ["v"], "item_id": "b"}\n')
     with pytest.raises(UserError, match=r"h\.jsonl:2, column user_id: a list or dict, not an id \(found \['v'\]\)"):
-        read_frame(path)
+        read_whole(path)
     path.write_text('{"user_id": "u", "items": "a"}\n{"user_id": "v", "items": ["b"]}\n')
-    assert read_histories(read_frame(path), {"a": 0, "b": 1}).rows == [[0], [1]]
+    assert read_histories(read_whole(path), {"a": 0, "b": 1}).rows == [[0], [1]]
 
 
 def test_a_damaged_parquet_file(tmp_path):

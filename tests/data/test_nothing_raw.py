@@ -20,7 +20,7 @@ from laserrec.data.door import read_histories
 from laserrec.data.files import FileOptions
 from laserrec.data.raw import from_frames, read_items
 from laserrec.data.readers import read_amazon_2018, read_recbole, read_tables
-from laserrec.data.tables import read_frame
+from laserrec.data.tables import read_whole
 from laserrec.util.errors import UserError
 
 INDEX = {"a": 0, "7": 1}
@@ -89,7 +89,8 @@ def test_broken_files(data, ending, packed, on_error, separator, encoding):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"x{ending}{'' if packed == 'no' else '.gz'}"
         path.write_bytes(data)
-        tried(lambda: read_histories(read_frame(path, separator, encoding), INDEX, "drop"))
+        reading = FileOptions(separator=separator, encoding=encoding)
+        tried(lambda: read_histories(read_whole(path, reading), INDEX, "drop"))
         tried(read_tables, path, path, None, options)
         tried(read_recbole, path, path, options=options)
         tried(read_amazon_2018, path, path, options)
