@@ -27,11 +27,13 @@ from laserrec.util.errors import UserError
 from laserrec.util.memory import available_bytes
 
 EXACT_ITEMS = 20_000
-"""With form auto, the most items of the exact form, whose three matrices then take 4.8 GB."""
+"""With form auto, the most items of the exact form, whose two matrices then take 3.2 GB."""
 _LEAST_SUM = 0.01
 """Of the mean sum of a row's weights: rows below it are not scaled up further."""
 _NEWEST, _LEAST_WEIGHT = 50, 0.01
 """Items on each side of a step that are read: at most so many, and none that weighs less."""
+_DENSE = 32
+"""A matrix of which more than one entry in so many is not zero is multiplied as a dense one."""
 _MOST_PAIRS = 100_000_000
 """Of places in the sequences, which bound the memory of `step_products`."""
 
@@ -45,7 +47,7 @@ def is_local(config: NeighboursConfig, n_items: int) -> bool:
 def check_size(n_items: int, config: NeighboursConfig) -> None:
     """Raises UserError where the regression would not fit into the memory that is free."""
     local = is_local(config, n_items)
-    needed, free = n_items * (20 * config.candidates + 2_000) if local else 3 * 4 * n_items**2, available_bytes()
+    needed, free = n_items * (20 * config.candidates + 2_000) if local else 2 * 4 * n_items**2, available_bytes()
     if needed > free:
         way = "turn it off (setting neighbours.count = 0)" if local else "take setting neighbours.form = local"
         raise UserError(f"the item-to-item regression of {n_items:,} items takes {needed / 1e9:,.1f} GB and "
@@ -56,7 +58,7 @@ def multiplications(n_items: int, config: NeighboursConfig, d_text: int) -> floa
     """About what one regression costs; the local form does them at half the speed."""
     if is_local(config, n_items):
         return 2.0 * n_items * config.candidates**2 * (config.candidates / 3 + d_text)
-    return float(n_items) ** 3 * (2 if config.order else 1)
+    return float(n_items) ** 3
 
 
 def _sequence_weights(sequences: Histories, pairs: Pairs, length_power: float) -> Float[Tensor, "sequences"]:
@@ -116,25 +118,30 @@ def regress(
     diagonal. X has a row per sequence, ones where an item stands in it; P and F have a row per step, of what is before
     and behind it (`step_products`). Rows are weighted by the sequence's length ** -length_power at mean weight one; T
     has the unit text vectors' dimensions as rows. Rows of B are then evened out by row_power. Time n_items ** 3,
-    memory 3 n_items ** 2 floats. Raises UserError where that is not free.
+    memory 2 n_items ** 2 floats. Raises UserError where that is not free.
+
+    With G the products of the rows that are read (text's among them) and G + D those with what is to be told, the
+    solution is (G + l2)^-1 (G + D) and of each column of the inverse as much as makes the diagonal zero. That takes out
+    the l2 that G lacks too, so only the inverse and its product with D are needed. D holds the pairs of items that
+    stand near each other in a sequence, so few of all that the product costs little.
     """
     check_size(n_items, config.model_copy(update={"form": RegressionForm.EXACT}))
-    gram, target = _products(sequences, n_items, config, device)
+    gram, told = _products(sequences, n_items, config, device)
     if text is not None and config.text_weight:
         unit = F.normalize(text, dim=-1)
-        for product in (gram,) if target is None else (gram, target):
-            product.addmm_(unit, unit.T, alpha=config.text_weight)
+        gram.addmm_(unit, unit.T, alpha=config.text_weight)
     gram.diagonal().add_(config.l2)
     factor = torch.linalg.cholesky(gram)
     del gram
     inverse = torch.cholesky_inverse(factor)
     del factor
-    if target is None:
+    if told is None:
         weights = inverse.div_(-inverse.diagonal().clone())
     else:
-        weights = inverse @ target
-        del target
-        weights.addcmul_(inverse, (weights.diagonal() / inverse.diagonal())[None], value=-1)
+        columns = _times(told.T.tocsr(), inverse)  # by rows, since the inverse is symmetric
+        columns.addcmul_(inverse, ((1 + columns.diagonal()) / inverse.diagonal())[:, None], value=-1)
+        del inverse
+        weights = columns.T
     weights.fill_diagonal_(0.0)
     if config.row_power:
         weights *= _row_factors(weights.clamp(min=0).sum(dim=1, keepdim=True), config.row_power)
@@ -142,20 +149,27 @@ def regress(
 
 
 def _products(sequences: Histories, n_items: int, config: NeighboursConfig, device: torch.device | None
-              ) -> tuple[Tensor, Tensor | None]:
-    """What the rows of the regression's input have in common with each other, and with what is to be told; None where
-    that is the same."""
-
-    def dense(matrix: sparse.csr_array) -> Tensor:
-        return torch.from_numpy(matrix.astype(np.float32).toarray()).to(device)
-
+              ) -> tuple[Tensor, sparse.csr_array | None]:
+    """What the rows of the regression's input have in common with each other, and how much more with what is to be
+    told; None where that is the same."""
     x = _weighted(sequences, n_items, config.length_power)
-    gram = (x.T @ x).tocsr()
-    if not config.order:
-        return dense(gram), None
-    past, crossed = step_products(sequences, n_items, config.decay, config.length_power)
-    together = (1 - config.order) * gram
-    return dense(together + config.order * past), dense(together + config.order * crossed)
+    gram, told = (x.T @ x).tocsr(), None
+    if config.order:
+        past, crossed = step_products(sequences, n_items, config.decay, config.length_power)
+        gram = (1 - config.order) * gram + config.order * past
+        told = (config.order * (crossed - past)).astype(np.float32).tocsr()
+    return _dense(gram, device), told
+
+
+def _dense(matrix: sparse.csr_array, device: torch.device | None) -> Tensor:
+    return torch.from_numpy(matrix.astype(np.float32).toarray()).to(device)
+
+
+def _times(few: sparse.csr_array, many: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Their product. For each number a sparse product takes as long as a dense one does for some tens."""
+    if many.device.type != "cpu" or _DENSE * few.nnz > many.numel():
+        return _dense(few, many.device) @ many
+    return torch.from_numpy(few @ many.numpy())
 
 
 def _row_factors(sums: Tensor, power: float) -> Tensor:

@@ -50,7 +50,9 @@ def objective(b: torch.Tensor, config: NeighboursConfig) -> torch.Tensor:
 @pytest.mark.parametrize("order", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("length_power", [0.0, 0.5])
 @pytest.mark.parametrize("text_weight", [0.0, 2.0])
-def test_no_other_weights_fit_better(length_power, text_weight, order):
+@pytest.mark.parametrize("dense", [0, 10**6])
+def test_no_other_weights_fit_better(length_power, text_weight, order, dense, monkeypatch):
+    monkeypatch.setattr(module, "_DENSE", dense)
     config = NeighboursConfig(l2=0.7, text_weight=text_weight, length_power=length_power, order=order)
     b = regress(SEQUENCES, 6, config, TEXT).double().requires_grad_()
     assert torch.equal(b.diagonal(), torch.zeros(6, dtype=torch.double))

@@ -25,7 +25,7 @@ from laserrec.util.progress import Progress
 _FEWEST_USERS = 50
 """With fewer validation users nothing is chosen."""
 _WORK = 3e13
-"""Multiplications that may be spent on regressions: sixteen of 12,000 items, or eight with order."""
+"""Multiplications that may be spent on regressions: sixteen of 12,000 items."""
 _RANKED_ITEMS = 100_000
 """With more no ranker is trained: it would score all items of a large catalogue for each user."""
 _ALONE = 0.001
