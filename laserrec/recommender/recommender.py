@@ -123,8 +123,10 @@ class LaserRecommender:
         dataset = dataset_of(dataset)
         model = LaserRecommender(refit(self.fitted, dataset, folder, changes_of(changes), progress))
         gone = [name for name in map(self._names.__getitem__, self._removed) if name not in self._index]
-        added = self.items[self.n_known :].select(list(ITEM_SCHEMA))
-        new = pl.concat([dataset.new_items, added]).filter(~pl.col("item_id").is_in(gone))
+        there = model.items.schema
+        added = self.items[self.n_known :].drop("item")
+        added = added.select(name for name, kind in added.schema.items() if there.get(name) == kind)
+        new = pl.concat([dataset.new_items, added], how="diagonal").filter(~pl.col("item_id").is_in(gone))
         new = new.unique("item_id", keep="first", maintain_order=True)
         grown = new.height and isinstance(model.model, Growing) and model.add_items(new, exists="skip")
         if gone := [name for name in gone if not model.unknown_items([name])]:

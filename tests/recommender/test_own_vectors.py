@@ -143,3 +143,25 @@ def test_a_prompt_of_columns_that_the_data_lack(llm_folder, tmp_path):
     with pytest.raises(UserError, match=r"prompt.attributes names 'price'.* there are: brand, category;"):
         LaserRecommender.fit_dataset(Dataset.load(tmp_path / "kept" / "data"), other, tmp_path / "other",
                                      progress=False)
+
+
+def test_a_refit_keeps_what_added_items_have(llm_folder, tmp_path):
+    """Beside the data's own items without interactions, in the new data's columns."""
+    prompt = {"layout": "none", "item_side": "mean", "attributes": ("brand", "price")}
+    never = {"item_id": "never bought", "title": "Red drill", "price": 4}
+    items = pl.concat([ITEMS.with_columns(price=pl.int_range(pl.len())), pl.DataFrame([never])], how="diagonal")
+    old = fit(config(llm_folder(), prompt=prompt), own_vectors(), items, tmp_path / "old")
+    mine = {"item_id": ["mine", "mine too"], "title": ["Blue saw", "Glue"], "price": [99, 2],
+            "vector": [[2.0] * DIMS, None]}
+    old.add_items(mine)
+    names = ["never bought", "mine", "mine too"]
+    new = old.refit(tmp_path / "old" / "data", tmp_path / "new", progress=False)
+    assert new.items["item_id"].to_list()[-3:] == names and new.items["price"].to_list()[-3:] == ["4", "99", "2"]
+    np.testing.assert_allclose(new.encode_items(names), old.encode_items(names), atol=1e-5)
+
+    tree = config(llm_folder(), "none", prompt={"layout": "none", "item_side": "mean"})
+    plain = LaserRecommender.fit(ACTS, ITEMS, tree, tmp_path / "plain", progress=False)  # data without such columns
+    bare = fit(tree, own_vectors(), items, tmp_path / "bare")
+    bare.add_items(mine)
+    again = bare.refit(tmp_path / "plain" / "data", tmp_path / "again", progress=False)
+    assert again.items.columns == plain.items.columns and not again.unknown_items(names)
