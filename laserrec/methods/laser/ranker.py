@@ -21,6 +21,8 @@ from laserrec.methods.terms import AtPairs, Inheriting
 _LONGEST = 50
 """Items of a history; longer ones count as so long."""
 _DROPOUT, _LOG_TEMPERATURE = 0.2, -3.0
+_LEAST_DEVIATION = 1e-5
+"""A feature that deviates less is the same for all but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,11 @@ class Ranker(Inheriting, nn.Module):
         self.log_temperature.fill_(_LOG_TEMPERATURE)
 
     def standardise(self, features: Float[Tensor, "some features"]) -> None:
-        """Set mean and deviation by these."""
+        """Set mean and deviation by these. What is the same for all of them, as lengths may be, is left out: nothing
+        can be learnt of other values, which would be millions of deviations away."""
+        deviation = features.std(dim=0)
         self.mean.copy_(features.mean(dim=0))
-        self.deviation.copy_(features.std(dim=0).clamp(min=1e-6))
+        self.deviation.copy_(deviation.where(deviation > _LEAST_DEVIATION, torch.inf))
 
     def standardised(self, features: Float[Tensor, "*some features"]) -> Float[Tensor, "*some features"]:
         """With mean zero and deviation one."""

@@ -98,6 +98,22 @@ def test_it_learns_what_a_weighted_sum_cannot_tell(monkeypatch):
                                                                   again.state_dict().values(), strict=True))
 
 
+def test_what_no_user_differs_in_does_not_count(monkeypatch):
+    """All validation histories are equally long; when serving, some are shorter."""
+    monkeypatch.setattr(ranker_fit, "_EPOCHS", 20)
+    found, popularity = crowded(3)
+    same = replace(found, lengths=torch.full_like(found.lengths, 50))
+    ranker, _ = fit_ranker(same, Blend(0.9, None, 0.1, 0.0), popularity, hidden=8)
+
+    def added(length):
+        text, ids = found.cosines(0.9)
+        parts = Parts(text, ids, found.boosts * 0, found.seen, popularity[found.items], torch.full((USERS, 1), length))
+        return ranker(ranker.standardised(parts.features()))
+
+    assert added(50).isfinite().all() and added(50).std() > 0
+    assert torch.equal(added(3), added(50)) and all(part.isfinite().all() for part in ranker.folded())
+
+
 def test_it_is_judged_by_users_that_it_was_not_trained_on(monkeypatch):
     trained, shown = [], []
     train, ranked = ranker_fit._train, ranker_fit._ranked
