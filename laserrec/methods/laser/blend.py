@@ -56,27 +56,60 @@ def full_grid(ids: bool, neighbours: bool, seen: bool) -> Grid:
 
 
 @dataclass(frozen=True)
-class Candidates:
+class Cosines:
+    """Of the parts of users and items, zero where one has no such part."""
+
+    text: Float[Tensor, "users items"]
+    """Of the text parts."""
+    ids: Float[Tensor, "users items"]
+    """Of the ID parts."""
+    has_text: Bool[Tensor, "users"]
+    """Users with a text part."""
+    has_ids: Bool[Tensor, "users"]
+    """Users with an ID part."""
+    item_text: Bool[Tensor, "#users items"]
+    """Items with a text part."""
+    lent: Bool[Tensor, "#users items"]
+    """Items whose ID part is inherited. It stands beside a text part of length one."""
+
+    def weighed(self, id_share: float) -> tuple[Float[Tensor, "users items"], Float[Tensor, "users items"]]:
+        """What text parts and ID parts add to the cosines of whole embeddings, which are of length one with both parts
+        or with one alone."""
+        text, ids = (1 - id_share) ** 0.5, id_share**0.5
+        user_text, user_ids = _of_length_one(text * self.has_text[:, None], ids * self.has_ids[:, None])
+        if not self._whole_items:
+            alone = 1.0 if id_share < 1 else 0.0
+            texts = self.item_text * torch.where(self.lent, alone, text)
+            text, ids = _of_length_one(texts, texts.new_tensor(ids))
+        return user_text * text * self.text, user_ids * ids * self.ids
+
+    @cached_property
+    def _whole_items(self) -> bool:
+        return bool(self.item_text.all()) and not bool(self.lent.any())
+
+
+def _of_length_one(text: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths of two parts, scaled so that both together have length one."""
+    whole = (text.square() + ids.square()).sqrt().clamp(min=1e-12)
+    return text / whole, ids / whole
+
+
+@dataclass(frozen=True)
+class Candidates(Cosines):
     """Validation users' likely items, part by part. Column 0 is the target."""
 
-    text: Float[Tensor, "users candidates"]
-    """Cosines of the text parts."""
-    ids: Float[Tensor, "users candidates"]
-    """Cosines of the ID parts."""
     boosts: Float[Tensor, "users candidates"]
     """Sums of neighbour weights."""
     seen: Bool[Tensor, "users candidates"]
     """Items of the history."""
     real: Bool[Tensor, "users candidates"]
     """False where an item stands a second time."""
-    has_ids: Bool[Tensor, "users"]
-    """Users with an ID part."""
-    background: tuple[Float[Tensor, "others items"], Float[Tensor, "others items"]]
-    """Text and ID cosines of some training users with all items, which set the neighbours' scale."""
     items: Int[Tensor, "users candidates"]
     """Their rows."""
     lengths: Int[Tensor, "users"]
     """Items of the histories."""
+    background: Cosines
+    """Of some training users with all items, which set the neighbours' scale."""
 
     @cached_property
     def found(self) -> Bool[Tensor, "users"]:
@@ -104,16 +137,9 @@ class Candidates:
         rank = 1 + (others > target).sum(dim=1) + 0.5 * ((others == target) & self.real[:, 1:]).sum(dim=1)
         return torch.where(rank <= k, 1 / torch.log2(rank + 1), 0.0)
 
-    def cosines(self, id_share: float) -> tuple[Float[Tensor, "users candidates"], Float[Tensor, "users candidates"]]:
-        """What text parts and ID parts add to the cosines of whole embeddings."""
-        # A user without ID part has a text part of full length.
-        alone = 1.0 if id_share in (0.0, 1.0) else (1 - id_share) ** -0.5
-        text = (1 - id_share) * self.text
-        return torch.where(self.has_ids[:, None], text, text * alone), id_share * self.ids
-
     def scores(self, blend: Blend) -> Float[Tensor, "users candidates"]:
         """With all terms."""
-        text, ids = self.cosines(blend.id_share)
+        text, ids = self.weighed(blend.id_share)
         scores = text + ids
         if blend.share is not None:
             tau = blend.temperature
@@ -123,9 +149,8 @@ class Candidates:
     def _log_scale(self, blend: Blend) -> Tensor:
         key = blend.id_share, blend.temperature
         if key not in self._log_sums:
-            text, ids = self.background
-            cosines = (1 - blend.id_share) * text + blend.id_share * ids
-            self._log_sums[key] = (cosines / blend.temperature).logsumexp(dim=1).mean()
+            text, ids = self.background.weighed(blend.id_share)
+            self._log_sums[key] = ((text + ids) / blend.temperature).logsumexp(dim=1).mean()
         return self._log_sums[key] - math.log(blend.share or 1.0)
 
     @cached_property

@@ -13,7 +13,7 @@ from torch import Tensor
 from laserrec.config import BlendConfig, Config, NeighboursConfig
 from laserrec.data.dataset import Cases
 from laserrec.data.histories import Histories
-from laserrec.methods.laser.blend import Blend, Candidates, choose, full_grid, gather_candidates, search
+from laserrec.methods.laser.blend import Blend, Candidates, Cosines, choose, full_grid, gather_candidates, search
 from laserrec.methods.laser.ranker import Ranker
 from laserrec.methods.laser.ranker_fit import fit_ranker
 from laserrec.methods.laser.sides import SummedUsers
@@ -99,6 +99,9 @@ class _Parts:
         if self.has_ids:
             self.laser.set_id_share(0.5)
         self.batch = rows_at_once(len(self.laser.vectors), self.config.eval.batch_size)
+        items = torch.arange(len(self.laser.vectors), device=self.laser.device)
+        self.item_text = self.laser.vectors[:, : self.laser.d_text].any(dim=1)
+        self.lent = ~self.laser.ids.knows(items) & self.has_ids
         self.grid = full_grid(self.has_ids, self.laser.neighbours is not None, self.laser.seen is not None)
         with Progress("weighing the parts", len(cases), progress) as bar:
             self.users = self._users(cases.histories, bar.advance)
@@ -111,32 +114,34 @@ class _Parts:
             advance(len(rows))
         return torch.cat(found)
 
-    def _cosines(self, users: Float[Tensor, "some d_out"]) -> tuple[Tensor, Tensor]:
-        """With all items, of the text parts and of the ID parts."""
+    def _cosines(self, users: Float[Tensor, "some d_out"]) -> Cosines:
+        """With all items."""
         d, unit, items = self.laser.d_text, torch.nn.functional.normalize, self.laser.vectors
         text = unit(users[:, :d], dim=-1) @ unit(items[:, :d], dim=-1).T
-        if not self.has_ids:
-            return text, torch.zeros_like(text)
-        return text, unit(users[:, d:], dim=-1) @ unit(items[:, d:], dim=-1).T
+        ids = unit(users[:, d:], dim=-1) @ unit(items[:, d:], dim=-1).T if self.has_ids else torch.zeros_like(text)
+        has_ids = users[:, d:].any(dim=1) if self.has_ids else torch.zeros_like(users[:, 0], dtype=torch.bool)
+        return Cosines(text, ids, users[:, :d].any(dim=1), has_ids, self.item_text[None], self.lent[None])
 
     def candidates(self, neighbours: Neighbours | None, users: Tensor | None = None) -> Candidates:
         """users: vectors in place of the model's own."""
         users, found, own = self.users if users is None else users, [], []
         lengths = self.cases.histories.lengths
         for rows in torch.arange(len(self.cases)).split(self.batch):
-            text, ids = self._cosines(users[rows.to(users.device)])
+            whole = self._cosines(users[rows.to(users.device)])
             histories = self.cases.histories.take(rows)
-            boosts, seen = torch.zeros_like(text), torch.zeros_like(text, dtype=torch.bool)
+            boosts, seen = torch.zeros_like(whole.text), torch.zeros_like(whole.text, dtype=torch.bool)
             if neighbours is not None:
                 term = neighbours.on(histories)
                 boosts[term.pairs.users, term.pairs.items] = term.values
-            pairs = histories.distinct().to(text.device)
+            pairs = histories.distinct().to(seen.device)
             seen[pairs.users, pairs.items] = True
-            targets = self.cases.targets[rows].to(text.device)
-            found.append(gather_candidates(targets, text, ids, boosts, seen))
-            own.append(ids.any(dim=1))
-        *parts, rows = (torch.cat(part) for part in zip(*found, strict=True))
-        return Candidates(*parts, torch.cat(own), self.background, rows, lengths.to(rows.device))
+            targets = self.cases.targets[rows].to(seen.device)
+            found.append(gather_candidates(targets, whole.text, whole.ids, boosts, seen))
+            own.append((whole.has_text, whole.has_ids))
+        text, ids, boosts, seen, real, items = (torch.cat(part) for part in zip(*found, strict=True))
+        has_text, has_ids = (torch.cat(part) for part in zip(*own, strict=True))
+        return Candidates(text, ids, has_text, has_ids, self.item_text[items], self.lent[items], boosts, seen, real,
+                          items, lengths.to(items.device), self.background)
 
     # -- the choice ---------------------------------------------------------------------------------------------
 

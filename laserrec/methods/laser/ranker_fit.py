@@ -72,7 +72,7 @@ def _prepared(candidates: Candidates, blend: Blend, popularity: Float[Tensor, "n
               ) -> tuple[Ranker, _Examples]:
     ranker = Ranker(len(popularity), hidden).to(popularity.device)
     ranker.popularity.copy_(popularity)
-    text, ids = candidates.cosines(blend.id_share)
+    text, ids = candidates.weighed(blend.id_share)
     boosts = candidates.boosts if blend.share is not None else torch.zeros_like(text)
     parts = Parts(text, ids, boosts, candidates.seen, popularity[candidates.items], candidates.lengths[:, None])
     features = parts.features()

@@ -8,6 +8,7 @@ import torch
 from laserrec.methods.laser.blend import (
     Blend,
     Candidates,
+    Cosines,
     choose,
     full_grid,
     gather_candidates,
@@ -33,9 +34,10 @@ def planted(seed: int, text: float, ids: float, boosts: float, users: int = USER
     weights[at] += boosts
     seen = torch.rand(users, ITEMS, generator=g) < 0.05
     seen[at] = False
-    *parts, rows = gather_candidates(targets, *noise, weights, seen)
-    return Candidates(*parts, torch.ones(users, dtype=torch.bool), (noise[0][:50], noise[1][:50]), rows,
-                      torch.randint(1, 9, (users,), generator=g))
+    text, ids, *parts = gather_candidates(targets, *noise, weights, seen)
+    lengths, yes = torch.randint(1, 9, (users,), generator=g), torch.ones(users, dtype=torch.bool)
+    some = Cosines(noise[0][:50], noise[1][:50], yes[:50], yes[:50], yes.new_ones(1, ITEMS), yes.new_zeros(1, ITEMS))
+    return Candidates(text, ids, yes, yes, yes.new_ones(text.shape), yes.new_zeros(text.shape), *parts, lengths, some)
 
 
 def test_a_users_candidates_are_each_counted_once():
@@ -49,7 +51,7 @@ def test_a_trial_is_the_scores_formula(blend):
     log_scale = None
     if blend.share is not None:
         sums = [((1 - blend.id_share) * t + blend.id_share * i).div(blend.temperature).exp().sum().log()
-                for t, i in zip(*found.background, strict=True)]
+                for t, i in zip(found.background.text, found.background.ids, strict=True)]
         log_scale = sum(sums) / len(sums) - torch.tensor(blend.share).log()
     for user in range(20):
         scores = []

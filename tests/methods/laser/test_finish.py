@@ -61,6 +61,34 @@ def test_the_model_scores_as_was_found(llm, sections):
     assert choose_blend(again)[1] == report
 
 
+MISSING = ["all texts", "some texts", "some IDs"]
+
+
+def started_without(llm, missing: str, **sections) -> LaserTask:
+    """Where items, and users who read them alone, lack a part; nothing stands beside the sum of the history's items."""
+    task = LaserTask(tiny.laser(llm(), n=N, **{**SMALL, "prompt": INSTANT["prompt"], "mformer": {"prefix": "none"},
+                                               **sections}), DATA, tiny.World(), fixed=False)
+    means = task.module.item_side.means
+    if missing == "all texts":
+        means.copy_(means[:1].clone())
+    elif missing == "some texts":
+        means[::3] = torch.nan  # as of items without vectors of their own
+    else:
+        task.module.ids._known[::3] = False
+    task.start(lambda: None)
+    task.module.eval()
+    return task
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_the_model_scores_as_was_found_where_parts_are_missing(llm, missing):
+    task = started_without(llm, missing)
+    given = evaluate("given", task.module, DATA, "validation").plain.ndcg
+    found = choose_blend(task)[1]["ndcg@10"]
+    assert found["given"] == pytest.approx(given, abs=1e-5)
+    assert found["chosen"] == pytest.approx(evaluate("chosen", task.module, DATA, "validation").plain.ndcg, abs=1e-5)
+
+
 def test_a_dropped_part_costs_nothing(llm, monkeypatch):
     """Whatever the search says is done: here, cosines of the texts alone."""
     task = started(llm, **SMALL)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from test_blend import ITEMS, START, planted
-from test_finish import DATA, SMALL, N, started
+from test_finish import DATA, MISSING, SMALL, N, started, started_without
 
 from laserrec.methods.laser import finish, ranker_fit
 from laserrec.methods.laser.blend import Blend
@@ -106,7 +106,7 @@ def test_what_no_user_differs_in_does_not_count(monkeypatch):
     ranker, _ = fit_ranker(same, Blend(0.9, None, 0.1, 0.0), popularity, hidden=8)
 
     def added(length):
-        text, ids = found.cosines(0.9)
+        text, ids = found.weighed(0.9)
         parts = Parts(text, ids, found.boosts * 0, found.seen, popularity[found.items], torch.full((USERS, 1), length))
         return ranker(ranker.standardised(parts.features()))
 
@@ -146,15 +146,18 @@ def test_few_users_train_none():
     assert fit_ranker(found, START, popularity, hidden=8) == (None, {})
 
 
-def test_the_model_reads_what_the_network_was_trained_on(llm, monkeypatch):
+@pytest.mark.parametrize("missing", ["nothing", *MISSING])
+def test_the_model_reads_what_the_network_was_trained_on(llm, monkeypatch, missing):
     monkeypatch.setattr(ranker_fit, "_FEWEST_USERS", 10)
     monkeypatch.setattr(ranker_fit, "_worse", lambda gain: False)
     kept, ranked, taken, fit = [], ranker_fit._ranked, [], finish.fit_ranker
     monkeypatch.setattr(ranker_fit, "_ranked", lambda ranker, own: kept.append(own) or ranked(ranker, own))
     monkeypatch.setattr(finish, "fit_ranker", lambda found, *own: taken.append(found) or fit(found, *own))
-    laser = started(llm, DATA, **{**SMALL, "blend": {**SMALL["blend"], "network": 4}})
-    choose_blend(laser)
-    laser, (candidates,) = laser.module, taken
+    blend = {**SMALL["blend"], "network": 4}
+    task = started(llm, **{**SMALL, "blend": blend}) if missing == "nothing" else started_without(llm, missing,
+                                                                                              blend=blend)
+    choose_blend(task)
+    laser, (candidates,) = task.module, taken
     cases = DATA.cases("validation").sample(4000)
     want = ranked(laser.ranker, kept[0])
     torch.testing.assert_close(laser.score(cases.histories).gather(1, candidates.items), want, atol=2e-4, rtol=1e-3)
