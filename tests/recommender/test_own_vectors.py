@@ -13,6 +13,7 @@ from laserrec.llm.text_features import TextFeatures
 from laserrec.llm.whitening import fit_whitening, whiten
 from laserrec.methods.all import METHODS
 from laserrec.recommender.recommender import LaserRecommender
+from laserrec.recommender.scorers import zero_shot
 from laserrec.util.device import CPU
 from laserrec.util.errors import UserError
 
@@ -165,3 +166,16 @@ def test_a_refit_keeps_what_added_items_have(llm_folder, tmp_path):
     bare.add_items(mine)
     again = bare.refit(tmp_path / "plain" / "data", tmp_path / "again", progress=False)
     assert again.items.columns == plain.items.columns and not again.unknown_items(names)
+
+
+@pytest.mark.parametrize("theirs", [None, [1.0] * DIMS])
+def test_items_of_which_more_or_less_is_known_are_refused(llm_folder, theirs):
+    """Another catalogue's, for a model of text and vectors, and for one of text alone."""
+    model = fit(config(llm_folder()), own_vectors() if theirs is None else None)
+    other = pl.DataFrame({"item_id": ["a", "b"], "title": ["Saw", "Glue"], "brand": None, "category": None})
+    if theirs:
+        other = other.with_columns(vector=pl.Series([theirs, theirs], dtype=pl.Array(pl.Float32, DIMS)))
+    before = model.recommend([["i1"]])
+    with pytest.raises(UserError, match="fitted on items with other vectors of their own, or with none"):
+        zero_shot(model.fitted, other)
+    assert model.recommend([["i1"]]).equals(before)

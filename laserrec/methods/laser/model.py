@@ -26,6 +26,7 @@ from laserrec.methods.laser.transformer import HistoryTransformer
 from laserrec.methods.neighbours import Neighbours
 from laserrec.methods.protocol import ScoreTerm, TwoTower
 from laserrec.methods.terms import AtPairs, SeenOffset
+from laserrec.util.errors import UserError
 from laserrec.util.room import Room
 
 _ITEMS_AT_ONCE = 64
@@ -193,13 +194,14 @@ class Laser(nn.Module, TwoTower):
     def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None
                   ) -> Float[Tensor, "new d_out"]:
         """As `Growing.add_items`. New items inherit their ID part, if embeddings have one, and their neighbours from
-        the known items nearest by text."""
+        the known items nearest by text. Raises UserError for items of which more or less is known than of those that
+        are there: vectors of their own."""
         first = len(self.vectors)
         try:
             if self.texts is not None:
                 self.texts.add(items)
             if isinstance(self.item_side, MeanItems):
-                self.item_side.add(self.features.means(items))
+                self.item_side.add(self._means(items, self.item_side.means))
             if vectors is None:
                 rows = torch.arange(first, first + items.height, device=self.device)
                 parents = self._known_vectors() if self.id_share else None
@@ -209,6 +211,14 @@ class Laser(nn.Module, TwoTower):
             self.drop_items(first)
             raise
         return vectors
+
+    def _means(self, items: pl.DataFrame, own: Float[Tensor, "n_items d_means"]) -> Float[Tensor, "new d_means"]:
+        """Of new items, as wide as those of its own."""
+        means = self.features.means(items)
+        if means.shape[1] != own.shape[1]:
+            raise UserError("the model was fitted on items with other vectors of their own, or with none "
+                            "(backbone.item_vectors), than these items have; it can't compare them")
+        return means
 
     def _known_vectors(self) -> Float[Tensor, "known d_out"]:
         """Embeddings of the items that the ID model knows; no copy where they are the first ones."""
