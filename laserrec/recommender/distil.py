@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def _fingerprint(teacher: LaserRecommender, dataset: Dataset, config: StudentCon
     """Of all that a student is made of."""
     digest = hashlib.sha256(f"{dataset.fingerprint} {config.model_dump_json()}".encode())
     digest.update(teacher.config.model_dump_json().encode())
+    digest.update(json.dumps(sorted(teacher.removed)).encode() if teacher.removed else b"")
     below = {f"id.{k}": v for k, v in teacher.model.ids.model.state_dict().items()} if teacher.model.ids.model else {}
     for name, tensor in sorted({**weights_of(teacher.fitted), **below}.items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

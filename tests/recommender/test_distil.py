@@ -190,6 +190,9 @@ def test_what_a_teacher_was_given_or_lost_its_student_has_and_lacks(teach, tmp_p
     made = LaserRecommender.from_pretrained(tmp_path / "fast", llm())
     assert made.n_known == N and made.removed == {3}
     assert set(made.recommend([["i3"]], k=99)["item_id"]) == {f"i{j + 1}" for j in range(N) if j != 3} | {"new1"}
+    teacher.remove_items(["i5"])
+    with pytest.raises(UserError, match="holds another model"):  # which would recommend it
+        distil.distil(teacher, DATA, tmp_path / "fast", QUICK, False)
 
 
 def test_nothing_but_training_sequences_matters(fit, tmp_path):
