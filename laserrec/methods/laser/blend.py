@@ -96,7 +96,8 @@ def _of_length_one(text: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Candidates(Cosines):
-    """Validation users' likely items, part by part. Column 0 is the target."""
+    """Validation users' likely items, part by part. Column 0 is the target. A user of several validation interactions,
+    as there are after a temporal split, counts as several users."""
 
     boosts: Float[Tensor, "users candidates"]
     """Sums of neighbour weights."""
@@ -108,6 +109,8 @@ class Candidates(Cosines):
     """Their rows."""
     lengths: Int[Tensor, "users"]
     """Items of the histories."""
+    who: Int[Tensor, "users"]
+    """Whose history it is."""
     background: Cosines
     """Of some training users with all items, which set the neighbours' scale."""
 

@@ -141,7 +141,8 @@ class _Parts:
         text, ids, boosts, seen, real, items = (torch.cat(part) for part in zip(*found, strict=True))
         has_text, has_ids = (torch.cat(part) for part in zip(*own, strict=True))
         return Candidates(text, ids, has_text, has_ids, self.item_text[items], self.lent[items], boosts, seen, real,
-                          items, lengths.to(items.device), self.background)
+                          items, lengths.to(items.device), torch.tensor(self.cases.users, device=items.device),
+                          self.background)
 
     # -- the choice ---------------------------------------------------------------------------------------------
 

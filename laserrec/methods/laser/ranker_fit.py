@@ -43,18 +43,18 @@ def fit_ranker(candidates: Candidates, blend: Blend, popularity: Float[Tensor, "
     there; the blend's settings were chosen on all of these users, which flatters it. The same for the same input.
     """
     ranker, examples = _prepared(candidates, blend, popularity, hidden)
-    users = candidates.found.nonzero()[:, 0]
-    if len(users) < _FEWEST_USERS:
+    cases, (people, of) = candidates.found.nonzero()[:, 0], torch.unique(candidates.who, return_inverse=True)
+    if len(torch.unique(of[cases])) < _FEWEST_USERS:
         return None, {}
-    order = torch.randperm(len(candidates.found), generator=torch.Generator().manual_seed(0)).to(users.device)
-    with_network = torch.zeros(len(order), device=users.device)
+    order = torch.randperm(len(people), generator=torch.Generator().manual_seed(0)).to(of.device)
+    with_network = torch.zeros(len(of), device=of.device)
     with Progress("training the ranking network", _FOLDS + 1, progress) as bar:
         for fold in order.tensor_split(_FOLDS):
-            others = users[~torch.isin(users, fold)]
-            _train(ranker, examples, others)
-            with_network[fold] = candidates.ndcg_of(_ranked(ranker, examples))[fold]
+            left_out = torch.isin(of, fold)
+            _train(ranker, examples, cases[~left_out[cases]])
+            with_network[left_out] = candidates.ndcg_of(_ranked(ranker, examples))[left_out]
             bar.advance(1)
-        _train(ranker, examples, users)
+        _train(ranker, examples, cases)
         bar.advance(1)
     with_network, without = with_network * candidates.found, candidates.ndcg(blend) * candidates.found
     gain = with_network - without

@@ -37,7 +37,8 @@ def planted(seed: int, text: float, ids: float, boosts: float, users: int = USER
     text, ids, *parts = gather_candidates(targets, *noise, weights, seen)
     lengths, yes = torch.randint(1, 9, (users,), generator=g), torch.ones(users, dtype=torch.bool)
     some = Cosines(noise[0][:50], noise[1][:50], yes[:50], yes[:50], yes.new_ones(1, ITEMS), yes.new_zeros(1, ITEMS))
-    return Candidates(text, ids, yes, yes, yes.new_ones(text.shape), yes.new_zeros(text.shape), *parts, lengths, some)
+    return Candidates(text, ids, yes, yes, yes.new_ones(text.shape), yes.new_zeros(text.shape), *parts, lengths,
+                      torch.arange(users), some)
 
 
 def test_a_users_candidates_are_each_counted_once():

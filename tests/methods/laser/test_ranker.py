@@ -128,6 +128,23 @@ def test_it_is_judged_by_users_that_it_was_not_trained_on(monkeypatch):
     assert set().union(*left_out) == there and sum(map(len, left_out)) == len(there)
 
 
+def test_all_cases_of_a_user_are_left_out_together(monkeypatch):
+    """After a temporal split a user may have several."""
+    trained, train = [], ranker_fit._train
+    monkeypatch.setattr(ranker_fit, "_EPOCHS", 10)
+    monkeypatch.setattr(ranker_fit, "_FEWEST_USERS", USERS // 3)
+    monkeypatch.setattr(ranker_fit, "_train", lambda r, e, own: trained.append(set(own.tolist())) or train(r, e, own))
+    found, popularity = crowded(3)
+    found = replace(found, who=torch.arange(USERS) // 3 * 5)
+    fit_ranker(found, Blend(0.9, None, 0.1, 0.0), popularity, hidden=8)
+    everybody = set(range(USERS // 3))
+    people = [everybody - {case // 3 for case in fold} for fold in trained[:3]]
+    assert found.found.all() and set().union(*people) == everybody and sum(map(len, people)) == len(everybody)
+    assert [len(fold) + 3 * len(own) for fold, own in zip(trained[:3], people, strict=True)] == [USERS] * 3
+    monkeypatch.setattr(ranker_fit, "_FEWEST_USERS", USERS // 3 + 1)
+    assert fit_ranker(found, START, popularity, hidden=8) == (None, {})
+
+
 def test_it_is_not_kept_where_it_ranks_worse(monkeypatch):
     """A network that has learnt nothing but noise."""
     found, popularity = crowded(3)
