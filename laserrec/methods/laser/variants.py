@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from laserrec.data.histories import Histories
@@ -37,8 +38,8 @@ def variants(laser: Laser, some_users: Histories) -> dict[str, Variant]:
             swapped = OtherUsers(reader.ids)
             found["prefix of another user's ID states"] = lambda: _with(reader, ids=swapped)
     if laser.id_share:
-        found["without the ID part"] = lambda: _id_share(laser, 0.0)
-        found["without the text part"] = lambda: _id_share(laser, 1.0)
+        found["without the ID part"] = lambda: _one_part(laser, 0.0)
+        found["without the text part"] = lambda: _one_part(laser, 1.0)
     if laser.neighbours is not None:
         found["without neighbours"] = lambda: _with(laser, neighbours=None)
     if laser.seen is not None:
@@ -88,9 +89,12 @@ def _one_expert(laser: Laser, some_users: Histories) -> Iterator[None]:
 
 
 @contextmanager
-def _id_share(laser: Laser, share: float) -> Iterator[None]:
-    before, vectors = laser.id_share, laser.vectors
-    laser.set_id_share(share)
+def _one_part(laser: Laser, share: float) -> Iterator[None]:
+    """share: 0, the text alone, or 1, the IDs alone. Items to which an ID part was lent by text keep that one."""
+    before, vectors, d = laser.id_share, laser.vectors, laser.d_text
+    part = F.pad(vectors[:, d:], (d, 0)) if share else vectors[:, :d]
+    laser.id_share = share
+    laser.set_items(F.normalize(part, dim=-1))
     try:
         yield
     finally:

@@ -96,6 +96,17 @@ def test_each_change_by_hand(laser):
         assert torch.allclose(laser.users(asked())[:, :d], unit(plain, dim=-1) * 0.7**0.5, atol=1e-5)
 
 
+def test_without_the_text_part_items_keep_what_was_lent_to_them_by_text(laser):
+    laser.ids._known[::3] = False
+    laser.set_id_share(laser.id_share)
+    laser.neighbours = laser.seen = None
+    users, items, unit, d = laser.users(asked()), laser.items(), torch.nn.functional.normalize, laser.d_text
+    want = unit(users[:, d:], dim=-1) @ unit(items[:, d:], dim=-1).T
+    with variants(laser, scale_histories(DATA))["without the text part"]():
+        torch.testing.assert_close(laser.score(asked()), want, atol=1e-5, rtol=1e-5)
+    assert torch.equal(laser.items(), items)
+
+
 def test_the_neighbours_scale_follows_the_cosines(laser):
     found, scale = variants(laser, scale_histories(DATA)), laser.neighbours.log_scale.clone()
     with found["without the ID part"]():
