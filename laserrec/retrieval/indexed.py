@@ -76,7 +76,8 @@ class Indexed:
         if open_asks:
             excluded = [np.concatenate([apart[u].cpu().numpy(), lost]) for u in open_asks]
             queries = users[open_asks].to("cpu", torch.float32).numpy()
-            count = max(depth, *(asks[u].k for u in open_asks))
+            held = self.covered - len(self.gone)  # more would be asked for, and room made for them, in vain
+            count = min(max(depth, *(asks[u].k for u in open_asks)), max(1, held))
             rows, _ = self.index.search(queries, count, excluded=excluded)
             for u, own in zip(open_asks, rows, strict=True):
                 out[u] = torch.from_numpy(own[(own >= 0) & (own < self.covered)])

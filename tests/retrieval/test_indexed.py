@@ -90,6 +90,15 @@ def test_items_that_come_and_go_are_seen_to_beside_the_index(vectors, live, kind
     assert len(index) == 28
 
 
+def test_no_more_than_there_are_is_asked_for(vectors, live, kind, monkeypatch):
+    """Room is made for as many answers as are asked for: a billion of them would not fit."""
+    index, asked = fill_index(vectors, live, kind), []
+    indexed, search = attach(index, vectors, GONE), index.search
+    monkeypatch.setattr(index, "search", lambda queries, k, **how: asked.append(k) or search(queries, min(k, N), **how))
+    found, = indexed.rank(vectors[:1], [ask([8], 10**9)], vectors, GONE, depth=500)
+    assert asked == [len(live)] and sorted(found[0].tolist()) == live.tolist()
+
+
 def test_vectors_of_any_length_by_the_exact_kind(vectors, live):
     long = vectors * torch.linspace(0.1, 4, N)[:, None]
     indexed, users = attach(fill_index(long, live, IndexKind.EXACT), long, GONE), torch.randn(5, 8) * 3
