@@ -95,6 +95,10 @@ class Histories:
         """The newest `count` items of each."""
         return self if not len(self) or int(self.lengths.max()) <= count else self.where(self.ages < count)
 
+    def without_oldest(self) -> Histories:
+        """Each without its oldest item: of a training sequence, all that stand behind another one."""
+        return self.where(self.ages < self.lengths[self.users] - 1)
+
     def windows(self, length: int, shift: Int[Tensor, "users"]) -> Histories:
         """Each cut into windows of at most `length` >= 2 items, newest window first, of which neighbours share an item:
         every item but a history's oldest follows another one in exactly one window. The newest window of a history

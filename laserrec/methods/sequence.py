@@ -283,8 +283,7 @@ class SequenceModel(NextItemModel):
         """Of the items in the loss of these training sequences; None: the loss goes over all items."""
         if not is_sampled(self.config, self.n_items):
             return None
-        oldest = sequences.lengths[sequences.users] - 1  # never a target of a causal model
-        targets = sequences.where(sequences.ages < oldest) if self.causal else sequences
+        targets = sequences.without_oldest() if self.causal else sequences
         return Sampler(targets, self.n_items, self.config.negatives)
 
     def note_trained(self, items: Int[Tensor, "total"]) -> None:

@@ -18,6 +18,7 @@ def test_every_view_equals_the_lists(rows, count, limit):
     assert [histories[u].tolist() for u in range(len(rows))] == rows
     assert histories.lengths.tolist() == [len(r) for r in rows]
     assert histories.last(count).lists() == [r[-count:] for r in rows]
+    assert histories.without_oldest().lists() == [r[1:] for r in rows]
     assert histories.below(limit).lists() == [[i for i in r if i < limit] for r in rows]
     assert histories.users.tolist() == [u for u, r in enumerate(rows) for _ in r]
     assert histories.ages.tolist() == [a for r in rows for a in reversed(range(len(r)))]

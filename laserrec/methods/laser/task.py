@@ -216,12 +216,13 @@ class LaserTask(Trainable):
         train, n_items = self.module.config.train, self.dataset.n_items
         if train.negatives != Negatives.SAMPLED or train.sampled_items >= n_items:
             return None
-        return Sampler(self.dataset.train_sequences, n_items, train.sampled_items)
+        return Sampler(self.dataset.train_sequences.without_oldest(), n_items, train.sampled_items)
 
     @cached_property
     def _log_shares(self) -> Float[Tensor, "n_items"]:
-        """Logarithm of each item's share of the training interactions."""
-        counts = torch.bincount(self.dataset.train_sequences.items, minlength=self.dataset.n_items).clamp(min=1)
+        """Logarithm of each item's share of the targets."""
+        targets = self.dataset.train_sequences.without_oldest()
+        counts = torch.bincount(targets.items, minlength=self.dataset.n_items).clamp(min=1)
         return (counts / counts.sum()).log()
 
     def _items_to_learn_from(self, rows: Int[Tensor, "some"] | None = None) -> Float[Tensor, "some d_text"]:
