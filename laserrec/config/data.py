@@ -57,5 +57,5 @@ class EvalConfig(Section):
     batch_size: int = Field(64, ge=1)
     """Users that are encoded and ranked together."""
     validates: bool = True
-    """Choose the best epoch on validation. false: train all epochs and keep the last, for data too small to validate
-    on."""
+    """Choose the best epoch, and what blend chooses, on validation. false: train all epochs, keep the last and leave
+    the parts' weights as they are given, for data too small to validate on."""

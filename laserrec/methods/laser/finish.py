@@ -44,7 +44,7 @@ def choose_blend(task: LaserTask, progress: bool = False) -> tuple[Config, dict[
     of several chooses alike."""
     config, dataset = task.module.config, task.dataset
     cases = dataset.cases("validation").sample(config.blend.users)
-    if not config.blend.trials or len(cases) < _FEWEST_USERS:
+    if not config.eval.validates or not config.blend.trials or len(cases) < _FEWEST_USERS:
         return config, {}
     task.module.eval()
     parts = _Parts(task, cases, progress)

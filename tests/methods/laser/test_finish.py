@@ -64,6 +64,14 @@ def test_the_model_scores_as_was_found(llm, sections):
 MISSING = ["all texts", "some texts", "some IDs"]
 
 
+def test_without_validation_nothing_is_chosen(llm):
+    task = started(llm, **{**SMALL, "eval": {"validates": False}})
+    before = {name: tensor.clone() for name, tensor in task.module.state_dict().items()}
+    config, report = choose_blend(task)
+    assert report == {} and config is task.module.config
+    assert all(torch.equal(before[name], tensor) for name, tensor in task.module.state_dict().items())
+
+
 def started_without(llm, missing: str, **sections) -> LaserTask:
     """Where items, and users who read them alone, lack a part; nothing stands beside the sum of the history's items."""
     task = LaserTask(tiny.laser(llm(), n=N, **{**SMALL, "prompt": INSTANT["prompt"], "mformer": {"prefix": "none"},
