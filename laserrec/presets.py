@@ -105,7 +105,7 @@ _INSTANT: dict[str, Any] = {
     "train": {"stage_one_epochs": 0, "stage_two_epochs": 0},
 }
 
-# `small` for a quarter of an hour on two slow cores. Item texts are read at one depth, a fifth of the time, which costs
+# `small` for a first look: minutes on two cores. Item texts are read at one depth, a fifth of the time, which costs
 # Laser 2% on test; an epoch has one cut per user in place of all; one SASRec is rival and ID model; no ranking network.
 _QUICKSTART: dict[str, Any] = {
     **_SMALL,
