@@ -162,7 +162,9 @@ class Table:
 
     def _fit_below(self, config: Config, folder: Path) -> None:
         if folder not in self._fitted:
-            features = self.features if self._same_texts(config) else None
+            features = None
+            if self._same_texts(config):  # an ID model reads item texts as they are, whatever stands around them
+                features, config = self.features, config.model_copy(update={"prompt": self.config.prompt})
             self._fitted[folder] = fit_id_model(self.dataset, config, folder, self.device, features, self.progress)
 
     def _same_texts(self, config: Config) -> bool:
@@ -183,7 +185,9 @@ class Table:
 
     def _shared_id_model(self, config: Config, seed: int | None) -> Path:
         """Rows with the same settings of the ID model share it."""
-        wanted = [config.id_model.model_dump_json(), config.blend.shuffles, config.blend.shuffle_epochs]
+        wanted: list[Any] = [config.id_model.model_dump_json(), config.blend.shuffles, config.blend.shuffle_epochs]
+        if not self._same_texts(config):
+            wanted += [config.backbone.model_dump_json(), config.prompt.attributes]
         digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]
         return (self.out if seed is None else self.out / f"seed-{seed}") / f"id-model-{config.id_model.kind}-{digest}"
 

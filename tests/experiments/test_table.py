@@ -166,6 +166,19 @@ def test_the_id_model_of_a_row_serves_laser_too(make, llm_folder):
     assert not (alone.out / "seed-1" / "other").exists()
 
 
+def test_an_id_model_from_texts_is_shared_whatever_the_prompt_and_not_with_another_llm(make, llm_folder):
+    config = tiny.config(llm_folder())
+    own = {"id_model": {**config.id_model.model_dump(), "items": "llm_start", "max_epochs": 1},
+           "train": {"stage_one_epochs": 0, "stage_two_epochs": 0}}
+    rows = [Row("a", "laser", "laser", own),
+            Row("b", "laser", "laser", {**own, "prompt": {"template": "no_instruction"}}),
+            Row("c", "laser", "laser", {**own, "backbone": {"layers": 1}})]
+    for row in rows:  # one after another, as separate commands
+        table = make(rows=rows)
+        table.result(row.name, 0)
+    assert len(list((table.out / "seed-0").glob("id-model-sasrec-*/model.json"))) == 2
+
+
 def test_rows_of_the_same_shuffles_share_the_id_model(make):
     """It is chosen once, for all of them."""
     rows = [Row("a", "laser", "laser"), Row("b", "laser", "laser", {"head": {"seen_offset": True}}),
