@@ -15,15 +15,7 @@ import numpy as np
 import polars as pl
 
 from laserrec.data.clean import ids
-from laserrec.data.files import (
-    POLARS_ERRORS,
-    FileOptions,
-    Table,
-    below_each_other,
-    ending,
-    parts_of,
-    reason,
-)
+from laserrec.data.files import POLARS_ERRORS, FileOptions, Table, below_each_other, ending, parts_of, reason
 from laserrec.data.tables import check_columns, check_rows, read_listed
 from laserrec.util.errors import UserError, reading
 

@@ -169,7 +169,7 @@ class Table:
 
     def _same_texts(self, config: Config) -> bool:
         """Whether the table's own text features are these settings'."""
-        return (config.backbone, config.prompt.attributes) == (self.config.backbone, self.config.prompt.attributes)
+        return _texts_of(config) == _texts_of(self.config)
 
     def _below(self, name: str, seed: int | None) -> Path | None:
         """The folder of the ID model below a Laser. Often that is a row of the table too, and is trained once."""
@@ -187,7 +187,7 @@ class Table:
         """Rows with the same settings of the ID model share it."""
         wanted: list[Any] = [config.id_model.model_dump_json(), config.blend.shuffles, config.blend.shuffle_epochs]
         if not self._same_texts(config):
-            wanted += [config.backbone.model_dump_json(), config.prompt.attributes]
+            wanted += _texts_of(config)
         digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]
         return (self.out if seed is None else self.out / f"seed-{seed}") / f"id-model-{config.id_model.kind}-{digest}"
 
@@ -215,6 +215,11 @@ class Table:
         row = self.rows[name]
         own = {} if seed is None or not row.seeded else {section: {"seed": seed} for section in _SEEDED}
         return Config.model_validate(merge(merge(self.config.model_dump(), row.settings), own))
+
+
+def _texts_of(config: Config) -> tuple[str, tuple[str, ...]]:
+    """All that what the LLM makes of item texts depends on: its settings, and the columns that are read."""
+    return config.backbone.model_dump_json(), config.prompt.attributes
 
 
 def rank(table: Table, name: str, scorer: Scorer, file: Path, split: str = "test", other: Dataset | None = None
