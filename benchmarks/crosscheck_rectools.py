@@ -22,6 +22,7 @@ import platform
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ import numpy as np
 import torch
 
 from laserrec.config import load_config
-from laserrec.data.dataset import Dataset
+from laserrec.data.dataset import Cases, Dataset
 from laserrec.data.histories import Histories
-from laserrec.evaluation.evaluate import evaluate, rank_cases
+from laserrec.evaluation.evaluate import Scorer, evaluate, rank_cases
 from laserrec.evaluation.metrics import Metrics
 from laserrec.recommender.fitting import fit
 from laserrec.util.device import CPU
@@ -95,29 +96,38 @@ def _theirs(dataset: Dataset, kind: str, seed: int, args: argparse.Namespace) ->
         **THEIRS[kind], deterministic=True, lightning_module_type=_lean_module())
     train = _interactions(dataset.train_sequences)
     score = _Scorer(model, dataset.n_items)
-    start, epoch, worse, best, log = time.monotonic(), 0, 0, Metrics(10, 0, -1, 0, 0), []
-    best_epoch, weights = 0, {}
-    while epoch < STOPPING["max_epochs"] and worse < STOPPING["patience"]:
-        model.fit_partial(train, min_epochs=STOPPING["eval_every"], max_epochs=STOPPING["eval_every"])
-        epoch += STOPPING["eval_every"]
-        seen = Metrics.from_ranks(rank_cases(score, dataset.cases("validation"), 512, dataset.n_items).plain)
-        log.append({"epoch": epoch, "ndcg@10": seen.ndcg, "seconds": round(time.monotonic() - start, 1)})
-        print(f"RecTools {kind} seed {seed}: {log[-1]}", flush=True)
-        worse += 1
-        if seen.ndcg > best.ndcg:
-            best, best_epoch, worse = seen, epoch, 0
-            weights = copy.deepcopy(model.torch_model.state_dict())
-        if time.monotonic() - start > args.max_seconds:
-            break
-    seconds = time.monotonic() - start
-    model.torch_model.load_state_dict(weights)
+    facts, log = keep_best(f"RecTools {kind} seed {seed}",
+                           lambda epochs: model.fit_partial(train, min_epochs=epochs, max_epochs=epochs),
+                           lambda: model.torch_model, score, dataset.cases("validation"), dataset.n_items,
+                           args.max_seconds)
     score.k = dataset.n_items
     row = evaluate(f"RecTools {kind}", score, dataset, "test", batch_size=512).row()
-    stopped = "patience" if worse >= STOPPING["patience"] else "bound on time or epochs"
-    facts = {"validation_ndcg@10": best.ndcg, "best_epoch": best_epoch, "epochs": epoch,
-             "seconds": round(seconds, 1), "stopped_by": stopped}
     return {"test": row, "training": facts, "settings": {**THEIRS[kind], **STOPPING}, "seed": seed,
             "threads": args.threads, "log": log}
+
+
+def keep_best(name: str, step: Callable[[int], object], module: Callable[[], torch.nn.Module], score: Scorer,
+              cases: Cases, n_items: int, max_seconds: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train with step(epochs) and rank the cases, in turn, until STOPPING or the time is over; the module then has the
+    weights of the best NDCG@10. Facts about it, and what was seen at each evaluation."""
+    start, epoch, worse, best, log = time.monotonic(), 0, 0, -1.0, []
+    best_epoch, weights = 0, {}
+    while epoch < STOPPING["max_epochs"] and worse < STOPPING["patience"]:
+        step(STOPPING["eval_every"])
+        epoch += STOPPING["eval_every"]
+        seen = Metrics.from_ranks(rank_cases(score, cases, 512, n_items).plain).ndcg
+        log.append({"epoch": epoch, "ndcg@10": seen, "seconds": round(time.monotonic() - start, 1)})
+        print(f"{name}: {log[-1]}", flush=True)
+        worse += 1
+        if seen > best:
+            best, best_epoch, worse = seen, epoch, 0
+            weights = copy.deepcopy(module().state_dict())
+        if time.monotonic() - start > max_seconds:
+            break
+    module().load_state_dict(weights)
+    stopped = "patience" if worse >= STOPPING["patience"] else "bound on time or epochs"
+    return {"validation_ndcg@10": best, "best_epoch": best_epoch, "epochs": epoch,
+            "seconds": round(time.monotonic() - start, 1), "stopped_by": stopped}, log
 
 
 def _lean_module() -> type:

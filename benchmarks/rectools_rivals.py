@@ -13,21 +13,18 @@ of the test split with nothing filtered. The budget is the settings below, tried
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from crosscheck_rectools import STOPPING, THEIRS, _interactions, _lean_module
+from crosscheck_rectools import THEIRS, _interactions, _lean_module, keep_best
 
 from laserrec.config import load_config
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories
-from laserrec.evaluation.evaluate import evaluate, rank_cases
-from laserrec.evaluation.metrics import Metrics
+from laserrec.evaluation.evaluate import evaluate
 from laserrec.llm.text_features import TextFeatures, whitened
 from laserrec.util.device import choose
 from laserrec.util.io import write_json
@@ -62,12 +59,12 @@ def main() -> None:
                     continue
                 tries = TRIALS[model][: given.trials] if not best else [best["settings"]]
                 found = [_train(model, dataset, settings, seed, given) for settings in tries]
-                best = max(found, key=lambda one: one["validation"])
+                best = max(found, key=lambda one: one["validation_ndcg@10"])
                 kind = "id" if model == "SASRec" else "text"
                 rows.append({"data": name, "model": f"RecTools {model}", "kind": kind, "seed": seed,
                              **best["test"], "train_seconds": best["seconds"], "trials": len(tries),
                              "tuning_seconds": round(sum(one["seconds"] for one in found), 1),
-                             "settings": best["settings"], "epoch": best["epoch"]})
+                             "settings": best["settings"], "epoch": best["best_epoch"]})
                 write_json(given.out, rows)
                 print(json.dumps(rows[-1]), flush=True)
 
@@ -79,25 +76,12 @@ def _train(model: str, dataset: Dataset, settings: dict[str, Any], seed: int, gi
     seed_everything(seed)
     run = _sasrec if model == "SASRec" else _unisrec
     step, score, weights = run(dataset, settings, choose(given.device))
-    start, epoch, worse, best, kept = time.monotonic(), 0, 0, {"validation": -1.0}, {}
-    cases = dataset.cases("validation").sample(4000)
-    while epoch < STOPPING["max_epochs"] and worse < STOPPING["patience"]:
-        step(STOPPING["eval_every"])
-        epoch += STOPPING["eval_every"]
-        ndcg = Metrics.from_ranks(rank_cases(score, cases, 512, dataset.n_items).plain).ndcg
-        worse += 1
-        if ndcg > best["validation"]:
-            best, worse = {"validation": ndcg, "epoch": epoch}, 0
-            kept = copy.deepcopy(weights().state_dict())
-        if time.monotonic() - start > given.max_seconds:
-            break
-    seconds = round(time.monotonic() - start, 1)
-    weights().load_state_dict(kept)
+    facts, _ = keep_best(f"RecTools {model} {settings}", step, weights, score, dataset.cases("validation").sample(4000),
+                         dataset.n_items, given.max_seconds)
     row = evaluate(f"RecTools {model}", score, dataset, "test", batch_size=256).row()
     test = {m: row[m] for m in ("recall@10", "ndcg@10", "mrr")}
     test["exclude_seen"] = {m: row["exclude_seen"][m] for m in ("recall@10", "ndcg@10")}
-    print(f"RecTools {model} {settings}: validation {best}, test {test}, {seconds} s", flush=True)
-    return {**best, "test": test, "seconds": seconds, "settings": settings}
+    return {**facts, "test": test, "settings": settings}
 
 
 def _sasrec(dataset: Dataset, settings: dict[str, Any], device: torch.device) -> tuple[Any, Any, Any]:

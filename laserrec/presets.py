@@ -33,7 +33,7 @@ RIVAL_SIZES: dict[str, dict[str, Any]] = {
                  "llamarec": {"max_history": 10, "title_tokens": 12, "epoch_examples": 8000, "lr": 1e-3},
                  "train": {"validation_users": 2000}},
     "recformer": {"recformer": {"d_model": 128, "blocks": 2, "heads": 2, "window": 32, "max_items": 8,
-                                "max_tokens": 256, "attribute_tokens": 16, "lr": 1e-3, "pretrain_epochs": 10}},
+                                "max_tokens": 256, "attribute_tokens": 16, "lr": 1e-3, "pretrain_own": True, "pretrain_epochs": 10}},
     "llm4rec": {"backbone": {"layers": 3}, "llm4rec": {"max_history": 20, "max_epochs": 20, "patience": 3}},
     "fdsa": {"fdsa": {"d_model": 128, "d_inner": 128, **_SASREC_LIKE}},
     "zesrec": {"zesrec": {"d_model": 128, "blocks": 1, **_SASREC_LIKE}},

@@ -106,7 +106,10 @@ class RecFormerConfig(RivalConfig):
     temperature: float = Field(0.05, gt=0)
     """The softmax's temperature, by which cosines are divided."""
     pretrain_on: tuple[str, ...] = ()
-    """Data folders of other catalogues to pre-train on. Empty: no pre-training."""
+    """Data folders of other catalogues to pre-train on."""
+    pretrain_own: bool = False
+    """Pre-train on the training interactions of the data folder itself, beside those of pretrain_on if there are any
+    (not published: it is for want of the authors' weights). Neither: no pre-training."""
     pretrain_epochs: int = Field(32, ge=1)
     """Epochs of pre-training, if there is any."""
     mask_probability: float = Field(0.15, gt=0, lt=1)
@@ -128,6 +131,11 @@ class RecFormerConfig(RivalConfig):
     """Stop stage 2 after this many evaluations without a better validation NDCG."""
     eval_every: int = Field(3, ge=1)
     """Epochs between two evaluations on validation."""
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether training begins with pre-training."""
+        return self.pretrain_own or bool(self.pretrain_on)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> RecFormerConfig:

@@ -92,7 +92,7 @@ class RecFormer(nn.Module, TwoTower):
         self.position, self.place = nn.Embedding(config.max_tokens, d), nn.Embedding(config.max_items + 1, d)
         self.norm, self.dropout = nn.LayerNorm(d), nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
-        self.mask_head = nn.Linear(d, d) if config.pretrain_on else None
+        self.mask_head = nn.Linear(d, d) if config.pretrains else None
         for embedding in (self.special, self.token_type, self.position, self.place):
             nn.init.normal_(embedding.weight, std=_STD)
         token_std = float(backbone.embedding.float().std())
@@ -210,23 +210,23 @@ class RecFormerTask(Trainable):
 
 
 class PretrainTask(RecFormerTask):
-    """Pre-training on other catalogues: asks for hidden tokens of a history's text, and for its next item among
+    """Pre-training on one or more catalogues: asks for hidden tokens of a history's text, and for its next item among
     the batch's. One pass over the text with hidden tokens serves both; the authors make two."""
 
-    def __init__(self, model: RecFormer, dataset: Dataset, others: Sequence[Dataset]):
+    def __init__(self, model: RecFormer, dataset: Dataset, sources: Sequence[Dataset]):
         super().__init__(model, dataset, fixed=False)
         wanted = "item_id", *model.config.attributes
-        frames = [other.items.select(name for name in dict.fromkeys(wanted) if name in other.items.columns)
-                  for other in others]
+        frames = [source.items.select(name for name in dict.fromkeys(wanted) if name in source.items.columns)
+                  for source in sources]
         self.attributes = Attributes(model.backbone, model.config, pl.concat(frames, how="diagonal"))
-        first = np.cumsum([0, *(other.n_items for other in others)])
-        items = [other.train_sequences.items + int(at) for other, at in zip(others, first, strict=False)]
-        ends = torch.cat([other.train_sequences.lengths for other in others]).cumsum(0)
+        first = np.cumsum([0, *(source.n_items for source in sources)])
+        items = [source.train_sequences.items + int(at) for source, at in zip(sources, first, strict=False)]
+        ends = torch.cat([source.train_sequences.lengths for source in sources]).cumsum(0)
         self.sequences = Histories(torch.cat(items), ends)
         self.vocabulary = self.attributes.tokens.unique()
 
     def begin_epoch(self, number: int) -> LaserExamples:
-        """One random position of each training sequence of the other catalogues."""
+        """One random position of each training sequence of all of them."""
         self.module.train()
         return _examples(self.attributes, self.sequences, (self.module.config.seed, 0, number))
 
@@ -242,7 +242,7 @@ class PretrainTask(RecFormerTask):
         logits = (users @ items.T / config.temperature).masked_fill(move(same, users.device), -torch.inf)
         contrast = F.cross_entropy(logits, torch.arange(len(targets), device=users.device)) * share
         at = move(asked.flatten().nonzero()[:, 0], users.device)
-        assert model.mask_head is not None  # there where pretrain_on is not empty
+        assert model.mask_head is not None  # there where something is pre-trained
         words = model.words(move(self.vocabulary, users.device))
         found = model.mask_head(states.flatten(0, 1)[at]) @ words.T
         told = F.cross_entropy(found, move(labels, users.device), reduction="sum") / max(1, len(labels)) * share
@@ -279,9 +279,9 @@ def phases(model: RecFormer, config: Config, dataset: Dataset) -> list[Phase]:
     shared: dict[str, Any] = {"batch_size": own.batch_size, "lr": own.lr, "weight_decay": own.weight_decay,
                               "warmup_fraction": own.warmup_fraction}
     out = []
-    if own.pretrain_on:
-        others = [Dataset.load(folder) for folder in own.pretrain_on]
-        out.append(Phase("pre-training", PretrainTask(model, dataset, others), own.pretrain_epochs, validates=False,
+    if own.pretrains:
+        sources = [dataset] * own.pretrain_own + [Dataset.load(folder) for folder in own.pretrain_on]
+        out.append(Phase("pre-training", PretrainTask(model, dataset, sources), own.pretrain_epochs, validates=False,
                          **shared))
     out.append(Phase("stage 1", RecFormerTask(model, dataset, fixed=False), own.max_epochs, patience=own.patience,
                      eval_every=own.eval_every, **shared))

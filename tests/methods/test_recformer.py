@@ -13,7 +13,7 @@ from laserrec.config import RecFormerConfig
 from laserrec.data.dataset import Dataset
 from laserrec.methods import recformer
 from laserrec.methods.all import METHODS
-from laserrec.methods.attribute_text import CLS
+from laserrec.methods.attribute_text import CLS, Attributes
 from laserrec.methods.protocol import Growing, TwoTower
 from laserrec.methods.recformer import PretrainTask, RecFormer, RecFormerTask, sliding_attention
 from laserrec.training.trainer import Pace, Trainer
@@ -165,6 +165,20 @@ def test_pretraining_elsewhere_serves_this_catalogue_without_training(llm, tmp_p
     assert [entry["phase"] for entry in log] == ["pre-training"] * 8 + ["stage 1"]
     assert own_kind_first(model.eval(), data.items["title"].to_list()) > 0.9
     assert log[-1]["validation_ndcg@10"] == fit._validate(fit.phase).ndcg
+
+
+def test_pretraining_on_ones_own_and_another_catalogue_keeps_each_items_text(llm, elsewhere):
+    data = kinds()
+    for given, sources in (({"pretrain_own": True}, [data]), ({"pretrain_on": ("other",)}, [elsewhere]),
+                           ({"pretrain_own": True, "pretrain_on": ("other",)}, [data, elsewhere])):
+        model = make(llm, data.items, **given)
+        task = recformer.phases(model, tiny.config("x"), data)[0].task
+        read = task.attributes.read(task.sequences).tokens
+        own = [Attributes(model.backbone, model.config, s.items).read(s.train_sequences).tokens for s in sources]
+        assert isinstance(task, PretrainTask) and len(read) == sum(map(len, own))
+        for row, one in zip(read, (row for rows in own for row in rows), strict=True):
+            assert row[:len(one)].equal(one[:len(row)])
+    assert [phase.name for phase in recformer.phases(make(llm), tiny.config("x"), data)] == ["stage 1", "stage 2"]
 
 
 def test_pretraining_hides_tokens_and_never_reads_the_other_catalogues_tests(llm, elsewhere):
