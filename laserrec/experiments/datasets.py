@@ -6,6 +6,7 @@ again by their fingerprints (laserrec.experiments.table), trials by theirs (lase
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +91,13 @@ def _one(name: str, dataset: Dataset, out: Path, config: Config, seeds: Sequence
     rows, tuned = [Row(LASER, "laser", "laser")] if LASER in models else [], {LASER: Tuned({}, 0.0, 0, 0.0)}
     for rival in (rival for rival in RIVALS if rival.name in models):
         tuned[rival.name] = best = tune(rival.method, rival.start, rival.choices, trials, dataset, config, features,
-                                        place, out / "trials.jsonl")
+                                        place, out / "trials.jsonl", progress)
         rows.append(Row(rival.name, rival.kind, rival.method, best.settings, rival.seeded))
     table = Table(rows, dataset, config, out, place, progress, features)
+    for model, best in tuned.items():
+        if best.folder is not None:
+            table.take(model, seeds[0], best.key, best.folder)
+    shutil.rmtree(out / "trials", ignore_errors=True)
     return [_line(name, row, tuned[row["model"]], config.eval.k) for row in table.results(seeds)]
 
 

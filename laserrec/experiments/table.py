@@ -26,7 +26,7 @@ from laserrec.evaluation.evaluate import Scorer, evaluate, save_ranks
 from laserrec.evaluation.significance import bootstrap_interval, read_ranks, user_ndcg
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import find_method
-from laserrec.recommender.fitting import Fitted, fit, fit_id_model
+from laserrec.recommender.fitting import Fitted, fit, fit_fingerprint, fit_id_model
 from laserrec.recommender.folder import model_identity
 from laserrec.recommender.results import record_result
 from laserrec.util.io import read_json, write_json
@@ -141,6 +141,15 @@ class Table:
                 self._fitted.clear()
             if row.method and find_method(row.method).reads_text(config) and self._same_texts(config):
                 self.features.means(self.dataset.items)
+
+    def take(self, name: str, seed: int | None, key: str, folder: Path) -> None:
+        """Move a model of a row that was fitted elsewhere to its place, if there is none yet and `key`, its fit's
+        fingerprint, is that of the row's."""
+        row, own = self.rows[name], self.folder(name, seed)
+        method, settings = find_method(row.method), self._settings(name, seed)
+        if not own.exists() and key == fit_fingerprint(row.method, method, settings, self.dataset, self.features, None):
+            own.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(own)
 
     def fitted(self, name: str, seed: int | None = None) -> Fitted:
         """A row's model, fitted now or read from its folder. Raises UserError where the folder holds another one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,22 @@ class Tuned:
     trials: int
     seconds: float
     """Of all trials."""
+    key: str = ""
+    """The fingerprint of the best trial's fit."""
+    folder: Path | None = None
+    """Its model, where it is kept."""
 
 
 def tune(method: str, base: dict[str, Any], choices: Choices, trials: int, dataset: Dataset, config: Config,
-         features: TextFeatures, device: torch.device, file: Path) -> Tuned:
+         features: TextFeatures, device: torch.device, file: Path, progress: bool = False) -> Tuned:
     """The best of at most `trials` settings: from `base`, one setting after another takes the value with the highest
     validation NDCG, round after round until nothing changes. The test split is not touched.
 
     file: JSON lines, one per trial; a trial of the same data, method and settings that stands there is not run again.
+    Beside it, in trials/, is the model of the trial that runs, to be resumed, and of the best one.
     """
-    log = _Log(file)
-    best, found = base, log.measured(method, base, dataset, config, features, device)
+    log = _Trials(file, method, dataset, config, features, device, progress)
+    best, found = base, log.measured(base)
     improved = True
     while improved and log.trials < trials:
         improved = False
@@ -50,10 +55,14 @@ def tune(method: str, base: dict[str, Any], choices: Choices, trials: int, datas
                 other = merge(best, _nested(name, value))
                 if other == best or log.trials >= trials:
                     continue
-                ndcg = log.measured(method, other, dataset, config, features, device)
+                ndcg = log.measured(other)
                 if ndcg > found:
+                    log.drop(best)
                     best, found, improved = other, ndcg, True
-    return Tuned(best, found, log.trials, log.seconds)
+                else:
+                    log.drop(other)
+    kept = log.folder(best)
+    return Tuned(best, found, log.trials, log.seconds, log.key(best), kept if kept.is_dir() else None)
 
 
 def _nested(name: str, value: Any) -> dict[str, Any]:
@@ -61,27 +70,39 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
     return {section: {setting: value}}
 
 
-class _Log:
+class _Trials:
     """Trials on disk. `trials` and `seconds` count those that this search asked for, run now or before."""
 
-    def __init__(self, file: Path):
-        self.file, self.trials, self.seconds = file, 0, 0.0
+    def __init__(self, file: Path, method: str, dataset: Dataset, config: Config, features: TextFeatures,
+                 device: torch.device, progress: bool):
+        self.file, self.method, self.dataset, self.config = file, method, dataset, config
+        self.features, self.device, self.progress = features, device, progress
+        self.trials, self.seconds = 0, 0.0
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         self.done: dict[str, dict[str, Any]] = {line["key"]: line for line in map(_whole, lines) if line}
         self.asked: set[str] = set()
 
-    def measured(self, method: str, settings: dict[str, Any], dataset: Dataset, config: Config, features: TextFeatures,
-                 device: torch.device) -> float:
+    def key(self, settings: dict[str, Any]) -> str:
+        """The fingerprint of a fit with these settings."""
+        return fit_fingerprint(self.method, METHODS[self.method], self._own(settings), self.dataset, self.features,
+                               None)
+
+    def folder(self, settings: dict[str, Any]) -> Path:
+        """Of the model with these settings."""
+        return self.file.parent / "trials" / self.key(settings)[:16]
+
+    def drop(self, settings: dict[str, Any]) -> None:
+        """Delete the model with these settings."""
+        shutil.rmtree(self.folder(settings), ignore_errors=True)
+
+    def measured(self, settings: dict[str, Any]) -> float:
         """Validation NDCG of a fit with these settings."""
-        own = Config.model_validate(merge(config.model_dump(), settings))
-        key = fit_fingerprint(method, METHODS[method], own, dataset, features, None)
+        key = self.key(settings)
         if key not in self.done:
-            with tempfile.TemporaryDirectory() as folder:
-                facts = fit(method, dataset, own, Path(folder) / "m", device, features=features,
-                            progress=False).facts["training"]
-            line = {"key": key, "method": method, "settings": settings, "seconds": facts["seconds"],
-                    "ndcg": facts["kept"][f"validation_ndcg@{config.eval.k}"]}
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            facts = fit(self.method, self.dataset, self._own(settings), self.folder(settings), self.device,
+                        features=self.features, progress=self.progress).facts["training"]
+            line = {"key": key, "method": self.method, "settings": settings, "seconds": facts["seconds"],
+                    "ndcg": facts["kept"][f"validation_ndcg@{self.config.eval.k}"]}
             with self.file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(line) + "\n")
             self.done[key] = line
@@ -89,6 +110,9 @@ class _Log:
             self.asked.add(key)
             self.trials, self.seconds = self.trials + 1, self.seconds + self.done[key]["seconds"]
         return self.done[key]["ndcg"]
+
+    def _own(self, settings: dict[str, Any]) -> Config:
+        return Config.model_validate(merge(self.config.model_dump(), settings))
 
 
 def _whole(line: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from laserrec.experiments import datasets, tuning
 from laserrec.experiments.datasets import RIVALS, means, reproduce
 from laserrec.experiments.quality import LASER
 from laserrec.experiments.tuning import tune
+from laserrec.recommender import fitting
 from laserrec.util.device import CPU
 from laserrec.util.errors import UserError
 
@@ -41,6 +42,14 @@ def small(llm_folder, monkeypatch):
 
 
 def test_all_models_on_all_data_sets_and_nothing_twice(root, small, tmp_path, monkeypatch):
+    trained = []
+
+    def fit(method, dataset, config, folder, *rest, **more):
+        trained.extend([] if (folder / "model.json").is_file() else [(method, folder.parent.name)])
+        return fitting.fit(method, dataset, config, folder, *rest, **more)
+
+    monkeypatch.setattr(tuning, "fit", fit)
+    monkeypatch.setattr("laserrec.experiments.table.fit", fit)
     rows = reproduce(root, [], tmp_path / "out", small, [0, 1], 3, progress=False, device="cpu")
     assert {row["data"] for row in rows} == {"hats", "shoes"}
     for data in ("hats", "shoes"):
@@ -50,6 +59,9 @@ def test_all_models_on_all_data_sets_and_nothing_twice(root, small, tmp_path, mo
     assert json.loads((tmp_path / "out" / "datasets.json").read_text()) == rows
     tried = {row["model"]: row["trials"] for row in rows}
     assert tried[LASER] == 0 and tried["popularity"] == 1 and tried["EASE"] == 3 and tried["SASRec"] == 2
+    assert [trained.count(("sasrec", place)) for place in ("trials", "seed-0", "seed-1")] == [8, 0, 4]
+    assert [trained.count(("ease", place)) for place in ("trials", "hats", "shoes")] == [6, 0, 0]
+    assert not list((tmp_path / "out").glob("*/trials"))
     table = means(rows, 10)
     assert len(table) == 16 and {row["seeds"] for row in table if row["model"] == LASER} == {2}
     monkeypatch.setattr(tuning, "fit", None)  # nothing is fitted twice
