@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def tune(method: str, base: dict[str, Any], choices: Choices, trials: int, datas
     Beside it, in trials/, is the model of the trial that runs, to be resumed, and of the best one.
     """
     log = _Trials(file, method, dataset, config, features, device, progress)
-    best, found = base, log.measured(base)
+    best, found = base, log.measured(base, f"{method}, trial 1 of at most {trials}")
     improved = True
     while improved and log.trials < trials:
         improved = False
@@ -55,7 +56,8 @@ def tune(method: str, base: dict[str, Any], choices: Choices, trials: int, datas
                 other = merge(best, _nested(name, value))
                 if other == best or log.trials >= trials:
                     continue
-                ndcg = log.measured(other)
+                told = f"{method}, trial {log.trials + 1} of at most {trials}: {name} {value}"
+                ndcg = log.measured(other, told)
                 if ndcg > found:
                     log.drop(best)
                     best, found, improved = other, ndcg, True
@@ -95,10 +97,12 @@ class _Trials:
         """Delete the model with these settings."""
         shutil.rmtree(self.folder(settings), ignore_errors=True)
 
-    def measured(self, settings: dict[str, Any]) -> float:
-        """Validation NDCG of a fit with these settings."""
+    def measured(self, settings: dict[str, Any], told: str) -> float:
+        """Validation NDCG of a fit with these settings. told: what is said of it where progress is shown."""
         key = self.key(settings)
         if key not in self.done:
+            if self.progress:
+                print(told, file=sys.stderr, flush=True)
             facts = fit(self.method, self.dataset, self._own(settings), self.folder(settings), self.device,
                         features=self.features, progress=self.progress).facts["training"]
             line = {"key": key, "method": self.method, "settings": settings, "seconds": facts["seconds"],
