@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from laserrec.cli.settings import Settings
-from laserrec.config import Config, load_config
+from laserrec.config import Config, load_config, merge, seeds
 from laserrec.presets import PRESETS
 from laserrec.util.io import check_file, write_json
 
@@ -88,13 +88,16 @@ class Fitting:
     trust_remote_code: TrustRemoteCode = False
     preset: Preset = "small"
     config: ConfigFile = None
+    seed: Annotated[int | None, Parameter(help="Random seed of all parts, in place of --train.seed, --id-model.seed "
+                                          "and the like.")] = None
     quiet: Quiet = False
     json_file: JsonFile = None
     flags: Flags = None
 
     def settings(self, method: str) -> Config:
-        """Of preset, file and flags, for one method."""
-        return load_config(self.preset, self.config, given(self.flags), method)
+        """Of preset, file, seed and flags, for one method; later ones win."""
+        own = {} if self.seed is None else seeds(self.seed)
+        return load_config(self.preset, self.config, merge(own, given(self.flags)), method)
 
 
 OPENING, READING, FITTING = Opening(), Reading(), Fitting()

@@ -62,7 +62,7 @@ __all__ = [
     "Layout", "LlamaRecConfig", "LruRecConfig", "MFormerConfig", "Negatives", "NeighboursConfig", "Pooling",
     "Precision", "Prefix", "PromptConfig", "Quantization", "RecFormerConfig", "RecGURUConfig", "RegressionForm",
     "Routing", "SequenceRivalConfig", "Softmax", "Split", "StudentConfig", "Template", "TrainConfig",
-    "TransformerConfig", "ZESRecBody", "ZESRecConfig", "load_config", "merge", "valid",
+    "TransformerConfig", "ZESRecBody", "ZESRecConfig", "load_config", "merge", "seeds", "valid",
 ]
 
 _S = TypeVar("_S", bound=BaseModel)
@@ -137,6 +137,12 @@ def load_config(preset: str = "small", file: Path | None = None, overrides: dict
         tree = merge(tree, _read_toml(file))
         source = str(file)
     return valid(Config, merge(tree, overrides or {}), f"{source} with overrides")
+
+
+def seeds(seed: int) -> dict[str, dict[str, int]]:
+    """Overrides that give all parts of a fit the same random seed."""
+    return {name: {"seed": seed} for name, section in Config.model_fields.items()
+            if "seed" in getattr(section.annotation, "model_fields", {})}
 
 
 def valid(kind: type[_S], tree: dict[str, Any], source: str) -> _S:

@@ -20,7 +20,7 @@ import polars as pl
 import torch
 from jaxtyping import Float
 
-from laserrec.config import Config, IdModelKind, merge
+from laserrec.config import Config, IdModelKind, merge, seeds
 from laserrec.data.dataset import Dataset
 from laserrec.evaluation.evaluate import Scorer, evaluate, save_ranks
 from laserrec.evaluation.significance import bootstrap_interval, read_ranks, user_ndcg
@@ -32,8 +32,6 @@ from laserrec.recommender.results import record_result
 from laserrec.util.io import read_json, write_json
 from laserrec.util.progress import Progress
 
-_SEEDED = [name for name, info in Config.model_fields.items() if "seed" in getattr(info.annotation, "model_fields", {})]
-"""Sections of the settings with a seed of their own."""
 Measured = dict[str, Any]
 """{model, split, recall@k, ndcg@k, mrr, users, seconds, exclude_seen} and what the table adds: kind, seed,
 train_seconds, ranks (a file, relative to the table's folder), fingerprint."""
@@ -222,7 +220,7 @@ class Table:
 
     def _settings(self, name: str, seed: int | None) -> Config:
         row = self.rows[name]
-        own = {} if seed is None or not row.seeded else {section: {"seed": seed} for section in _SEEDED}
+        own = {} if seed is None or not row.seeded else seeds(seed)
         return Config.model_validate(merge(merge(self.config.model_dump(), row.settings), own))
 
 

@@ -50,6 +50,16 @@ def test_settings_come_from_preset_file_and_flags(run, settings, data, tmp_path)
     assert code == 2 and "other settings" in err
 
 
+def test_one_seed_for_all_parts(run, data, tmp_path):
+    """--seed is every part's, but for those that have a flag of their own."""
+    code, _, err = run("fit", data, tmp_path / "m", "--method", "popularity", "--seed", "3", "--train.seed", "5",
+                       "--quiet")
+    assert code == 0, err
+    tree = json.loads((tmp_path / "m" / "model.json").read_text())["config"]
+    seeds = {name: section["seed"] for name, section in tree.items() if section and "seed" in section}
+    assert seeds.pop("train") == 5 and {"id_model", "zesrec", "llamarec"} < set(seeds) and set(seeds.values()) == {3}
+
+
 def test_an_id_model_of_its_own(run, settings, data, tmp_path):
     """pretrain fits the kind that the settings name; fit takes its folder, and no other."""
     ids, model = tmp_path / "ids", tmp_path / "model"
