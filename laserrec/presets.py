@@ -74,7 +74,7 @@ _SMALL: dict[str, Any] = {
     "head": {"whiten_dims": 512, "projection": True, "dropout": 0.1, "id_share": 0.4, "id_product": True,
              "seen_offset": True},
     "neighbours": {"count": 100, "temperature": 0.1, "share": 16.0, "order": 0.5},
-    "blend": {"trials": 300, "shuffles": (0.0,), "network": 32},
+    "blend": {"trials": 300, "shuffles": (0.0,), "light_dropout": 0.2, "network": 32},
     "train": {"lr": 1e-3, "weight_decay": 0.5, "batch_size": 128, "stage_one_epochs": 2, "stage_two_epochs": 1,
               "warmup_fraction": 0.05, "cosine_decay": True, "epoch_examples": 50_000, "epoch_items": 300_000,
               "item_gradient": True, "negatives": "sampled", "history_negatives": False, "temperature": 0.07},

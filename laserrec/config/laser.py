@@ -255,6 +255,12 @@ class BlendConfig(Section):
     shuffle_epochs: int = Field(6, ge=1)
     """Epochs after which values in `shuffles` are given up whose validation NDCG is more than 5% below the best one's.
     The others are trained to their end."""
+    light_dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout of a further ID model that is tried, with little regularisation: light_weight_decay, and nothing
+    shuffled. It needs few epochs, and suits data with many interactions per item. The ID model as given is then given
+    up where it is more than 5% below this one's validation NDCG after as many epochs. none: it is not tried."""
+    light_weight_decay: float = Field(0.1, ge=0)
+    """Weight decay of that one."""
     network: int = Field(0, ge=0)
     """Hidden units of a network that ranks items anew by the parts of their scores, trained on validation users; 0:
     none. It is not kept where it makes the ranking worse, beyond chance, for users that it was not trained on. None

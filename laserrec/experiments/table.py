@@ -185,14 +185,18 @@ class Table:
             return None
         if self.starts is not None:
             return None  # it starts from the one below another Laser
-        for other, row in self.rows.items() if not config.blend.shuffles else ():
+        several = config.blend.shuffles or config.blend.light_dropout is not None
+        for other, row in () if several else self.rows.items():
             if row.method == config.id_model.kind.value and self._settings(other, seed).id_model == config.id_model:
                 return self.folder(other, seed)
         return self._shared_id_model(config, seed)
 
     def _shared_id_model(self, config: Config, seed: int | None) -> Path:
         """Rows with the same settings of the ID model share it."""
-        wanted: list[Any] = [config.id_model.model_dump_json(), config.blend.shuffles, config.blend.shuffle_epochs]
+        blend = config.blend
+        wanted: list[Any] = [config.id_model.model_dump_json(), blend.shuffles, blend.shuffle_epochs]
+        if blend.light_dropout is not None:
+            wanted += [blend.light_dropout, blend.light_weight_decay]
         if not self._same_texts(config):
             wanted += _texts_of(config)
         digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,8 @@ from laserrec.methods.laser.build import has_texts, without_texts
 from laserrec.methods.sequence import SequenceModel
 from laserrec.recommender import folder as folders
 from laserrec.recommender.folder import Saved
-from laserrec.training.trainer import Pace, Trainer
+from laserrec.recommender.id_choice import candidates, choose
+from laserrec.training.trainer import Goal, Pace, Trainer
 from laserrec.util.distributed import World, join
 from laserrec.util.errors import UserError
 from laserrec.util.io import locked, plain, recover
@@ -38,10 +38,6 @@ from laserrec.util.io import locked, plain, recover
 _PACE = {"train": ("checkpoint_minutes", "tokens_per_pass"),
          "backbone": ("compiled", "gradient_checkpointing", "shard"), "prompt": ("text_cache_gib",)}
 """Settings that change speed and memory alone."""
-_CLOSE = 0.95
-"""Share of the best validation NDCG that an ID model must reach to be trained on. On six data sets the one that was
-better in the end was never more than 4% behind after six epochs (dev/LOG.md)."""
-
 
 @dataclass
 class Fitted:
@@ -73,7 +69,7 @@ class Fitted:
 
 def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device: torch.device,
         id_model: Path | str | None = None, features: TextFeatures | None = None, progress: bool = True,
-        trust_remote_code: bool = False, start: Fitted | None = None) -> Fitted:
+        trust_remote_code: bool = False, start: Fitted | None = None, goal: Goal | None = None) -> Fitted:
     """Fit method `name` into a model folder. A finished folder of the same data and settings is loaded, an unfinished
     one is resumed with the result of an uninterrupted run; Ctrl-C and SIGTERM leave a checkpoint.
 
@@ -81,12 +77,12 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
     config.id_model; None: one is fitted into FOLDER/id_model first. features: the frozen LLM's, to share them between
     fits. trust_remote_code: let the LLM run Python code that comes with its weights. start: a fitted model of the
     same method, from whose weights training starts. Under torchrun all processes call this with the same arguments, fit
-    together and get the same model.
+    together and get the same model. goal: stop where the training misses it.
 
     Where no item has a text, Laser leaves out the parts that read texts (laserrec.methods.laser.build.without_texts).
 
     Raises UserError for a folder of other settings or data, one that holds something else or that another process
-    uses, and where the memory is too small.
+    uses, and where the memory is too small; GoalMissedError where the goal is missed.
     """
     method, folder, world = find_method(name), plain(folder), join()
     method.needs(config, dataset.n_items)
@@ -114,7 +110,7 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
         if finished:
             return _finished(folder, fingerprint, features, world)
         given = Given(config, dataset.items, dataset.n_items, features, below_model, world, progress and world.is_main)
-        fitted = _train(name, method, given, dataset, folder, fingerprint, device, start)
+        fitted = _train(name, method, given, dataset, folder, fingerprint, device, start, goal)
         if below is not None:
             fitted.id_model = below.method, below.config
         if world.is_main:
@@ -133,7 +129,7 @@ def _check_attributes(method: Method, config: Config, dataset: Dataset) -> None:
 
 
 def _train(name: str, method: Method, given: Given, dataset: Dataset, folder: Path, fingerprint: str,
-           device: torch.device, start: Fitted | None) -> Fitted:
+           device: torch.device, start: Fitted | None, goal: Goal | None) -> Fitted:
     config, world = given.config, given.world
     seed = method.seed(config)
     torch.manual_seed(seed)
@@ -146,7 +142,7 @@ def _train(name: str, method: Method, given: Given, dataset: Dataset, folder: Pa
         phases[0] = replace(phases[0], keeps_start=True)
     pace = Pace(seed, config.eval.k, config.eval.batch_size, config.eval.validates, config.train.validation_users,
                 config.train.checkpoint_minutes, given.progress)
-    trainer = Trainer(phases, dataset, folder, fingerprint, pace, world, device, started)
+    trainer = Trainer(phases, dataset, folder, fingerprint, pace, world, device, started, goal)
     log = trainer.run()
     training = {**trainer.summary(), **getattr(model, "sizes", dict)()}
     model.eval().requires_grad_(False)
@@ -229,52 +225,16 @@ def _id_model(name: str, dataset: Dataset, config: Config, folder: Path, device:
     return config.model_copy(update={"id_model": below.config.id_model}), below
 
 
-def _id_model_settings(config: Config) -> list[Config]:
-    """Those that an ID model is fitted with, the given ones first."""
-    others = [value for value in dict.fromkeys(config.blend.shuffles) if value != config.id_model.shuffle]
-    if not config.eval.validates:
-        others = []
-    return [config, *(_with_id_model(config, shuffle=value) for value in others)]
-
-
-def _with_id_model(config: Config, **settings: Any) -> Config:
-    return config.model_copy(update={"id_model": config.id_model.model_copy(update=settings)})
-
-
 def fit_id_model(dataset: Dataset, config: Config, folder: Path, device: torch.device, features: TextFeatures | None,
                  progress: bool = True, start: Fitted | None = None) -> Fitted:
-    """Fit the ID model that `config` wants below Laser into `folder`, from the weights of `start` if it is given. With
-    blend.shuffles, each value is tried for blend.shuffle_epochs beside it (FOLDER_trials). Those that are close to the
-    best on validation then are fitted to their end; the best, the first of equals, stays. Resumes, and raises, as
+    """Fit the ID model that `config` wants below Laser into `folder`, from the weights of `start` if it is given; the
+    best of several where config.blend has further settings (laserrec.recommender.id_choice). Resumes, and raises, as
     `fit` does."""
-    def fit_into(place: Path, settings: Config) -> Fitted:
+    def fit_into(place: Path, settings: Config, goal: Goal | None) -> Fitted:
         return fit(config.id_model.kind.value, dataset, settings, place, device, features=features, progress=progress,
-                   start=start)
+                   start=start, goal=goal)
 
-    def all_into(part: str, epochs: int) -> dict[Path, Fitted]:
-        trials = folder.with_name(folder.name + "_trials") / part
-        return {place: fit_into(place, _with_id_model(settings, max_epochs=epochs)) for settings in left
-                for place in [trials / f"shuffle-{settings.id_model.shuffle:g}"]}
-
-    left, most, world = _id_model_settings(config), config.id_model.max_epochs, join()
-    if len(left) > 1:
-        reached = _validation_ndcgs(all_into("first", min(config.blend.shuffle_epochs, most)), config, world)
-        left = [settings for settings, ndcg in zip(left, reached, strict=True) if ndcg >= _CLOSE * max(reached)]
-    if len(left) == 1:
-        return fit_into(folder, left[0])
-    found = all_into("whole", most)
-    reached = _validation_ndcgs(found, config, world)
-    place = [*found][reached.index(max(reached))]
-    if world.is_main:
-        shutil.copytree(place, folder, dirs_exist_ok=True)
-    world.wait()
-    return found[place]
-
-
-def _validation_ndcgs(found: dict[Path, Fitted], config: Config, world: World) -> list[float]:
-    """As the first process has them: others may round differently, and all must choose alike."""
-    name = f"validation_ndcg@{config.eval.k}"
-    return world.told(lambda: [fitted.facts["training"]["kept"].get(name, 0.0) for fitted in found.values()])
+    return choose(fit_into, config, folder, join())
 
 
 def _below(start: Fitted | None, dataset: Dataset) -> Fitted | None:
@@ -294,7 +254,7 @@ def _nested(dataset: Dataset, config: Config, folder: Path, features: TextFeatur
         raise _other(folder)
     _, settings, weights = found
     if fit_fingerprint(kind, METHODS[kind], settings, dataset, features, None) not in {
-            fit_fingerprint(kind, METHODS[kind], tree, dataset, features, None) for tree in _id_model_settings(config)}:
+            fit_fingerprint(kind, METHODS[kind], tree, dataset, features, None) for tree in candidates(config)}:
         raise _other(folder)
     with folders.fitting(folder):
         model = METHODS[kind].restore(Given(settings, dataset.items, dataset.n_items, features), weights, {})

@@ -57,7 +57,8 @@ def settings(config: Config, changes: dict[str, Any]) -> Config:
         "train": {"stage_one_epochs": min(train.stage_one_epochs, 1),
                   "stage_two_epochs": 0 if train.stage_one_epochs else min(train.stage_two_epochs, 1),
                   "epoch_examples": min(train.epoch_examples or _EXAMPLES, _EXAMPLES)},
-        "blend": {"trials": min(config.blend.trials, _TRIALS), "regressions": 0, "shuffles": ()},
+        "blend": {"trials": min(config.blend.trials, _TRIALS), "regressions": 0, "shuffles": (),
+                  "light_dropout": None},
     }
     return merged(config, merge(short, changes))
 

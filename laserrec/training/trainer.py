@@ -52,6 +52,19 @@ class Pace:
     progress: bool = True
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What a training must have reached by some epoch to go on."""
+
+    epoch: int
+    ndcg: float
+    """On validation."""
+
+
+class GoalMissedError(Exception):
+    """A training has not reached its goal. Its checkpoint stays."""
+
+
 @dataclass
 class Place:
     """Where a training stands; with the tensors it is all that a resume needs."""
@@ -90,6 +103,7 @@ class Trainer:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     started: float = field(default_factory=time.monotonic)
     """When the work began, of which the log's seconds tell."""
+    goal: Goal | None = None
 
     def __post_init__(self) -> None:
         self.place, self.log, self.best = Place(), [], {}
@@ -101,7 +115,8 @@ class Trainer:
 
     def run(self) -> list[dict[str, Any]]:
         """All phases, from wherever the folder's checkpoint stands; returns the log. Ctrl-C and SIGTERM save a
-        checkpoint and are raised as KeyboardInterrupt. Raises UserError for a checkpoint of another training."""
+        checkpoint and are raised as KeyboardInterrupt. Raises UserError for a checkpoint of another training, and
+        GoalMissedError where the goal is missed."""
         restored = self._restore()
         self.watch.start(self.place.steps if restored else None)
         if not restored:
@@ -145,6 +160,9 @@ class Trainer:
             if phase.validates_start or stays:
                 self._note(None, self._validate(phase), kept=stays and not self.best)
         while place.epoch <= phase.epochs and (phase.patience is None or place.worse < phase.patience):
+            if self.goal is not None and place.epoch > self.goal.epoch and place.best < self.goal.ndcg:
+                self._save()
+                raise GoalMissedError
             self._epoch()
         if not self.best or not self._chooses(phase):
             self.best = self._snapshot()

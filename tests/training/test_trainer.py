@@ -14,7 +14,7 @@ from laserrec.methods.protocol import Phase
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.sequence_task import SequenceTask
 from laserrec.training import trainer as module
-from laserrec.training.trainer import Pace, Trainer
+from laserrec.training.trainer import Goal, GoalMissedError, Pace, Trainer
 from laserrec.training.watch import read_training
 from laserrec.util.errors import UserError
 
@@ -231,6 +231,23 @@ def test_a_sequence_model_too(tmp_path, monkeypatch, error, at, softmax):
     tiny.assert_same(tiny.result(second), tiny.result(whole))
     steps = [e["step"] for e in read_training(tmp_path / "cut")]
     assert steps == sorted(set(steps)) and steps[-1] == whole.place.steps
+
+
+def test_a_training_that_misses_its_goal_can_go_on(tmp_path):
+    """Nothing is lost; one that meets its goal is not touched by it."""
+    whole = sequence_trainer(tmp_path / "whole")
+    log = whole.run()
+    reached = max(e["validation_ndcg@10"] for e in log[:2])
+    for at in range(2):  # the second time it stops where it stands
+        cut = sequence_trainer(tmp_path / "cut")
+        cut.goal = Goal(2, reached + 0.01)
+        with pytest.raises(GoalMissedError):
+            cut.run()
+        assert without_seconds(cut.log) == without_seconds(log[:2]), at
+    second = sequence_trainer(tmp_path / "cut")
+    second.goal = Goal(2, reached)
+    assert without_seconds(second.run()) == without_seconds(log)
+    tiny.assert_same(tiny.result(second), tiny.result(whole))
 
 
 def test_a_second_ctrl_c_saves_no_half_step(tmp_path, monkeypatch):
