@@ -258,7 +258,8 @@ class BlendConfig(Section):
     light_dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout of a further ID model that is tried, with little regularisation: light_weight_decay, and nothing
     shuffled. It needs few epochs, and suits data with many interactions per item. The ID model as given is then given
-    up where it is more than 5% below this one's validation NDCG after as many epochs. none: it is not tried."""
+    up where it is more than 5% below this one's best validation NDCG after as many epochs as that took, and as
+    patience lasts. none: it is not tried."""
     light_weight_decay: float = Field(0.1, ge=0)
     """Weight decay of that one."""
     network: int = Field(0, ge=0)

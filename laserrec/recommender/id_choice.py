@@ -27,13 +27,15 @@ def candidates(config: Config) -> list[Config]:
 
 def choose(fit_into: FitInto, config: Config, folder: Path, world: World) -> Any:
     """Fit what `candidates` holds into folders beside `folder` (FOLDER_trials), and keep the best there, the first of
-    equals. One with little regularisation comes first: the others must come close to it in as many epochs. Of several
-    shuffles, those that are close to the best of them after blend.shuffle_epochs are fitted to their end."""
+    equals. One with little regularisation comes first: the others must come close to it in as many epochs as its best one
+    took, and in no fewer than patience lasts. Of several shuffles, those that are close to the best of them after
+    blend.shuffle_epochs are fitted to their end."""
     trials, light, found, goal = folder.with_name(folder.name + "_trials"), _light(config), {}, None
     if light is not None:
         one = fit_into(trials / "light", light, None)
         found[trials / "light"] = one
-        goal = Goal(one.facts["training"]["epochs"], CLOSE * _ndcgs([one], config, world)[0])
+        epochs = max(one.facts["training"]["kept"]["epoch"], config.id_model.patience * config.id_model.eval_every)
+        goal = Goal(epochs, CLOSE * _ndcgs([one], config, world)[0])
     left = _shuffles(config)
     if len(left) > 1:
         epochs = min(config.blend.shuffle_epochs, config.id_model.max_epochs)

@@ -14,7 +14,8 @@ LIGHT, SHUFFLED, ORDERED = (0.0, 0.2, 0.1), (0.5, 0.6, 1.0), (0.0, 0.6, 1.0)
 
 
 def config(light=0.2, **blend):
-    return tiny.config(None, id_model={"shuffle": 0.5, "dropout": 0.6, "weight_decay": 1.0, "max_epochs": 50},
+    return tiny.config(None, id_model={"shuffle": 0.5, "dropout": 0.6, "weight_decay": 1.0, "max_epochs": 50,
+                                       "patience": 2, "eval_every": 1},
                        blend={"shuffles": (0.0,), "shuffle_epochs": 2, "light_dropout": light, **blend})
 
 
@@ -33,9 +34,10 @@ def chosen(tmp_path):
             trained.append((place.relative_to(tmp_path).as_posix(), epochs if missed else len(curve)))
             if missed:
                 raise GoalMissedError
-            place.mkdir(parents=True)
+            place.mkdir(parents=True, exist_ok=True)
             (place / "dropout").write_text(str(one.dropout))
-            facts = {"training": {"epochs": len(curve), "kept": {"validation_ndcg@10": max(curve)}}}
+            kept = {"epoch": curve.index(max(curve)) + 1, "validation_ndcg@10": max(curve)}
+            facts = {"training": {"epochs": len(curve), "kept": kept}}
             return SimpleNamespace(facts=facts, config=own)
 
         found = choose(fit_into, settings, tmp_path / "ids", World()).config
@@ -48,15 +50,16 @@ def chosen(tmp_path):
 
 def test_little_regularisation_ends_the_others(chosen):
     slow = [0.1, 0.2, 0.25, 0.26] + [0.27] * 20
-    best, trained = chosen(config(), {LIGHT: [0.3, 0.4, 0.3, 0.3], SHUFFLED: [0.1] * 9, ORDERED: slow})
-    assert best == LIGHT
-    assert trained == [("ids_trials/light", 4), ("ids_trials/first/shuffle-0.5", 2),
-                       ("ids_trials/first/shuffle-0", 2), ("ids_trials/whole/shuffle-0", 4)]
+    for light, epochs in (([0.3, 0.4, 0.3, 0.3], 2), ([0.3, 0.3, 0.3, 0.4, 0.3, 0.3], 4), ([0.4, 0.3, 0.3], 2)):
+        best, trained = chosen(config(), {LIGHT: light, SHUFFLED: [0.1] * 9, ORDERED: slow})
+        assert best == LIGHT
+        assert trained == [("ids_trials/light", len(light)), ("ids_trials/first/shuffle-0.5", 2),
+                           ("ids_trials/first/shuffle-0", 2), ("ids_trials/whole/shuffle-0", epochs)]
 
 
 @pytest.mark.parametrize(("late", "best"), [(0.41, ORDERED), (0.4, LIGHT), (0.39, LIGHT)])
 def test_one_that_keeps_close_is_trained_to_its_end(chosen, late, best):
-    found, trained = chosen(config(), {LIGHT: [0.3, 0.4, 0.3, 0.3], SHUFFLED: [0.1] * 9,
+    found, trained = chosen(config(), {LIGHT: [0.3, 0.3, 0.3, 0.4, 0.3, 0.3], SHUFFLED: [0.1] * 9,
                                        ORDERED: [0.1, 0.2, 0.3, 0.381, 0.385, late]})
     assert found == best and trained[-1] == ("ids_trials/whole/shuffle-0", 6)
 
