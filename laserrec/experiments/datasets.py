@@ -32,8 +32,8 @@ _REGRESSION: Choices = {"neighbours.l2": [100.0, 200.0, 400.0, 800.0, 1600.0],
                         "neighbours.row_power": [0.0, 0.5]}
 _TEXT: Choices = {"neighbours.text_weight": [1.0, 4.0, 16.0], **_REGRESSION}
 _ORDER: Choices = {"neighbours.order": [0.2, 0.5, 0.8, 1.0], **_TEXT}
-_SEQUENCE: Choices = {"id_model.shuffle": [0.0, 0.5], "id_model.dropout": [0.3, 0.5],
-                      "id_model.weight_decay": [0.1, 1.0], "id_model.d_id": [64, 128]}
+_SEQUENCE: Choices = {("id_model.dropout", "id_model.weight_decay"): [(0.2, 0.1), (0.5, 1.0), (0.3, 0.3)],
+                      "id_model.shuffle": [0.0, 0.5], "id_model.d_id": [64, 128]}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import METHODS
 from laserrec.recommender.fitting import fit, fit_fingerprint
 
-Choices = dict[str, list[Any]]
-"""Setting ("neighbours.l2") -> values, in the order in which they are tried."""
+Choices = Mapping[str | tuple[str, ...], Sequence[Any]]
+"""Setting ("neighbours.l2"), or several that change together -> values, or tuples of them, in the order in which they
+are tried."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ def tune(method: str, base: dict[str, Any], choices: Choices, trials: int, datas
         improved = False
         for name, values in choices.items():
             for value in values:
-                other = merge(best, _nested(name, value))
+                other = _changed(best, name, value)
                 if other == best or log.trials >= trials:
                     continue
-                told = f"{method}, trial {log.trials + 1} of at most {trials}: {name} {value}"
+                what = ", ".join(name) if isinstance(name, tuple) else name
+                told = f"{method}, trial {log.trials + 1} of at most {trials}: {what} {value}"
                 ndcg = log.measured(other, told)
                 if ndcg > found:
                     log.drop(best)
@@ -67,9 +70,11 @@ def tune(method: str, base: dict[str, Any], choices: Choices, trials: int, datas
     return Tuned(best, found, log.trials, log.seconds, log.key(best), kept if kept.is_dir() else None)
 
 
-def _nested(name: str, value: Any) -> dict[str, Any]:
-    section, _, setting = name.partition(".")
-    return {section: {setting: value}}
+def _changed(settings: dict[str, Any], name: str | tuple[str, ...], value: Any) -> dict[str, Any]:
+    for one, own in zip(name, value, strict=True) if isinstance(name, tuple) else [(name, value)]:
+        section, _, setting = one.partition(".")
+        settings = merge(settings, {section: {setting: own}})
+    return settings
 
 
 class _Trials:

@@ -27,8 +27,8 @@ def candidates(config: Config) -> list[Config]:
 
 def choose(fit_into: FitInto, config: Config, folder: Path, world: World) -> Any:
     """Fit what `candidates` holds into folders beside `folder` (FOLDER_trials), and keep the best there, the first of
-    equals. One with little regularisation comes first: the others must come close to it in as many epochs as its best one
-    took, and in no fewer than patience lasts. Of several shuffles, those that are close to the best of them after
+    equals. The one with little regularisation comes first: the others must come close to it in as many epochs as its
+    best took, and in no fewer than patience lasts. Of several shuffles, those that are close to the best of them after
     blend.shuffle_epochs are fitted to their end."""
     trials, light, found, goal = folder.with_name(folder.name + "_trials"), _light(config), {}, None
     if light is not None:

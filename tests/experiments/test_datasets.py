@@ -92,6 +92,21 @@ def test_the_best_setting_on_validation_is_kept(small, tmp_path, monkeypatch):
     assert bounded.trials == 2
 
 
+def test_settings_that_change_together(small, tmp_path, monkeypatch):
+    """Either change alone is worse than none."""
+    def fit(method, dataset, config, *_, **__):
+        own = config.neighbours
+        ndcg = {(200.0, 0.8): 0.3, (100.0, 0.5): 0.4}.get((own.l2, own.decay), 0.1)
+        facts = {"training": {"seconds": 2.0, "kept": {"validation_ndcg@10": ndcg}}}
+        return type("Fitted", (), {"facts": facts})
+
+    monkeypatch.setattr(tuning, "fit", fit)
+    start = {"neighbours": {"l2": 200.0, "decay": 0.8}}
+    both = {("neighbours.l2", "neighbours.decay"): [(50.0, 0.9), (100.0, 0.5)], "neighbours.row_power": [0.5]}
+    found = tune("ease", start, both, 20, tiny.planted(15, 30), small, None, CPU, tmp_path / "t.jsonl")
+    assert found.settings == {"neighbours": {"l2": 100.0, "decay": 0.5}} and found.ndcg == 0.4
+
+
 def test_missing_data_sets_are_named(root, small, tmp_path):
     with pytest.raises(UserError, match=r"no data set 'gloves' in .*; there are: hats, shoes"):
         reproduce(root, ["gloves"], tmp_path / "out", small, [0], 1, progress=False, device="cpu")
