@@ -32,7 +32,8 @@ _REGRESSION: Choices = {"neighbours.l2": [100.0, 200.0, 400.0, 800.0, 1600.0],
                         "neighbours.row_power": [0.0, 0.5]}
 _TEXT: Choices = {"neighbours.text_weight": [1.0, 4.0, 16.0], **_REGRESSION}
 _ORDER: Choices = {"neighbours.order": [0.2, 0.5, 0.8, 1.0], **_TEXT}
-_SEQUENCE: Choices = {("id_model.dropout", "id_model.weight_decay"): [(0.2, 0.1), (0.5, 1.0), (0.3, 0.3)],
+_SEQUENCE_START: dict[str, Any] = {"dropout": 0.2, "weight_decay": 0.1, "shuffle": 0.0}
+_SEQUENCE: Choices = {("id_model.dropout", "id_model.weight_decay"): [(0.5, 1.0), (0.3, 0.3), (0.2, 0.1)],
                       "id_model.shuffle": [0.0, 0.5], "id_model.d_id": [64, 128]}
 
 
@@ -54,8 +55,8 @@ RIVALS = (
     Rival("EASE with LLM text", "text", "ease-text", {"neighbours": EASE_TEXT}, _TEXT, False),
     Rival("EASE with LLM text and order", "text", "ease-text", {"neighbours": {"order": 0.5}}, _ORDER, False),
     Rival("untrained LLM, nearest items", "text", "nearest-text", {}, {"neighbours.decay": [0.5, 0.8, 1.0]}, False),
-    Rival("SASRec", "id", "sasrec", id_settings("sasrec"), _SEQUENCE, True),
-    Rival("text SASRec", "text", "sasrec", id_settings("sasrec", items="text"), _SEQUENCE, True),
+    Rival("SASRec", "id", "sasrec", id_settings("sasrec", **_SEQUENCE_START), _SEQUENCE, True),
+    Rival("text SASRec", "text", "sasrec", id_settings("sasrec", items="text", **_SEQUENCE_START), _SEQUENCE, True),
 )
 
 
