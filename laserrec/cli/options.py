@@ -88,8 +88,8 @@ class Fitting:
     trust_remote_code: TrustRemoteCode = False
     preset: Preset = "small"
     config: ConfigFile = None
-    seed: Annotated[int | None, Parameter(help="Random seed of all parts, in place of --train.seed, --id-model.seed "
-                                          "and the like.")] = None
+    seed: Annotated[int | None, Parameter(help="Random seed of all parts but those that have a flag of their own "
+                                          "(train.seed, id_model.seed).")] = None
     quiet: Quiet = False
     json_file: JsonFile = None
     flags: Flags = None
