@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosscheck_rectools import TOLERANCE, keep_best
+from crosscheck_rectools import TOLERANCE, _keep, keep_best
 
 from laserrec.data.dataset import Dataset
 from laserrec.data.histories import Histories
@@ -81,8 +81,7 @@ def main() -> None:
 def _kept(dataset: Dataset, settings: dict[str, Any], seed: int, given: argparse.Namespace) -> dict[str, Any]:
     told = "-".join(f"{name}-{value}" for name, value in settings.items()) or "defaults"
     file = given.work / f"{told}-{seed}.json"
-    if not file.exists():
-        write_json(file, _train(dataset, settings, seed, given))
+    _keep(file, lambda: _train(dataset, settings, seed, given))
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -121,9 +120,8 @@ def _write_files(dataset: Dataset, folder: Path) -> None:
     """RecBole's: every prefix of a training sequence with the item behind it, and the items' features. It asks for the
     other two splits, whose first two lines stand for them: they are ranked by our evaluator."""
     folder.mkdir(parents=True, exist_ok=True)
-    sequences = [row.tolist() for row in dataset.train_sequences.items.split(dataset.train_sequences.lengths.tolist())]
     lines = [f"{user}\t{' '.join(map(str, row[max(0, cut - WINDOW):cut]))}\t{row[cut]}"
-             for user, row in enumerate(sequences) for cut in range(1, len(row))]
+             for user, row in enumerate(dataset.train_sequences.lists()) for cut in range(1, len(row))]
     head = "user_id:token\titem_id_list:token_seq\titem_id:token"
     for name, part in (("train", lines), ("valid", lines[:2]), ("test", lines[:2])):
         (folder / f"laserrec.{name}.inter").write_text("\n".join([head, *part]) + "\n", encoding="utf-8")
@@ -150,8 +148,7 @@ class _Scorer:
 
         self.model.eval()
         last = histories.to(torch.device("cpu")).last(WINDOW)
-        items = torch.zeros(len(last), WINDOW, dtype=torch.long)  # RecBole pads behind
-        items[last.users, last.lengths[last.users] - 1 - last.ages] = self.column[last.items]
+        items = Histories(self.column[last.items], last.ends).padded(0)
         asked = Interaction({"item_id_list": items, "item_length": last.lengths.clamp(min=1)})
         return self.model.full_sort_predict(asked)[:, self.column]
 

@@ -28,6 +28,7 @@ from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import find_method
 from laserrec.recommender.fitting import Fitted, fit, fit_fingerprint, fit_id_model
 from laserrec.recommender.folder import model_identity
+from laserrec.recommender.id_choice import candidates
 from laserrec.recommender.results import record_result
 from laserrec.util.io import read_json, write_json
 from laserrec.util.progress import Progress
@@ -185,8 +186,7 @@ class Table:
             return None
         if self.starts is not None:
             return None  # it starts from the one below another Laser
-        several = config.blend.shuffles or config.blend.light_dropout is not None
-        for other, row in () if several else self.rows.items():
+        for other, row in self.rows.items() if len(candidates(config)) == 1 else ():
             if row.method == config.id_model.kind.value and self._settings(other, seed).id_model == config.id_model:
                 return self.folder(other, seed)
         return self._shared_id_model(config, seed)

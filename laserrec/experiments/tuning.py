@@ -48,26 +48,22 @@ def tune(method: str, base: dict[str, Any], choices: Choices, trials: int, datas
     file: JSON lines, one per trial; a trial of the same data, method and settings that stands there is not run again.
     Beside it, in trials/, is the model of the trial that runs, to be resumed, and of the best one.
     """
-    log = _Trials(file, method, dataset, config, features, device, progress)
-    best, found = base, log.measured(base, f"{method}, trial 1 of at most {trials}")
-    improved = True
+    log = _Log(file, method, dataset, config, features, device, progress)
+    best, improved = log.run(base, f"{method}, trial 1 of at most {trials}"), True
     while improved and log.trials < trials:
         improved = False
         for name, values in choices.items():
             for value in values:
-                other = _changed(best, name, value)
-                if other == best or log.trials >= trials:
+                changed = _changed(best.settings, name, value)
+                if changed == best.settings or log.trials >= trials:
                     continue
                 what = ", ".join(name) if isinstance(name, tuple) else name
-                told = f"{method}, trial {log.trials + 1} of at most {trials}: {what} {value}"
-                ndcg = log.measured(other, told)
-                if ndcg > found:
-                    log.drop(best)
-                    best, found, improved = other, ndcg, True
-                else:
-                    log.drop(other)
-    kept = log.folder(best)
-    return Tuned(best, found, log.trials, log.seconds, log.key(best), kept if kept.is_dir() else None)
+                other = log.run(changed, f"{method}, trial {log.trials + 1} of at most {trials}: {what} {value}")
+                best, worse, improved = (other, best, True) if other.ndcg > best.ndcg else (best, other, improved)
+                if worse.key != best.key:  # a value that is the config's own makes the same model
+                    shutil.rmtree(worse.folder, ignore_errors=True)
+    return Tuned(best.settings, best.ndcg, log.trials, log.seconds, best.key,
+                 best.folder if best.folder.is_dir() else None)
 
 
 def _changed(settings: dict[str, Any], name: str | tuple[str, ...], value: Any) -> dict[str, Any]:
@@ -77,7 +73,18 @@ def _changed(settings: dict[str, Any], name: str | tuple[str, ...], value: Any) 
     return settings
 
 
-class _Trials:
+@dataclass(frozen=True)
+class _Trial:
+    settings: dict[str, Any]
+    ndcg: float
+    """On validation."""
+    key: str
+    """The fingerprint of its fit."""
+    folder: Path
+    """Of its model, if that is still there."""
+
+
+class _Log:
     """Trials on disk. `trials` and `seconds` count those that this search asked for, run now or before."""
 
     def __init__(self, file: Path, method: str, dataset: Dataset, config: Config, features: TextFeatures,
@@ -89,27 +96,16 @@ class _Trials:
         self.done: dict[str, dict[str, Any]] = {line["key"]: line for line in map(_whole, lines) if line}
         self.asked: set[str] = set()
 
-    def key(self, settings: dict[str, Any]) -> str:
-        """The fingerprint of a fit with these settings."""
-        return fit_fingerprint(self.method, METHODS[self.method], self._own(settings), self.dataset, self.features,
-                               None)
-
-    def folder(self, settings: dict[str, Any]) -> Path:
-        """Of the model with these settings."""
-        return self.file.parent / "trials" / self.key(settings)[:16]
-
-    def drop(self, settings: dict[str, Any]) -> None:
-        """Delete the model with these settings."""
-        shutil.rmtree(self.folder(settings), ignore_errors=True)
-
-    def measured(self, settings: dict[str, Any], told: str) -> float:
-        """Validation NDCG of a fit with these settings. told: what is said of it where progress is shown."""
-        key = self.key(settings)
+    def run(self, settings: dict[str, Any], told: str) -> _Trial:
+        """A fit with these settings, now or before. told: what is said of it where progress is shown."""
+        own = Config.model_validate(merge(self.config.model_dump(), settings))
+        key = fit_fingerprint(self.method, METHODS[self.method], own, self.dataset, self.features, None)
+        folder = self.file.parent / "trials" / key[:16]
         if key not in self.done:
             if self.progress:
                 print(told, file=sys.stderr, flush=True)
-            facts = fit(self.method, self.dataset, self._own(settings), self.folder(settings), self.device,
-                        features=self.features, progress=self.progress).facts["training"]
+            facts = fit(self.method, self.dataset, own, folder, self.device, features=self.features,
+                        progress=self.progress).facts["training"]
             line = {"key": key, "method": self.method, "settings": settings, "seconds": facts["seconds"],
                     "ndcg": facts["kept"][f"validation_ndcg@{self.config.eval.k}"]}
             with self.file.open("a", encoding="utf-8") as lines:
@@ -118,10 +114,7 @@ class _Trials:
         if key not in self.asked:
             self.asked.add(key)
             self.trials, self.seconds = self.trials + 1, self.seconds + self.done[key]["seconds"]
-        return self.done[key]["ndcg"]
-
-    def _own(self, settings: dict[str, Any]) -> Config:
-        return Config.model_validate(merge(self.config.model_dump(), settings))
+        return _Trial(settings, self.done[key]["ndcg"], key, folder)
 
 
 def _whole(line: str) -> dict[str, Any] | None:

@@ -107,6 +107,21 @@ def test_settings_that_change_together(small, tmp_path, monkeypatch):
     assert found.settings == {"neighbours": {"l2": 100.0, "decay": 0.5}} and found.ndcg == 0.4
 
 
+def test_the_best_trials_model_is_kept(small, tmp_path, monkeypatch):
+    """Also where another trial is the same model, since a value is the config's own."""
+    def fit(method, dataset, config, folder, *_, **__):
+        folder.mkdir(parents=True)
+        facts = {"training": {"seconds": 2.0, "kept": {"validation_ndcg@10": config.neighbours.decay}}}
+        return type("Fitted", (), {"facts": facts})
+
+    monkeypatch.setattr(tuning, "fit", fit)
+    choices = {"neighbours.decay": [0.4, 0.9], "neighbours.l2": [small.neighbours.l2]}
+    found = tune("ease", {"neighbours": {"decay": 0.6}}, choices, 20, tiny.planted(15, 30), small, None, CPU,
+                 tmp_path / "t.jsonl")
+    assert found.ndcg == 0.9 and found.trials == 3
+    assert [found.folder] == list((tmp_path / "trials").iterdir()) and found.key.startswith(found.folder.name)
+
+
 def test_missing_data_sets_are_named(root, small, tmp_path):
     with pytest.raises(UserError, match=r"no data set 'gloves' in .*; there are: hats, shoes"):
         reproduce(root, ["gloves"], tmp_path / "out", small, [0], 1, progress=False, device="cpu")
