@@ -253,8 +253,8 @@ class BlendConfig(Section):
     """Further values of id_model.shuffle that are tried when the ID model is fitted with Laser; the one with the best
     validation NDCG stays. Where order counts, shuffling harms."""
     shuffle_epochs: int = Field(6, ge=1)
-    """Epochs after which values in `shuffles` are given up whose validation NDCG is more than 5% below the best one's.
-    The others are trained to their end."""
+    """Epochs after which values in `shuffles` are given up whose validation NDCG is more than 5% below the best one's,
+    rounded up to the next validation (id_model.eval_every). The others go on to their end."""
     light_dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout of a further ID model that is tried, with little regularisation: light_weight_decay, and nothing
     shuffled. It needs few epochs, and suits data with many interactions per item. The ID model as given is then given

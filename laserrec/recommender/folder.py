@@ -140,6 +140,12 @@ def _take_over(old: Path, new: Path) -> None:
             shutil.copy2(old / name, new / name)
 
 
+def read_log(folder: Path) -> list[dict[str, Any]] | None:
+    """The entries that a fit wrote into its folder; None: it has no log."""
+    file = folder / _LOG
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else None
+
+
 def check_free(folder: Path) -> None:
     """Raises UserError for a folder that a fit may not use or can't write: the finished model takes the place of all
     that is in it."""

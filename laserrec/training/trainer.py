@@ -62,7 +62,12 @@ class Goal:
 
 
 class GoalMissedError(Exception):
-    """A training has not reached its goal. Its checkpoint stays."""
+    """A training has not reached its goal. Its checkpoint stays, from which it can go on with another goal."""
+
+    def __init__(self, log: list[dict[str, Any]]):
+        super().__init__()
+        self.log = log
+        """An entry an epoch, later ones than the goal's too where the training had gone on before."""
 
 
 @dataclass
@@ -162,7 +167,7 @@ class Trainer:
         while place.epoch <= phase.epochs and (phase.patience is None or place.worse < phase.patience):
             if self.goal is not None and place.epoch > self.goal.epoch and place.best < self.goal.ndcg:
                 self._save()
-                raise GoalMissedError
+                raise GoalMissedError(self.log)
             self._epoch()
         if not self.best or not self._chooses(phase):
             self.best = self._snapshot()

@@ -3,10 +3,10 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -460,24 +460,14 @@ def test_the_id_model_is_the_best_of_several_shuffles(fit, tmp_path):
         fit(DATA, tmp_path / "m", "laser", id_model=long["id_model"], blend={"shuffles": (0.2,)})
 
 
-@pytest.mark.parametrize(("reached", "whole"), [((0.5, 0.56, 0.6), (0.3,)), ((0.5, 0.58, 0.6), (0.0, 0.3))])
-def test_a_shuffle_that_is_far_behind_is_given_up(fit, tmp_path, monkeypatch, reached, whole):
-    """More than 5% below the best one after shuffle_epochs. One that is left is fitted once; of several, the best."""
-    asked, own = [], fitting.fit
-
-    def seen(name, dataset, config, folder, *rest, **more):
-        asked.append((config.id_model.shuffle, config.id_model.max_epochs, Path(folder).parent.name))
-        fitted = own(name, dataset, config, folder, *rest, **more)
-        fitted.facts["training"]["kept"]["validation_ndcg@10"] = dict(zip((1.0, 0.0, 0.3), reached, strict=True))[
-            config.id_model.shuffle]
-        return fitted
-
-    monkeypatch.setattr(fitting, "fit", seen)
-    settings = tiny.config(None, id_model={"kind": "sasrec", "max_epochs": 3, "shuffle": 1.0},
+def test_a_choice_between_id_models_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Neither finished trainings nor those that wait are trained again."""
+    settings = tiny.config(None, id_model={"kind": "sasrec", "max_epochs": 4, "shuffle": 1.0, "eval_every": 1},
                            blend={"shuffles": (0.0, 0.3), "shuffle_epochs": 2})
-    fitted = fitting.fit_id_model(DATA, settings, tmp_path / "below", CPU, None, progress=False)
-    last = "whole" if len(whole) > 1 else tmp_path.name
-    assert asked == [(1.0, 2, "first"), (0.0, 2, "first"), (0.3, 2, "first"), *((value, 3, last) for value in whole)]
-    assert fitted.config.id_model.shuffle == 0.3 and fitted.config.id_model.max_epochs == 3
+    one = fitting.fit_id_model(DATA, settings, tmp_path / "below", CPU, None, progress=False)
+    shutil.rmtree(tmp_path / "below")
+    monkeypatch.setattr(Trainer, "_epoch", None)
+    other = fitting.fit_id_model(DATA, settings, tmp_path / "below", CPU, None, progress=False)
+    assert one.config == other.config and one.facts == other.facts and one.log == other.log
     there = fitting.open_folder(tmp_path / "below", CPU)
-    tiny.assert_same(dict(fitted.model.state_dict()), dict(there.model.state_dict()))
+    tiny.assert_same(dict(one.model.state_dict()), dict(there.model.state_dict()))
