@@ -6,11 +6,8 @@ A page marks the place of each: `<!-- generated: NAME ARGUMENT -->`.
 from __future__ import annotations
 
 import ast
-import enum
 import json
 import re
-import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,33 +19,21 @@ from sphinx.application import Sphinx
 
 from laserrec.cli.main import app as command_line
 from laserrec.config import Config
+from laserrec.config.described import SECTIONS, flag, in_words, kind
 from laserrec.experiments.datasets import means
 from laserrec.presets import PRESETS
 
 _DOCS = Path(__file__).parents[1]
 _PACKAGE = _DOCS.parent / "laserrec"
 _RESULTS = _DOCS.parent / "benchmarks" / "results"
-_SECTIONS = {name: info.annotation for name, info in Config.model_fields.items() if isinstance(info.annotation, type)}
-"""The sections of the settings; `student`, which is optional, is set by `laserrec distil` alone."""
 
 # -- the command line ---------------------------------------------------------------------------------------------
 
-_SETTINGS_ARE_FLAGS = ("* Every setting of the [configuration](configuration.md) as a flag, `--SECTION.NAME VALUE`, "
-                       "such as `--train.lr 1e-3`.")
-
-
 def commands() -> str:
-    """Markdown of all commands, as cyclopts writes it, without the settings, which have their own page."""
+    """Markdown of all commands, as cyclopts writes it."""
     text = command_line.generate_docs(output_format="markdown")
     text = re.sub(r"^(laserrec\b[^\[\n]*?) -m \S+", r"\1", text, flags=re.MULTILINE)  # `python -m sphinx` gets in
-    return _with_examples(_without_settings(text[text.index("**Commands**") :]))
-
-
-def _without_settings(text: str) -> str:
-    """Replace the bullets of all settings by one line. A parameter is a bullet with indented lines below it."""
-    settings = "|".join(name.replace("_", "-") for name in _SECTIONS)
-    bullet = rf"^\* `--(?:{settings})\..*\n(?:    .*\n)*"
-    return re.sub(rf"(?:{bullet})+", _SETTINGS_ARE_FLAGS + "\n", text, flags=re.MULTILINE)
+    return _with_examples(text[text.index("**Commands**") :])
 
 
 def _with_examples(text: str) -> str:
@@ -66,7 +51,7 @@ def _with_examples(text: str) -> str:
 
 def settings() -> str:
     """Markdown of all settings: per section a table of the presets' values and a description of each setting."""
-    return "\n".join(_section(name, section) for name, section in _SECTIONS.items())
+    return "\n".join(_section(name, section) for name, section in SECTIONS.items())
 
 
 def _section(name: str, section: type[BaseModel]) -> str:
@@ -80,8 +65,12 @@ def _section(name: str, section: type[BaseModel]) -> str:
         cells = [_value(info.default), *(_value(v) if v == info.default else f"**{_value(v)}**" for v in own)]
         rows.append([f"[`{full}`](#{_anchor(full)})", *cells])
         meanings.append(f"[`{full}`]{{#{_anchor(full)}}}\n: {_text(info.description)}\n\n"
-                        f"  {_kind(info)}; `{_flag(full, info)}`\n")
+                        f"  {kind(info, '`')}; {_flags(name, field, info)}\n")
     return f"(section-{name})=\n## {name}\n\n{_text(section.__doc__)}\n\n{_table(rows)}\n" + "\n".join(meanings)
+
+
+def _flags(section: str, name: str, info: FieldInfo) -> str:
+    return " or ".join(f"`{one}`" for one in flag(section, name, info).split(", "))
 
 
 def _preset_columns() -> list[list[str]]:
@@ -106,50 +95,17 @@ def _text(text: str | None) -> str:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, enum.Enum):
-        value = value.value
     if isinstance(value, (tuple, list)):
         return ", ".join(map(_value, value))
-    if isinstance(value, bool) or value is None:
-        return f"`{str(value).lower()}`"
-    if isinstance(value, float) and 0 < abs(value) < 1e-2:
-        return f"`{value:.0e}`".replace("e-0", "e-") if float(f"{value:.0e}") == value else f"`{value}`"
-    return f"`{value}`"
-
-
-_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path", type(None): "none"}
-
-
-def _kind(info: FieldInfo) -> str:
-    """Type and bounds in words."""
-    bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    limits = [f"{words} {getattr(m, key):g}" for m in info.metadata for key, words in bounds.items() if hasattr(m, key)]
-    return ", ".join([_type(info.annotation), *limits])
-
-
-def _type(annotation: Any) -> str:
-    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
-        return "one of " + ", ".join(f"`{member.value}`" for member in annotation)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " or ".join(_type(part) for part in typing.get_args(annotation))
-    if typing.get_origin(annotation) is tuple:
-        return f"list of {_type(typing.get_args(annotation)[0])} (repeat the flag)"
-    return _NAMES[annotation]
-
-
-def _flag(full: str, info: FieldInfo) -> str:
-    section, name = full.replace("_", "-").split(".")
-    if info.annotation is bool:
-        return f"--{section}.{name}` or `--{section}.no-{name}"
-    return f"--{section}.{name}"
+    return f"`{in_words(value)}`"
 
 
 def sections() -> str:
     """The config classes for the Python reference. Their fields are described by `settings`."""
     lines = ["```{eval-rst}", ".. py:class:: laserrec.config.Config", "", f"   {Config.__doc__} Frozen.", ""]
-    for name, section in _SECTIONS.items():
+    for name, section in SECTIONS.items():
         lines += [f"   .. py:attribute:: {name}", f"      :type: {section.__name__}", ""]
-    for name, section in _SECTIONS.items():
+    for name, section in SECTIONS.items():
         lines += [f".. py:class:: laserrec.config.{section.__name__}", "",
                   f"   {escape(' '.join(section.__doc__.split()))} Fields: :ref:`section-{name}`.", ""]
     return "\n".join([*lines, "```"])

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from laserrec.cli.options import (
     READING,
     ConfigFile,
-    Flags,
+    DataFlags,
     JsonFile,
     Preset,
     Reading,
@@ -30,7 +30,7 @@ def prepare(
     columns: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     vectors: Path | None = None, on_error: Literal["raise", "skip"] = "raise", reading: Reading = READING,
     overwrite: Switch = False, preset: Preset = "small", config: ConfigFile = None, json_file: JsonFile = None,
-    flags: Flags = None,
+    flags: DataFlags = None,
 ) -> None:
     """Clean, number and split raw files into a data folder.
 

@@ -20,13 +20,14 @@ from laserrec.cli.options import (
     ModelOut,
     Opening,
     Quiet,
+    RefitFlags,
     finish,
     given,
     say,
     settings,
 )
 from laserrec.cli.output import print_results
-from laserrec.cli.settings import RefitSettings, StudentSettings
+from laserrec.cli.settings import StudentSettings
 from laserrec.config import Config, IdModelKind, StudentConfig, valid
 from laserrec.util.errors import UserError
 
@@ -130,13 +131,12 @@ def _tell_new_items(model: LaserRecommender, dataset: Dataset) -> int:
 
 
 def refit(model: Model, data: Data, out: ModelOut, *, opening: Opening = OPENING, quiet: Quiet = False,
-          json_file: JsonFile = None,
-          flags: Annotated[RefitSettings | None, Parameter(name="*", group="Settings", show_default=False)] = None
-          ) -> None:
+          json_file: JsonFile = None, flags: RefitFlags = None) -> None:
     """Go on from a fitted model with newer data: new interactions, users and items. Run again to resume.
 
     Training starts from MODEL's weights and is short. DATA holds all interactions that there are now, old and new;
     items are known by their item_id. MODEL stays as it is. A server takes OUT without a restart: POST /v1/model.
+    Settings of the training can be changed by flags, such as --train.lr 1e-4; laserrec settings lists them all.
 
     Example: laserrec refit runs/model runs/data-december runs/model-december
     """

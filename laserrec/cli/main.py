@@ -23,6 +23,8 @@ from laserrec.cli.fit import distil, fit, pretrain, quickstart, refit
 from laserrec.cli.index import index_app
 from laserrec.cli.inspect import inspect
 from laserrec.cli.knowledge import knowledge
+from laserrec.cli.list_settings import settings
+from laserrec.cli.reflow import reflow_help
 from laserrec.cli.report import report_app
 from laserrec.cli.reproduce import reproduce_app
 from laserrec.cli.serve import serve_app
@@ -35,9 +37,10 @@ app = App(name="laserrec", version=laserrec.__version__, suppress_keyboard_inter
           help_format="plaintext", default_parameter=Parameter(negative_iterable=()),
           help="Sequential recommendation from histories and item texts that a frozen LLM reads. The usual way: "
           "prepare, fit, evaluate, recommend.")
-for command in (prepare, fit, refit, pretrain, distil, evaluate, inspect, recommend, quickstart, knowledge, push, card,
-                backbone_app, batch_app, index_app, report_app, reproduce_app, serve_app):
+for command in (prepare, fit, refit, pretrain, distil, evaluate, inspect, recommend, quickstart, knowledge, settings,
+                push, card, backbone_app, batch_app, index_app, report_app, reproduce_app, serve_app):
     app.command(command)
+reflow_help(app)
 
 
 def main() -> None:

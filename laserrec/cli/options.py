@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import BaseModel
 from rich.console import Console
 
-from laserrec.cli.settings import Settings
+from laserrec.cli.settings import DataSettings, RefitSettings, Settings
 from laserrec.config import Config, load_config, merge, seeds
 from laserrec.presets import PRESETS
 from laserrec.util.io import check_file, write_json
@@ -24,9 +24,14 @@ Model = Annotated[Path, Parameter(help="A model folder, or ORG/NAME[@REVISION] o
 ModelOut = Annotated[Path, Parameter(help="The model folder to make.")]
 Index = Annotated[Path | None, Parameter(help="Folder that laserrec index build made of MODEL; else all items are "
                                          "compared.")]
-Preset = Annotated[str, Parameter(help=f"Starting point of all settings: {', '.join(PRESETS)}.")]
-ConfigFile = Annotated[Path | None, Parameter(name="--config", help="TOML file with settings, laid on the preset.")]
-Flags = Annotated[Settings | None, Parameter(name="*", group="Settings", show_default=False)]
+SETTINGS = Group("Settings", help="They are flags too, --SECTION.NAME VALUE; laserrec settings lists them.")
+Preset = Annotated[str, Parameter(group=SETTINGS, help=f"Starting point of all settings: {', '.join(PRESETS)}.")]
+ConfigFile = Annotated[Path | None, Parameter(name="--config", group=SETTINGS,
+                                              help="TOML file with settings, laid on the preset.")]
+Flags = Annotated[Settings | None, Parameter(name="*", show=False)]
+"""Settings as flags. There are too many for --help."""
+RefitFlags = Annotated[RefitSettings | None, Parameter(name="*", show=False)]
+DataFlags = Annotated[DataSettings | None, Parameter(name="*", group=SETTINGS, show_default=False)]
 Switch = Annotated[bool, Parameter(negative="")]
 """A flag that is off unless it is given."""
 

@@ -88,7 +88,7 @@ def cold_start(out: Out = Path("runs/cold-start"), *, data: Data = None, seeds: 
 
 
 @reproduce_app.command
-def datasets(root: Path, out: Path = Path("runs/datasets"), *, names: Annotated[
+def datasets(root: Path, out: Out = Path("runs/datasets"), *, names: Annotated[
                  list[str] | None, Parameter(consume_multiple=True)] = None, models: Annotated[
                  list[str] | None, Parameter(consume_multiple=True)] = None, seeds: int = 3, trials: int = 12,
              device: Device = "auto", preset: Preset = "small", config: ConfigFile = None, quiet: Quiet = False,

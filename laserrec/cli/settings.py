@@ -48,6 +48,10 @@ class Settings(_partial(Config, without=("student",))):
     """
 
 
+class DataSettings(_partial(Config, without=tuple(name for name in Config.model_fields if name != "data"))):
+    """The settings that `laserrec prepare` reads, as flags."""
+
+
 class RefitSettings(_partial(Config, without=("student", "data", "backbone", "prompt", "mformer", "head"))):
     """The settings that `laserrec refit` may change, as flags; some of the ID model's it refuses."""
 

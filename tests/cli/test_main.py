@@ -37,8 +37,8 @@ def test_choices_in_the_help_are_values(run):
             if isinstance(setting.annotation, type) and issubclass(setting.annotation, Enum):
                 choices = shown[f"{section}.{field}".replace("_", "-")]
                 assert [*choices] == [member.value for member in setting.annotation]
-    _, out, _ = run("fit", "--help")
-    assert "gru4rec, none]" in out and "bert4-rec" not in out
+    _, out, _ = run("prepare", "--help")
+    assert "leave_one_out, temporal]" in out and "leave-one-out" not in out
 
 
 def test_the_help_shows_every_command(run):
