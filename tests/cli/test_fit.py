@@ -34,7 +34,7 @@ def test_every_method_is_fitted_evaluated_and_recommends(run, settings, data, tm
 
 
 def test_the_help_names_every_method():
-    named = re.search(r"\n +method\n(.+?)\n +id_model\n", fit.__doc__, re.DOTALL)[1]
+    named = re.search(r"\n *method\n(.+?)\n *id_model\n", fit.__doc__, re.DOTALL)[1]
     assert {*re.findall(r"[\w-]+", named)} - {"or"} == {*METHODS}
 
 
