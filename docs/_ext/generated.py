@@ -14,12 +14,11 @@ from typing import Any
 
 from docstrings import escape
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 
 from laserrec.cli.main import app as command_line
 from laserrec.config import Config
-from laserrec.config.described import SECTIONS, flag, in_words, kind
+from laserrec.config.described import SECTIONS, flags, in_words, kind
 from laserrec.experiments.datasets import means
 from laserrec.presets import PRESETS
 
@@ -28,6 +27,7 @@ _PACKAGE = _DOCS.parent / "laserrec"
 _RESULTS = _DOCS.parent / "benchmarks" / "results"
 
 # -- the command line ---------------------------------------------------------------------------------------------
+
 
 def commands() -> str:
     """Markdown of all commands, as cyclopts writes it."""
@@ -64,13 +64,10 @@ def _section(name: str, section: type[BaseModel]) -> str:
         own = [PRESETS[names[0]].get(name, {}).get(field, info.default) for names in columns]
         cells = [_value(info.default), *(_value(v) if v == info.default else f"**{_value(v)}**" for v in own)]
         rows.append([f"[`{full}`](#{_anchor(full)})", *cells])
+        ways = " or ".join(f"`{one}`" for one in flags(name, field, info))
         meanings.append(f"[`{full}`]{{#{_anchor(full)}}}\n: {_text(info.description)}\n\n"
-                        f"  {kind(info, '`')}; {_flags(name, field, info)}\n")
+                        f"  {kind(info, '`')}; {ways}\n")
     return f"(section-{name})=\n## {name}\n\n{_text(section.__doc__)}\n\n{_table(rows)}\n" + "\n".join(meanings)
-
-
-def _flags(section: str, name: str, info: FieldInfo) -> str:
-    return " or ".join(f"`{one}`" for one in flag(section, name, info).split(", "))
 
 
 def _preset_columns() -> list[list[str]]:

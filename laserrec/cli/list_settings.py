@@ -36,7 +36,7 @@ def settings(*words: Words, preset: Preset = "small", config: ConfigFile = None,
 def _entry(setting: Setting) -> str:
     """The flag and its value, and what it means below."""
     changed = "" if setting.value == setting.default else f" (default: {setting.default})"
-    kind = f"{setting.kind[0].upper()}{setting.kind[1:]}."
-    below = [textwrap.fill(text, Console().width, initial_indent="    ", subsequent_indent="    ")
+    kind, width = f"{setting.kind[0].upper()}{setting.kind[1:]}.", Console().width
+    below = [textwrap.fill(text, width, initial_indent="    ", subsequent_indent="    ")
              for text in (setting.description, kind)]
-    return "\n".join([f"{setting.flag}  {setting.value}{changed}", *below])
+    return "\n".join([f"{', '.join(setting.flags)}  {setting.value}{changed}", *below])

@@ -29,8 +29,8 @@ class Setting:
 
     name: str
     """Section and name, as in a TOML file: train.lr."""
-    flag: str
-    """As on the command line: --train.lr."""
+    flags: tuple[str, ...]
+    """As on the command line: --train.lr; of a switch both."""
     kind: str
     """Type and bounds in words."""
     value: str
@@ -44,7 +44,7 @@ def described(config: Config) -> Iterator[Setting]:
     for section, model in SECTIONS.items():
         values = getattr(config, section)
         for name, info in model.model_fields.items():
-            yield Setting(f"{section}.{name}", flag(section, name, info), kind(info), in_words(getattr(values, name)),
+            yield Setting(f"{section}.{name}", flags(section, name, info), kind(info), in_words(getattr(values, name)),
                           in_words(info.default), " ".join((info.description or "").split()))
 
 
@@ -62,11 +62,11 @@ def matching(words: Sequence[str], config: Config) -> list[Setting]:
     return [setting for setting in everything if setting.name in wanted]
 
 
-def flag(section: str, name: str, info: FieldInfo) -> str:
+def flags(section: str, name: str, info: FieldInfo) -> tuple[str, ...]:
     """Of the command line; of a switch both of its flags."""
     section, name = section.replace("_", "-"), name.replace("_", "-")
-    off = f", --{section}.no-{name}" if info.annotation is bool else ""
-    return f"--{section}.{name}{off}"
+    off = (f"--{section}.no-{name}",) if info.annotation is bool else ()
+    return f"--{section}.{name}", *off
 
 
 def kind(info: FieldInfo, quote: str = "") -> str:

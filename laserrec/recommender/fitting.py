@@ -294,7 +294,7 @@ def _finished(folder: Path, fingerprint: str, features: TextFeatures, world: Wor
                         "in one process")
     if folders.read_note(folder).get("fingerprint") != fingerprint:
         raise _other(folder)
-    return replace(open_folder(folder, features.device, features=features), log=folders.read_log(folder))
+    return replace(open_folder(folder, features.device, features=features), log=folders.read_log(folder) or None)
 
 
 def open_folder(folder: Path | str, device: torch.device, backbone: Backbone | Path | str | None = None,

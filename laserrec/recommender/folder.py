@@ -140,10 +140,15 @@ def _take_over(old: Path, new: Path) -> None:
             shutil.copy2(old / name, new / name)
 
 
-def read_log(folder: Path) -> list[dict[str, Any]] | None:
-    """The entries that a fit wrote into its folder; None: it has no log."""
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """An entry an epoch, as a fit wrote them into its folder; a missing log is empty. Raises UserError for a damaged
+    one."""
     file = folder / _LOG
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else None
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        return [{**json.loads(line)} for line in lines]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {error}; fit again or delete it") from None
 
 
 def check_free(folder: Path) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from laserrec.recommender.folder import read_log
 from laserrec.report.charts import Chart, Mark, Series, line_chart
 from laserrec.training.watch import read_training
-from laserrec.util.errors import UserError
 
 _MOST_POINTS = 300
 """Longer curves are averaged to about so many points."""
@@ -49,12 +48,7 @@ class Training:
 
 def read(name: str, folder: Path, kept: dict[str, Any]) -> Training:
     """kept: the kept epoch's log line, empty if unknown. A missing log is empty; raises UserError for a damaged one."""
-    file = folder / "log.jsonl"
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        epochs = [_with_phase(json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged: {error}; fit again or delete it") from None
+    epochs = [_with_phase(entry) for entry in read_log(folder)]
     place = {k: v for k, v in _with_phase(kept).items() if k in ("phase", "epoch") and v != ""}
     return Training(name, epochs, [_with_phase(e) for e in read_training(folder)], place)
 

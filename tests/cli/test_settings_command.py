@@ -55,7 +55,7 @@ def test_every_setting_is_told_with_type_and_meaning():
 
 
 @pytest.mark.parametrize("command", [["fit"], ["pretrain"], ["refit"], ["reproduce", "table2"]])
-def test_help_is_read_in_one_screen(run, command, capsys):
+def test_help_is_read_in_one_screen(run, command):
     code, out, _ = run(*command, "--help")
     assert code == 0 and "laserrec settings" in out and "--id-model.dropout" not in out and len(out) < 5000
 
