@@ -30,13 +30,17 @@ def add_paper(app: App) -> None:
 
 _BASES = {"table2": "paper-small and small"}
 """Presets that a table is made for, if not paper-small and bi-tuning."""
+_WITHOUT_MODELS = ("table1", "table3", "all")
 
 
 def _command(name: str, title: str) -> Callable[..., None]:
-    def command(out: Path = Path("runs/paper"), *, data: Names = None, bases: Names = None, seeds: int = 1,
-                budget: float | None = None, workers: int = 1, device: Device = "auto", config: ConfigFile = None,
-                quiet: Quiet = False, json_file: JsonFile = None, flags: Flags = None) -> None:
-        told = [_one(each, out, data, bases, seeds, budget, workers, device, config, quiet, flags)
+    def command(out: Path = Path("runs/paper"), *, data: Names = None, models: Names = None, bases: Names = None,
+                seeds: int = 1, budget: float | None = None, workers: int = 1, device: Device = "auto",
+                config: ConfigFile = None, quiet: Quiet = False, json_file: JsonFile = None, flags: Flags = None
+                ) -> None:
+        if models is not None and name in _WITHOUT_MODELS:
+            raise UserError(f"models can't be chosen for {name}; leave --models out")
+        told = [_one(each, out, data, models, bases, seeds, budget, workers, device, config, quiet, flags)
                 for each in (TITLES if name == "all" else [name])]
         if name == "all" and data is not None and len(data) > 1:
             told.append(_transfer(out, data, bases, seeds, budget, device, config, quiet, flags))
@@ -55,6 +59,8 @@ def _command(name: str, title: str) -> Callable[..., None]:
         Everything is kept here; what several tables share is fitted once.
     data
         Names of data sets that come with the source tree, or data folders; else amazon-scientific.
+    models
+        Rows to fit, by name (KAR, "w/o MoE (one expert)"); else all. What was measured of others stays in the result.
     bases
         Presets to start from; else {_BASES.get(name, "paper-small and bi-tuning")}.
     seeds
@@ -88,7 +94,7 @@ def figure3(out: Path = Path("runs/paper"), *, data: Names = None, sources: Name
     sources
         Data sets, by name, from which models go to all others; else from each.
     models
-        Of laser, recformer, zesrec and text-sasrec; else all.
+        Of Laser, RECFORMER, ZESRec and text SASRec; else all.
     percents
         Shares of the other data set's training users in percent, 0 among them or not; else 0 1 5 10 20 50 100.
     bases
@@ -141,8 +147,8 @@ def _check_numbers(seeds: int, budget: float | None, workers: int = 1) -> None:
         raise UserError(f"budget is {budget} minutes; it must be above 0")
 
 
-def _one(name: str, out: Path, data: list[str] | None, bases: list[str] | None, seeds: int, budget: float | None,
-         workers: int, device: str, file: Path | None, quiet: bool, flags: Any) -> dict[str, Any]:
+def _one(name: str, out: Path, data: list[str] | None, models: list[str] | None, bases: list[str] | None, seeds: int,
+         budget: float | None, workers: int, device: str, file: Path | None, quiet: bool, flags: Any) -> dict[str, Any]:
     from laserrec.config import load_config
     from laserrec.experiments.machine import describe
     from laserrec.experiments.paper import counts
@@ -163,7 +169,8 @@ def _one(name: str, out: Path, data: list[str] | None, bases: list[str] | None, 
             "mean_history": "per user", "density": "density", "published": "paper's"}, folded="data")
     wanted = bases or EXPERIMENTS[name]().bases
     setup = Setup(folders, {base: load_config(base, file, given(flags)) for base in wanted}, out, device, not quiet)
-    found_now = reproduce(name, setup, range(seeds), None if budget is None else 60 * budget, workers)
+    found_now = reproduce(name, setup, range(seeds), None if budget is None else 60 * budget, workers,
+                          models)
     result: dict[str, Any] = {"machine": describe(), **found_now}
     write_json(out / f"{name}.json", result)
     k = next(iter(setup.bases.values())).eval.k

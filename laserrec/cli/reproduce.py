@@ -104,7 +104,7 @@ def datasets(root: Path, out: Out = Path("runs/datasets"), *, names: Annotated[
     names
         Those to take; else all in ROOT.
     models
-        Rows of the table to fit, by name ("Laser", "EASE with LLM text"); else all.
+        Rows of the table to fit, by name ("laser", "EASE with LLM text"); else all.
     seeds
         Seeds 0, 1, ... of every model in which something is random.
     trials
@@ -115,7 +115,7 @@ def datasets(root: Path, out: Out = Path("runs/datasets"), *, names: Annotated[
 
     tree = settings(preset, config, flags)
     k = tree.eval.k
-    rows = reproduce(root, names or [], out, tree, range(seeds), trials, not quiet, device, models or [])
+    rows = reproduce(root, names or [], out, tree, range(seeds), trials, not quiet, device, models)
     for data in dict.fromkeys(row["data"] for row in rows):
         print_table(f"{data}, test split, all items ranked, nothing filtered",
                     ("model", f"Recall@{k}", f"NDCG@{k}", "seeds", "trials"),

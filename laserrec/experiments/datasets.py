@@ -18,7 +18,7 @@ from laserrec.config import Config
 from laserrec.data.dataset import Dataset
 from laserrec.data.prepare import prepare_source
 from laserrec.experiments.quality import LASER, id_settings
-from laserrec.experiments.table import Measured, Row, Table
+from laserrec.experiments.table import Measured, Row, Table, chosen
 from laserrec.experiments.tuning import Choices, Tuned, tune
 from laserrec.llm.text_features import TextFeatures
 from laserrec.presets import EASE, EASE_TEXT
@@ -61,16 +61,14 @@ RIVALS = (
 
 
 def reproduce(root: Path, names: Sequence[str], out: Path, config: Config, seeds: Sequence[int], trials: int,
-              progress: bool = True, device: str = "auto", models: Sequence[str] = ()) -> list[dict[str, Any]]:
+              progress: bool = True, device: str = "auto", models: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """All rows: {data, model, kind, seed, recall@k, ndcg@k, mrr, exclude_seen, train_seconds, trials, settings}, also
     written to OUT/datasets.json after each data set. names: of folders in ROOT; none: all of them.
 
-    trials: most settings that each rival is tried with on validation. models: names of rows; none: all of them. Raises
+    trials: most settings that each rival is tried with on validation. models: names of rows; None: all of them. Raises
     UserError for a missing data set or an unknown model.
     """
-    known = (LASER, *(rival.name for rival in RIVALS))
-    if unknown := [name for name in models if name not in known]:
-        raise UserError(f"no model {unknown[0]!r} in this table; there are: {', '.join(known)}")
+    models = chosen((LASER, *(rival.name for rival in RIVALS)), models, "this table")
     there = sorted(file.parent.name for file in root.glob(f"*/{INTERACTIONS}"))
     if missing := [name for name in names if name not in there]:
         raise UserError(f"no data set {missing[0]!r} in {root}; there are: {', '.join(there) or 'none'}")
@@ -80,7 +78,7 @@ def reproduce(root: Path, names: Sequence[str], out: Path, config: Config, seeds
     for name in names or there:
         prepare_source([root / name / INTERACTIONS, root / name / ITEMS], out / name / "data", config.data)
         found += _one(name, Dataset.load(out / name / "data"), out / name, config, seeds, trials, progress, device,
-                      models or known)
+                      models)
         write_json(out / "datasets.json", found)
     return found
 

@@ -30,6 +30,7 @@ from laserrec.recommender.fitting import Fitted, fit, fit_fingerprint, fit_id_mo
 from laserrec.recommender.folder import model_identity
 from laserrec.recommender.id_choice import candidates
 from laserrec.recommender.results import record_result
+from laserrec.util.errors import UserError
 from laserrec.util.io import read_json, write_json
 from laserrec.util.progress import Progress
 
@@ -73,7 +74,22 @@ class Row:
     @property
     def slug(self) -> str:
         """Name of its folder and files."""
-        return self.folder or "-".join(re.findall(r"\w+", self.name.lower()))
+        return self.folder or _slug(self.name)
+
+
+def _slug(name: str) -> str:
+    return "-".join(re.findall(r"\w+", name.lower()))
+
+
+def chosen(known: Sequence[str], asked: Sequence[str] | None, where: str) -> list[str]:
+    """The names in `known` that are asked for, in its order; None: all. Neither case nor the signs between words count:
+    "text-sasrec" is "text SASRec". Raises UserError for others, and tells the names that `where`, a table, has."""
+    if asked is None:
+        return list(known)
+    wanted, slugs = {_slug(name): name for name in asked}, {_slug(name) for name in known}
+    if unknown := [name for slug, name in wanted.items() if slug not in slugs]:
+        raise UserError(f"there is no {unknown[0]!r} in {where}; there are: {', '.join(known)}")
+    return [name for name in known if _slug(name) in wanted]
 
 
 class Table:

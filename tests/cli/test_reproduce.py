@@ -84,9 +84,10 @@ def test_a_table_of_the_paper(data, tmp_path, monkeypatch, capsys):
               "missing": [{"data": "data", "base": "small", "model": "w/o stage 2", "why": "the budget was used up"}]}
     monkeypatch.setattr(paper, "reproduce", lambda *given: asked.append(given) or result)
     run("table4", tmp_path / "out", "--data", data, "--bases", "small", "--seeds", 2, "--budget", 1.5, "--workers", 3,
-        "--train.lr", "0.5", "--device", "cpu", "--quiet", "--json", tmp_path / "t.json")
-    name, setup, seeds, budget, workers = asked[0]
-    assert (name, list(seeds), budget, workers) == ("table4", [0, 1], 90, 3)
+        "--models", "KAR", "w/o prefix", "--train.lr", "0.5", "--device", "cpu", "--quiet",
+        "--json", tmp_path / "t.json")
+    name, setup, seeds, budget, workers, models = asked[0]
+    assert (name, list(seeds), budget, workers, models) == ("table4", [0, 1], 90, 3, ["KAR", "w/o prefix"])
     assert setup.data == {"data": data} and list(setup.bases) == ["small"] and setup.bases["small"].train.lr == 0.5
     assert setup.out == tmp_path / "out" and setup.device == "cpu" and not setup.progress
     said = capsys.readouterr().out
@@ -104,6 +105,12 @@ def test_the_papers_statistics(data, tmp_path, monkeypatch, capsys):
     assert "11,041" in said and "written:" in said
     rows = json.loads((tmp_path / "t.json").read_text())["rows"]
     assert [row["published"] for row in rows] == [False, True, True, True] and rows[0]["items"] == 15
+
+
+@pytest.mark.parametrize("name", ["table1", "table3", "all"])
+def test_rows_that_cannot_be_chosen(name, data, tmp_path):
+    with pytest.raises(UserError, match=f"models can't be chosen for {name}"):
+        reproduce_app([name, str(tmp_path / "out"), "--data", str(data), "--models", "KAR"], exit_on_error=False)
 
 
 @pytest.mark.parametrize("words", [("--seeds", 0), ("--workers", 0), ("--budget", 0)])

@@ -132,7 +132,7 @@ def test_missing_data_sets_are_named(root, small, tmp_path):
 
 def test_some_of_the_models(root, small, tmp_path):
     rows = reproduce(root, ["hats"], tmp_path / "out", small, [0], 1, progress=False, device="cpu",
-                     models=["popularity", "EASE"])
+                     models=["popularity", "ease"])
     assert [row["model"] for row in rows] == ["popularity", "EASE"]
-    with pytest.raises(UserError, match=r"no model .ease. in this table; there are: "):
-        reproduce(root, ["hats"], tmp_path / "out", small, [0], 1, progress=False, models=["ease"])
+    with pytest.raises(UserError, match=r"there is no .easel. in this table; there are: "):
+        reproduce(root, ["hats"], tmp_path / "out", small, [0], 1, progress=False, models=["easel"])

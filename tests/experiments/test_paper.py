@@ -82,6 +82,16 @@ def test_rows_are_measured_once_and_a_budget_leaves_the_rest(setup, monkeypatch)
     assert reproduce("two", setup, range(2))["rows"] == result["rows"]
 
 
+def test_some_of_the_rows_are_fitted_and_the_others_kept(setup, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "two", two_rows)
+    first = reproduce("two", setup, range(1), models=["Popularity"])
+    assert [row["model"] for row in first["rows"]] == ["popularity"]
+    both = reproduce("two", setup, range(1), models=["laser"])
+    assert [row["model"] for row in both["rows"]] == ["popularity", "Laser"] and both["rows"][0] == first["rows"][0]
+    with pytest.raises(UserError, match="there is no 'lasr' in two; there are: popularity, Laser, impossible"):
+        reproduce("two", setup, range(1), models=["lasr"])
+
+
 def test_processes_give_what_one_gives(setup, tmp_path):
     one = reproduce("table5", setup, range(1))
     other = Setup(setup.data, setup.bases, tmp_path / "other", progress=False)

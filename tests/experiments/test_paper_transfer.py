@@ -193,7 +193,7 @@ def test_means_and_deviations_over_seeds():
 
 
 @pytest.mark.parametrize(("given", "told"), [
-    ({"models": ["lasr"]}, "there is no 'lasr' in figure3; there are: laser, recformer, zesrec, text-sasrec"),
+    ({"models": ["lasr"]}, "there is no 'lasr' in figure3; there are: Laser, RECFORMER, ZESRec, text SASRec"),
     ({"percents": [101]}, "101% of the training users makes no sense"),
     ({"sources": ["nowhere"]}, "source 'nowhere' is none of the data sets: here, there"),
 ])

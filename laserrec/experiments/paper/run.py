@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from laserrec.config import Config, merge
 from laserrec.data.dataset import Dataset
 from laserrec.experiments.paper.spec import EXPERIMENTS, Experiment, published_of, table7_rows
-from laserrec.experiments.table import Measured, Row, Table, rank
+from laserrec.experiments.table import Measured, Row, Table, chosen, rank
 from laserrec.util.device import choose
 from laserrec.util.errors import UserError
 from laserrec.util.io import write_json
@@ -42,8 +42,8 @@ Job = tuple[str, str, str, int | None]
 """Data set, base, row, seed."""
 
 
-def reproduce(name: str, setup: Setup, seeds: Sequence[int], budget_seconds: float | None = None, workers: int = 1
-              ) -> dict[str, Any]:
+def reproduce(name: str, setup: Setup, seeds: Sequence[int], budget_seconds: float | None = None, workers: int = 1,
+              models: Sequence[str] | None = None) -> dict[str, Any]:
     """Fit and measure what is not there yet, and collect. {experiment, title, split, rows, missing}: each row is
     {data, base, model, kind, seed, recall@k, ndcg@k, mrr, train_seconds, seconds, published, fingerprint}; missing:
     rows that the settings of a base rule out, with the reason, or that the budget left undone. Written to
@@ -59,7 +59,9 @@ def reproduce(name: str, setup: Setup, seeds: Sequence[int], budget_seconds: flo
     jobs: list[Job] = []
     for data, base in ((data, base) for data in setup.data for base in setup.bases):
         table = _table(experiment, setup, data, base)
-        for row in _wanted(experiment, setup.bases[base]):
+        rows = _wanted(experiment, setup.bases[base])
+        asked = chosen([row.name for row in rows], models, name)
+        for row in rows:
             if (why := _ruled_out(row, setup.bases[base])) is not None:
                 found.missing.append({"data": data, "base": base, "model": row.name, "why": why})
                 continue
@@ -67,7 +69,7 @@ def reproduce(name: str, setup: Setup, seeds: Sequence[int], budget_seconds: flo
             for seed in wanted:
                 if (kept := table.kept(row.name, seed)) is not None:
                     found.add((data, base, row.name, seed), kept, experiment)
-                else:
+                elif row.name in asked:
                     jobs.append((data, base, row.name, seed))
     done = set()
     for job, measured in _run(name, setup, jobs, until, workers):

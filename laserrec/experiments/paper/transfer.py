@@ -21,7 +21,7 @@ from laserrec.data.dataset import Dataset
 from laserrec.evaluation.evaluate import Scorer
 from laserrec.experiments.paper.run import Setup
 from laserrec.experiments.paper.spec import transferred
-from laserrec.experiments.table import Place, Row, Table, rank
+from laserrec.experiments.table import Place, Row, Table, chosen, rank
 from laserrec.llm.text_features import TextFeatures
 from laserrec.recommender.fitting import open_folder
 from laserrec.recommender.scorers import zero_shot
@@ -47,17 +47,6 @@ def few_users(dataset: Dataset, percent: float, seed: int) -> Dataset:
     return replace(dataset, interactions=own, meta={**dataset.meta, "sha256": mark})
 
 
-def rows_of(names: Sequence[str] | None) -> list[Row]:
-    """Those of these names, as they stand in a plot or in folder names; None: all. Raises UserError for others."""
-    known = {row.slug: row for row in transferred()}
-    if names is None:
-        return list(known.values())
-    wanted = [name.lower().replace(" ", "-") for name in names]
-    if missing := [name for name in wanted if name not in known]:
-        raise UserError(f"there is no {missing[0]!r} in {NAME}; there are: {', '.join(known)}")
-    return [row for slug, row in known.items() if slug in wanted]
-
-
 def reproduce(setup: Setup, seeds: Sequence[int], percents: Sequence[float] = PERCENTS,
               models: Sequence[str] | None = None, sources: Sequence[str] | None = None,
               budget_seconds: float | None = None) -> dict[str, Any]:
@@ -66,9 +55,9 @@ def reproduce(setup: Setup, seeds: Sequence[int], percents: Sequence[float] = PE
     mrr, train_seconds (without the source's), seconds, fingerprint}; missing: what the budget left undone. Written to
     OUT/figure3.json after each row.
 
-    models: see `rows_of`. sources: data sets from which models go to all others; None: from each. budget_seconds:
-    after this time nothing new is begun; the same call goes on. Raises UserError for fewer than two data sets, and for
-    shares and names that make no sense.
+    models: rows to measure (see `chosen`); None: all. sources: data sets from which models go to all others; None: from
+    each. budget_seconds: after this time nothing new is begun; the same call goes on. Raises UserError for fewer than
+    two data sets, and for shares and names that make no sense.
     """
     if len(setup.data) < 2:
         raise UserError(f"{NAME} takes models from one data set to another; give two or more")
@@ -78,7 +67,10 @@ def reproduce(setup: Setup, seeds: Sequence[int], percents: Sequence[float] = PE
         raise UserError(f"a share of {wrong[0]:g}% of the training users makes no sense; give 0 to 100")
     until = None if budget_seconds is None else time.monotonic() + budget_seconds
     result: dict[str, Any] = {"experiment": NAME, "title": TITLE, "split": "test", "rows": [], "missing": []}
-    for point, table in _points(setup, seeds, sorted(set(percents)), rows_of(models), sources or list(setup.data)):
+    rows = transferred()
+    asked = chosen([row.name for row in rows], models, NAME)
+    rows = [row for row in rows if row.name in asked]
+    for point, table in _points(setup, seeds, sorted(set(percents)), rows, sources or list(setup.data)):
         told, found = point.told(table), table.kept(point.row.name, point.seed)
         if found is None and until is not None and time.monotonic() > until:
             result["missing"].append({**told, "why": "the budget was used up"})
