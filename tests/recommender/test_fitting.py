@@ -63,7 +63,8 @@ def same(a: LaserRecommender, b: LaserRecommender) -> None:
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("it trains"))
+    """From its call on."""
+    return lambda: monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("it trains"))
 
 
 # -- a fit ------------------------------------------------------------------------------------------------------
@@ -126,6 +127,7 @@ def no_text():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_finished_folder_is_loaded(whole, fit, name, no_training):
     folder, model = whole(name)
+    no_training()
     same(fit(DATA, folder, name), model)
 
 
@@ -144,6 +146,7 @@ def own_other(name: str) -> dict:
 @pytest.mark.parametrize("name", METHODS)
 def test_other_settings_data_or_method_are_refused_before_anything_is_trained(whole, fit, name, no_training):
     folder, _ = whole(name)
+    no_training()
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     other = "sasrec" if name == "laser" else "laser"
     for data, method, sections in ((DATA, name, OTHERS.get(name, own_other(name))),
@@ -155,13 +158,17 @@ def test_other_settings_data_or_method_are_refused_before_anything_is_trained(wh
 
 @pytest.mark.parametrize("changed", [{"dropout": 0.3}, {"kind": "bert4rec"}, {"kind": "none"}, {"seed": 4}])
 def test_other_settings_of_the_id_model_are_other_settings(whole, fit, no_training, changed):
+    folder, _ = whole("laser")
+    no_training()
     with pytest.raises(UserError, match="other settings"):
-        fit(DATA, whole("laser")[0], id_model={**tiny.ID_MODEL.model_dump(), "max_epochs": 2, "lr": 1e-2,
-                                               "batch_size": 16, **changed})
+        fit(DATA, folder, id_model={**tiny.ID_MODEL.model_dump(), "max_epochs": 2, "lr": 1e-2,
+                                   "batch_size": 16, **changed})
 
 
 def test_settings_of_pace_are_no_other_settings(whole, fit, no_training):
-    fit(DATA, whole("laser")[0], train={**OFTEN["train"], "tokens_per_pass": 77}, prompt={"text_cache_gib": 0.0})
+    folder, _ = whole("laser")
+    no_training()
+    fit(DATA, folder, train={**OFTEN["train"], "tokens_per_pass": 77}, prompt={"text_cache_gib": 0.0})
 
 
 def test_what_a_folder_of_texts_holds_is_a_setting_and_not_where_it_is(fit, tmp_path):
@@ -180,6 +187,7 @@ def test_what_a_folder_of_texts_holds_is_a_setting_and_not_where_it_is(fit, tmp_
 @pytest.mark.parametrize("name", ["popularity", "laser"])
 def test_it_goes_into_no_folder_that_holds_something_else(fit, tmp_path, no_training, name):
     """It would be gone when the finished model takes the folder's place."""
+    no_training()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for place in (tmp_path / "mine", tmp_path / "not there yet" / ".." / "mine"):
@@ -306,7 +314,8 @@ def test_what_was_chosen_on_validation_is_kept(fit, llm, tmp_path, monkeypatch):
 
 
 def test_a_given_id_model_replaces_the_settings_and_the_card_says_so(whole, fit, tmp_path, llm, no_training_of_it):
-    given, below = whole("bert4rec")
+    (given, below), (other, _) = whole("bert4rec"), whole("sasrec")
+    no_training_of_it()
     model = fit(DATA, tmp_path / "m", below=given)  # whose settings say sasrec
     assert model.config.id_model == below.config.id_model and model.config.id_model.kind == "bert4rec"
     for name, tensor in below.model.state_dict().items():
@@ -318,7 +327,7 @@ def test_a_given_id_model_replaces_the_settings_and_the_card_says_so(whole, fit,
     assert again.config == model.config
     same(fit(DATA, tmp_path / "m", below=given), model)  # loaded
     with pytest.raises(UserError, match="other settings"):
-        fit(DATA, tmp_path / "m", below=whole("sasrec")[0])
+        fit(DATA, tmp_path / "m", below=other)
 
 
 def test_the_id_model_inside_a_laser_is_read_as_a_model_of_its_own(whole, fit, tmp_path, llm):
@@ -339,8 +348,9 @@ def test_the_id_model_inside_a_laser_is_read_as_a_model_of_its_own(whole, fit, t
 
 @pytest.fixture
 def no_training_of_it(monkeypatch):
-    """No sequence model is fitted."""
-    monkeypatch.setattr("laserrec.methods.sequence_task.SequenceTask.begin_epoch", lambda *_: pytest.fail("it trains"))
+    """No sequence model is fitted from its call on."""
+    task = "laserrec.methods.sequence_task.SequenceTask.begin_epoch"
+    return lambda: monkeypatch.setattr(task, lambda *_: pytest.fail("it trains"))
 
 
 def test_an_id_model_that_does_not_fit_is_refused(whole, fit, tmp_path):
