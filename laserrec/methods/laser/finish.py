@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from laserrec.config import BlendConfig, Config, NeighboursConfig
 from laserrec.data.dataset import Cases
 from laserrec.data.histories import Histories
 from laserrec.methods.laser.blend import Blend, Candidates, Cosines, choose, full_grid, gather_candidates, search
-from laserrec.methods.laser.ranker import Ranker
-from laserrec.methods.laser.ranker_fit import fit_ranker
+from laserrec.methods.laser.ranker import Ranker, recency
+from laserrec.methods.laser.ranker_fit import Inputs, fit_ranker
 from laserrec.methods.laser.sides import SummedUsers
 from laserrec.methods.laser.task import LaserTask
 from laserrec.methods.neighbours import Neighbours, multiplications
@@ -53,26 +53,40 @@ def choose_blend(task: LaserTask, progress: bool = False) -> tuple[Config, dict[
               "ndcg@10": parts.report(chosen, config.blend.trials)}
     config = _apply(task, chosen)
     if config.blend.network and dataset.n_items <= _RANKED_ITEMS:
-        task.module.ranker, told = _ranker(task, chosen, config.blend.network, progress)
+        task.module.ranker, told = _ranker(task, cases.histories, chosen, config.blend.network, progress)
         report |= {"network": told} if told else {}
     return config, report
 
 
-def _ranker(task: LaserTask, chosen: _Choice, hidden: int, progress: bool) -> tuple[Ranker | None, dict[str, Any]]:
+def _ranker(task: LaserTask, histories: Histories, chosen: _Choice, hidden: int, progress: bool
+            ) -> tuple[Ranker | None, dict[str, Any]]:
     """Of several processes the first one trains it."""
-    n_items, device = task.dataset.n_items, task.module.device
+    device = task.module.device
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        popularity = torch.bincount(task.dataset.train_sequences.items, minlength=n_items).float().to(device)
-        ranker, told = fit_ranker(chosen.candidates, chosen.blend, popularity, hidden, progress)
+        inputs = _inputs(task, histories, chosen.candidates.items)
+        ranker, told = fit_ranker(chosen.candidates, chosen.blend, inputs, hidden, progress)
         return ({} if ranker is None else dict(ranker.state_dict())), told
 
     weights, told = task.world.from_main(make)
     if not weights:
         return None, told
-    ranker = Ranker(n_items, hidden).to(device)
+    ranker = Ranker(task.dataset.n_items, hidden).to(device)
     ranker.load_state_dict(weights)
     return ranker.eval().requires_grad_(False), told
+
+
+def _inputs(task: LaserTask, histories: Histories, items: Int[Tensor, "users candidates"]) -> Inputs:
+    """From the model as it will score."""
+    laser, sequences, n_items = task.module, task.dataset.train_sequences, task.dataset.n_items
+    newest, d, text, ids, boosts = laser.newest(histories), laser.d_text, [], [], []
+    for user, rows in enumerate(items):
+        last, vectors = newest.vectors[user], laser.vectors[rows]
+        text.append(vectors[:, :d] @ last[:d])
+        ids.append(vectors[:, d:] @ last[d:])
+        boosts.append(torch.zeros_like(text[-1]) if newest.boosts is None else newest.boosts.at(user, rows))
+    popularity = torch.bincount(sequences.items, minlength=n_items).float().to(laser.device)
+    return Inputs(popularity, recency(sequences, n_items).to(laser.device), *map(torch.stack, (text, ids, boosts)))
 
 
 @dataclass(frozen=True)

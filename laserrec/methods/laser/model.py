@@ -17,7 +17,7 @@ from laserrec.methods.laser.head import AddedOutput, Head
 from laserrec.methods.laser.id_states import IdStates
 from laserrec.methods.laser.mformer import Route
 from laserrec.methods.laser.new_items import inherit_id_part, nearest_known
-from laserrec.methods.laser.ranker import AppliedRanker, Ranker
+from laserrec.methods.laser.ranker import AppliedRanker, Newest, Ranker
 from laserrec.methods.laser.readers import Reader
 from laserrec.methods.laser.sides import ItemSide, MeanItems, StudentUsers, UserSide
 from laserrec.methods.laser.student import Student
@@ -112,6 +112,14 @@ class Laser(nn.Module, TwoTower):
     def users(self, histories: Histories) -> Float[Tensor, "users d_out"]:
         """Users' embeddings, of unit length."""
         return self.read(histories)[0]
+
+    @torch.no_grad()
+    def newest(self, histories: Histories) -> Newest:
+        """The histories' newest items, for the ranker."""
+        last = histories.to(self.device).last(1)
+        vectors = self.vectors.new_zeros(len(last), self.vectors.shape[1])
+        vectors[last.users] = self.vectors[last.items]
+        return Newest(vectors, None if self.neighbours is None else self.neighbours.on(last))
 
     def items(self, rows: Int[Tensor, "some"] | None = None) -> Float[Tensor, "items d_out"]:
         """Items' embeddings, of unit length."""
@@ -267,5 +275,6 @@ class _Ranking:
         offset = None if laser.seen is None else laser.seen.on(here)
         pairs = here.distinct() if offset is None else offset.pairs
         seen = AtPairs(pairs, torch.ones(len(pairs.users), device=laser.device), torch.add)
-        terms, d = [term for term in (boosts, offset) if term is not None], laser.d_text
-        return AppliedRanker(self.ranker, terms, boosts, seen, users[:, d:], laser.vectors[:, d:], here.lengths)
+        terms = [term for term in (boosts, offset) if term is not None]
+        return AppliedRanker(self.ranker, terms, boosts, seen, laser.newest(here), users[:, laser.d_text :],
+                             laser.vectors, here.lengths)

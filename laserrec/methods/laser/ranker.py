@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from laserrec.data.histories import Histories
 from laserrec.methods.terms import AtPairs, Inheriting
 
 _LONGEST = 50
@@ -33,24 +34,42 @@ class Parts:
     """What the text parts add to the cosine."""
     ids: Float[Tensor, "*users items"]
     """What the ID parts add to it."""
+    last_text: Float[Tensor, "*users items"]
+    """The same with the history's newest item in the user's place."""
+    last_ids: Float[Tensor, "*users items"]
+    """The same of the ID parts."""
     boosts: Float[Tensor, "*users items"]
     """Sums of neighbour weights."""
+    last_boosts: Float[Tensor, "*users items"]
+    """Neighbour weights of the newest item alone."""
     seen: Bool[Tensor, "*users items"]
     """Items of the history."""
     popularity: Float[Tensor, "*users items"]
     """Training interactions of the item."""
+    recency: Float[Tensor, "*users items"]
+    """Of the item; see the function."""
     lengths: Int[Tensor, "*users 1"]
     """Items of the history."""
 
     def features(self) -> Float[Tensor, "*users items features"]:
         """What the network reads, before it is standardised."""
-        boosts = self.boosts.clamp(min=0)
-        columns = (self.text, self.ids, boosts.sqrt(), (boosts > 0).float(), self.seen.float(), self.popularity.log1p(),
-                   self.lengths.clamp(1, _LONGEST).log())
+        boosts, last = self.boosts.clamp(min=0), self.last_boosts.clamp(min=0)
+        columns = (self.text, self.ids, self.last_text, self.last_ids, boosts.sqrt(), (boosts > 0).float(), last.sqrt(),
+                   self.seen.float(), self.popularity.log1p(), self.recency, self.lengths.clamp(1, _LONGEST).log())
         return torch.stack(torch.broadcast_tensors(*columns), dim=-1)
 
 
+_COSINES, _BOOST, _LAST_BOOST, _SEEN, _ITEM, _LENGTH = slice(0, 4), slice(4, 6), 6, 7, slice(8, 10), 10
+"""Columns of the features."""
 FEATURES = len(fields(Parts)) + 1  # boosts make two
+
+
+def recency(sequences: Histories, n_items: int) -> Float[Tensor, "n_items"]:
+    """Where items stand in the sequences on average, from 0 (first) to 1 (last); an item of few sequences is drawn
+    towards the middle. What people took last is what is taken now: it tells new items from those that have been."""
+    place = (sequences.lengths[sequences.users] - sequences.ages) / sequences.lengths[sequences.users]
+    total = torch.zeros(n_items).index_add_(0, sequences.items, place.float())
+    return (total + 0.5) / (torch.bincount(sequences.items, minlength=n_items) + 1)
 
 
 class Ranker(Inheriting, nn.Module):
@@ -60,12 +79,14 @@ class Ranker(Inheriting, nn.Module):
     """
 
     popularity: Float[Tensor, "n_items"]
+    recency: Float[Tensor, "n_items"]
     mean: Float[Tensor, "features"]
     deviation: Float[Tensor, "features"]
 
     def __init__(self, n_items: int, hidden: int):
         super().__init__()
         self.register_buffer("popularity", torch.zeros(n_items))
+        self.register_buffer("recency", torch.zeros(n_items))
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.register_buffer("deviation", torch.ones(FEATURES))
         self.direct = nn.Linear(FEATURES, 1, bias=False)
@@ -105,10 +126,27 @@ class Ranker(Inheriting, nn.Module):
 
     def popularities(self) -> Float[Tensor, "items"]:
         """Of all items; new ones count as popular as their parents, by weight."""
+        return self._with_new(self.popularity)
+
+    def recencies(self) -> Float[Tensor, "items"]:
+        """Of all items; new ones stand where their parents do, by weight."""
+        return self._with_new(self.recency)
+
+    def _with_new(self, known: Float[Tensor, "n_items"]) -> Float[Tensor, "items"]:
         if self._parents is None:
-            return self.popularity
+            return known
         rows, weights = self._parents
-        return torch.cat([self.popularity, (self.popularity[rows] * weights).sum(dim=1)])
+        return torch.cat([known, (known[rows] * weights).sum(dim=1)])
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest items of some histories, in the users' place."""
+
+    vectors: Float[Tensor, "users d_out"]
+    """Zeros for an empty history."""
+    boosts: AtPairs | None
+    """Their neighbours."""
 
 
 @dataclass(frozen=True)
@@ -120,56 +158,71 @@ class AppliedRanker:
     """Applied to the cosines one after another, before the network."""
     boosts: AtPairs | None
     seen: AtPairs
+    newest: Newest
     id_users: Float[Tensor, "users d_id"]
-    id_items: Float[Tensor, "items d_id"]
+    items: Float[Tensor, "items d_out"]
+    """Their vectors, whose ID part is the end."""
     lengths: Int[Tensor, "users"]
 
     def to_all(self, scores: Float[Tensor, "users items"]) -> Float[Tensor, "users items"]:
         """Cosines -> new scores."""
-        ids = self.id_users @ self.id_items.T
-        text, boosts, seen = scores - ids, torch.zeros_like(scores), torch.zeros_like(scores)
-        for term, dense in ((self.boosts, boosts), (self.seen, seen)):
+        cosines = self._cosines(scores, slice(None), self.items)
+        sparse = [torch.zeros_like(scores) for _ in range(3)]
+        for term, dense in zip(self._sparse, sparse, strict=True):
             if term is not None:
                 dense[term.pairs.users, term.pairs.items] = term.values
         for term in self.terms:
             scores = term.to_all(scores)
-        by_item = self._by_item(self.ranker.popularities())
+        by_item = self._by_item(self.ranker.popularities(), self.ranker.recencies())
         for user, row in enumerate(scores):
-            row += self._added(user, by_item, text[user], ids[user], boosts[user], seen[user])
+            row += self._added(user, by_item, cosines[:, user], [dense[user] for dense in sparse])
         return scores
 
     def to_some(self, user: int, rows: Int[Tensor, "some"], scores: Float[Tensor, "some"]) -> Float[Tensor, "some"]:
         """The same for some items of one user."""
-        ids = self.id_items[rows] @ self.id_users[user]
-        boosts = torch.zeros_like(scores) if self.boosts is None else self.boosts.at(user, rows)
-        by_item = self._by_item(self.ranker.popularities()[rows])
-        added = self._added(user, by_item, scores - ids, ids, boosts, self.seen.at(user, rows))
+        cosines = self._cosines(scores[None], slice(user, user + 1), self.items[rows])
+        sparse = [torch.zeros_like(scores) if term is None else term.at(user, rows) for term in self._sparse]
+        by_item = self._by_item(self.ranker.popularities()[rows], self.ranker.recencies()[rows])
+        added = self._added(user, by_item, cosines[:, 0], sparse)
         for term in self.terms:
             scores = term.to_some(user, rows, scores)
         return scores + added
 
-    def _added(self, user: int, by_item: Float[Tensor, "items units"], text: Float[Tensor, "items"],
-               ids: Float[Tensor, "items"], boosts: Float[Tensor, "items"], seen: Float[Tensor, "items"]
-               ) -> Float[Tensor, "items"]:
-        """What `Ranker.forward` would give for `Parts.features`. Few items have a boost or are seen, so that these
-        features are not written out for all."""
-        weights, ranker = self._folded[0], self.ranker
+    @property
+    def _sparse(self) -> tuple[AtPairs | None, AtPairs | None, AtPairs]:
+        return self.boosts, self.newest.boosts, self.seen
+
+    def _cosines(self, scores: Float[Tensor, "users items"], users: slice, items: Float[Tensor, "items d_out"]
+                 ) -> Float[Tensor, "4 users items"]:
+        """text, ids, last_text and last_ids of `Parts`. scores: cosines of whole vectors."""
+        d = self.items.shape[1] - self.id_users.shape[1]
+        ids, last = self.id_users[users] @ items[:, d:].T, self.newest.vectors[users]
+        return torch.stack([scores - ids, ids, last[:, :d] @ items[:, :d].T, last[:, d:] @ items[:, d:].T])
+
+    def _added(self, user: int, by_item: Float[Tensor, "items units"], cosines: Float[Tensor, "4 items"],
+               sparse: Sequence[Float[Tensor, "items"]]) -> Float[Tensor, "items"]:
+        """What `Ranker.forward` would give for `Parts.features`. sparse: boosts, last boosts and seen. Few items have
+        any, so that these features are not written out for all."""
+        weights, (boosts, last, seen) = self._folded[0], sparse
         length = self.lengths[user].clamp(1, _LONGEST).float().log()
-        added = torch.addmm(by_item + length * weights[:, 6], torch.stack([text, ids], dim=1), weights[:, :2].T)
-        boosted, own = (boosts > 0).nonzero()[:, 0], seen.nonzero()[:, 0]
-        added.index_add_(0, boosted, boosts[boosted, None].sqrt() * weights[:, 2] + weights[:, 3])
-        added.index_add_(0, own, weights[:, 4].expand(len(own), -1))
-        network = added[:, 0] + torch.relu(added[:, 1:]) @ ranker.out.weight[0]
-        return ranker.log_temperature.exp() * network
+        added = torch.addmm(by_item + length * weights[:, _LENGTH], cosines.T, weights[:, _COSINES].T)
+        boosted, near, own = (part.nonzero()[:, 0] for part in (boosts > 0, last > 0, seen))
+        columns = torch.stack([boosts[boosted].sqrt(), torch.ones_like(boosts[boosted])], dim=1)
+        added.index_add_(0, boosted, columns @ weights[:, _BOOST].T)
+        added.index_add_(0, near, last[near, None].sqrt() * weights[:, _LAST_BOOST])
+        added.index_add_(0, own, weights[:, _SEEN].expand(len(own), -1))
+        network = added[:, 0] + torch.relu(added[:, 1:]) @ self.ranker.out.weight[0]
+        return self.ranker.log_temperature.exp() * network
 
     @cached_property
     def _folded(self) -> tuple[Tensor, Tensor]:
         return self.ranker.folded()
 
-    def _by_item(self, popularity: Float[Tensor, "items"]) -> Float[Tensor, "items units"]:
+    def _by_item(self, popularity: Float[Tensor, "items"], recency: Float[Tensor, "items"]
+                 ) -> Float[Tensor, "items units"]:
         """What depends on the item alone."""
         weights, biases = self._folded
-        return torch.addcmul(biases, popularity.log1p()[:, None], weights[:, 5])
+        return torch.addmm(biases, torch.stack([popularity.log1p(), recency], dim=1), weights[:, _ITEM].T)
 
     def rows(self, user: int) -> Int[Tensor, "changed"]:
         """Items that a term changes. The network changes all; `Laser.depth` tells how many are looked at for it."""

@@ -20,7 +20,20 @@ _EPOCHS, _MOST_STEPS = 100, 1_600
 _BATCH, _LR, _DECAY = 256, 1e-2, 0.1
 _WARMUP = 0.1
 _FEWEST_USERS = 300
-"""Whose targets are among their likely items. With fewer no network is trained."""
+"""Whose targets are among the items that are trained on. With fewer no network is trained."""
+_BEST = 150
+"""Items by the blend that a user is trained on, beside the target."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the network reads beside the parts of the blend: of all items, and of the users' likely ones (`Parts`)."""
+
+    popularity: Float[Tensor, "n_items"]
+    recency: Float[Tensor, "n_items"]
+    last_text: Float[Tensor, "users candidates"]
+    last_ids: Float[Tensor, "users candidates"]
+    last_boosts: Float[Tensor, "users candidates"]
 
 
 @dataclass(frozen=True)
@@ -34,17 +47,20 @@ class _Examples:
     real: Bool[Tensor, "users candidates"]
 
 
-def fit_ranker(candidates: Candidates, blend: Blend, popularity: Float[Tensor, "n_items"], hidden: int,
-               progress: bool = False) -> tuple[Ranker | None, dict[str, Any]]:
+def fit_ranker(candidates: Candidates, blend: Blend, inputs: Inputs, hidden: int, progress: bool = False
+               ) -> tuple[Ranker | None, dict[str, Any]]:
     """A ranker behind `blend`, and {blend, network}: NDCG@10 of both on users that the network was not trained on.
 
-    It minimises the cross-entropy of the softmax over a user's likely items. Judged by cross-fitting: trained on two
+    It minimises the cross-entropy of the softmax over the blend's best items for a user, for those whose target is
+    among them. Judged by cross-fitting: trained on two
     thirds of the users, it ranks for the others. None where it is worse than the blend by more than two standard
     errors there. The doubt is in its favour: the blend's settings were chosen on all of these users, the networks that
     are judged see two thirds of them, and what is met later gains more. The same for the same input.
     """
-    ranker, examples = _prepared(candidates, blend, popularity, hidden)
-    cases, (people, of) = candidates.found.nonzero()[:, 0], torch.unique(candidates.who, return_inverse=True)
+    ranker, examples = _prepared(candidates, blend, inputs, hidden)
+    best, among = _best(examples)
+    cases = (candidates.found & among).nonzero()[:, 0]
+    people, of = torch.unique(candidates.who, return_inverse=True)
     if len(torch.unique(of[cases])) < _FEWEST_USERS:
         return None, {}
     order = torch.randperm(len(people), generator=torch.Generator().manual_seed(0)).to(of.device)
@@ -52,10 +68,10 @@ def fit_ranker(candidates: Candidates, blend: Blend, popularity: Float[Tensor, "
     with Progress("training the ranking network", _FOLDS + 1, progress) as bar:
         for fold in order.tensor_split(_FOLDS):
             left_out = torch.isin(of, fold)
-            _train(ranker, examples, cases[~left_out[cases]])
+            _train(ranker, best, cases[~left_out[cases]])
             with_network[left_out] = candidates.ndcg_of(_ranked(ranker, examples))[left_out]
             bar.advance(1)
-        _train(ranker, examples, cases)
+        _train(ranker, best, cases)
         bar.advance(1)
     with_network, without = with_network * candidates.found, candidates.ndcg(blend) * candidates.found
     gain = with_network - without
@@ -69,16 +85,28 @@ def _worse(gain: Float[Tensor, "users"]) -> bool:
     return float(gain.mean()) < -2 * float(gain.std()) / len(gain) ** 0.5
 
 
-def _prepared(candidates: Candidates, blend: Blend, popularity: Float[Tensor, "n_items"], hidden: int
-              ) -> tuple[Ranker, _Examples]:
-    ranker = Ranker(len(popularity), hidden).to(popularity.device)
-    ranker.popularity.copy_(popularity)
+def _prepared(candidates: Candidates, blend: Blend, inputs: Inputs, hidden: int) -> tuple[Ranker, _Examples]:
+    ranker = Ranker(len(inputs.popularity), hidden).to(inputs.popularity.device)
+    ranker.popularity.copy_(inputs.popularity)
+    ranker.recency.copy_(inputs.recency)
     text, ids = candidates.weighed(blend.id_share)
-    boosts = candidates.boosts if blend.share is not None else torch.zeros_like(text)
-    parts = Parts(text, ids, boosts, candidates.seen, popularity[candidates.items], candidates.lengths[:, None])
+    neighbours = 0.0 if blend.share is None else 1.0
+    parts = Parts(text, ids, inputs.last_text, inputs.last_ids, neighbours * candidates.boosts,
+                  neighbours * inputs.last_boosts, candidates.seen, ranker.popularity[candidates.items],
+                  ranker.recency[candidates.items], candidates.lengths[:, None])
     features = parts.features()
     ranker.standardise(features[candidates.real])
     return ranker, _Examples(ranker.standardised(features), candidates.scores(blend), candidates.real)
+
+
+def _best(examples: _Examples) -> tuple[_Examples, Bool[Tensor, "users"]]:
+    """Of each user the target and the best other items by the blend, and whether the target is as good as these."""
+    scores = examples.scores.masked_fill(~examples.real, -torch.inf)
+    others = scores[:, 1:].topk(min(_BEST, scores.shape[1] - 1), dim=1)
+    columns = torch.cat([torch.zeros_like(others.indices[:, :1]), 1 + others.indices], dim=1)
+    features = examples.features.gather(1, columns[..., None].expand(-1, -1, examples.features.shape[-1]))
+    few = _Examples(features, examples.scores.gather(1, columns), examples.real.gather(1, columns))
+    return few, scores[:, 0] >= others.values[:, -1]
 
 
 def _ranked(ranker: Ranker, examples: _Examples) -> Float[Tensor, "users candidates"]:

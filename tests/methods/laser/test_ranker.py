@@ -12,8 +12,8 @@ from test_finish import DATA, MISSING, SMALL, N, started, started_without
 from laserrec.methods.laser import finish, ranker_fit
 from laserrec.methods.laser.blend import Blend
 from laserrec.methods.laser.finish import choose_blend
-from laserrec.methods.laser.ranker import Parts, Ranker
-from laserrec.methods.laser.ranker_fit import fit_ranker
+from laserrec.methods.laser.ranker import FEATURES, Parts, Ranker, recency
+from laserrec.methods.laser.ranker_fit import Inputs, fit_ranker
 
 USERS = 600
 HISTORIES = tiny.histories([0, 1, 1, 5], [7], [3, 4, 9, 2, 8, 11], [])
@@ -28,7 +28,8 @@ def with_ranker(llm, **sections):
     for parameter in laser.ranker.parameters():
         parameter.data.normal_(std=0.5)
     laser.ranker.popularity.copy_(torch.arange(N).float())
-    laser.ranker.standardise(torch.randn(50, 7) * 2 + 1)
+    laser.ranker.recency.copy_(torch.rand(N))
+    laser.ranker.standardise(torch.randn(50, FEATURES) * 2 + 1)
     return laser.eval().requires_grad_(False)
 
 
@@ -45,7 +46,15 @@ def naive(laser, histories):
         scores = laser.seen.on(histories).to_all(scores)
     for user, row in enumerate(histories.lists()):
         seen[user, row] = True
-    parts = Parts(text, ids, boosts, seen, laser.ranker.popularities().expand_as(text), histories.lengths[:, None])
+    last, last_boosts = torch.zeros_like(users), torch.zeros_like(text)
+    for user, row in enumerate(histories.lists()):
+        last[user] = laser.vectors[row[-1]] if row else 0.0
+        if laser.neighbours is not None and row:
+            term = laser.neighbours.on(tiny.histories([row[-1]]))
+            last_boosts[user, term.pairs.items] = term.values
+    parts = Parts(text, ids, last[:, :d] @ laser.vectors[:, :d].T, last[:, d:] @ laser.vectors[:, d:].T, boosts,
+                  last_boosts, seen, laser.ranker.popularities().expand_as(text),
+                  laser.ranker.recencies().expand_as(text), histories.lengths[:, None])
     added = laser.ranker(laser.ranker.standardised(parts.features()))
     return scores + laser.ranker.log_temperature.exp() * added
 
@@ -76,6 +85,24 @@ def test_new_items_are_as_popular_as_their_parents(llm):
     rows, weights = laser.neighbours._parents
     assert len(rows) == 2
     torch.testing.assert_close(laser.ranker.popularities()[N:], (rows * weights).sum(dim=1))
+    own = laser.ranker.recency
+    torch.testing.assert_close(laser.ranker.recencies(), torch.cat([own, (own[rows] * weights).sum(dim=1)]))
+
+
+def test_recency_is_the_mean_place_in_the_sequences():
+    histories = [[0, 1, 1, 5], [7], [5, 0], [], [3, 4, 0]]
+    places = [[] for _ in range(N)]
+    for row in histories:
+        for place, item in enumerate(row):
+            places[item].append((place + 1) / len(row))
+    want = [(sum(own) + 0.5) / (len(own) + 1) for own in places]
+    torch.testing.assert_close(recency(tiny.histories(*histories), N), torch.tensor(want))
+
+
+def inputs(found, popularity):
+    """With nothing of the newest items in them."""
+    none = torch.zeros_like(found.text)
+    return Inputs(popularity, torch.zeros(ITEMS), none, none, none)
 
 
 def crowded(seed: int):
@@ -91,11 +118,31 @@ def test_it_learns_what_a_weighted_sum_cannot_tell(monkeypatch):
     monkeypatch.setattr(ranker_fit, "_EPOCHS", 30)
     found, popularity = crowded(3)
     blend = Blend(0.9, None, 0.1, 0.0)
-    ranker, told = fit_ranker(found, blend, popularity, hidden=8)
+    ranker, told = fit_ranker(found, blend, inputs(found, popularity), hidden=8)
     assert ranker is not None and told["kept"] and told["network"] > 1.15 * told["blend"]
-    again, same = fit_ranker(found, blend, popularity, hidden=8)
+    again, same = fit_ranker(found, blend, inputs(found, popularity), hidden=8)
     assert same == told and all(torch.equal(a, b) for a, b in zip(ranker.state_dict().values(),
                                                                   again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("told", ["last_text", "last_ids", "last_boosts", "recency"])
+def test_it_reads_recency_and_the_newest_item(monkeypatch, told):
+    """The blend can't tell the target from others that look like it; what is told of it here can."""
+    monkeypatch.setattr(ranker_fit, "_EPOCHS", 30)
+    found, popularity = crowded(3)
+    noise = torch.randn(found.text.shape, generator=torch.Generator().manual_seed(2)) * 0.1
+    said = 0.3 * (found.items == found.items[:, :1]) + noise
+    if told == "recency":
+        counts = torch.bincount(found.items[:, 0], minlength=ITEMS).float()
+        own = replace(inputs(found, popularity), recency=counts / counts.max())
+    else:
+        own = replace(inputs(found, popularity), **{told: said.clamp(min=0)})
+    without, more = (fit_ranker(found, Blend(0.9, None, 0.1, 0.0), each, hidden=8)[1]
+                     for each in (inputs(found, popularity), own))
+    if told == "last_boosts":  # without neighbours in the blend there are none of the newest item either
+        assert more == without
+        without, more = (fit_ranker(found, START, each, hidden=8)[1] for each in (inputs(found, popularity), own))
+    assert more["network"] > (1.02 if told == "recency" else 1.05) * without["network"]  # targets are spread evenly
 
 
 def test_what_no_user_differs_in_does_not_count(monkeypatch):
@@ -103,11 +150,13 @@ def test_what_no_user_differs_in_does_not_count(monkeypatch):
     monkeypatch.setattr(ranker_fit, "_EPOCHS", 20)
     found, popularity = crowded(3)
     same = replace(found, lengths=torch.full_like(found.lengths, 50))
-    ranker, _ = fit_ranker(same, Blend(0.9, None, 0.1, 0.0), popularity, hidden=8)
+    ranker, _ = fit_ranker(same, Blend(0.9, None, 0.1, 0.0), inputs(found, popularity), hidden=8)
 
     def added(length):
         text, ids = found.weighed(0.9)
-        parts = Parts(text, ids, found.boosts * 0, found.seen, popularity[found.items], torch.full((USERS, 1), length))
+        none = torch.zeros_like(text)
+        parts = Parts(text, ids, none, none, none, none, found.seen, popularity[found.items], none,
+                      torch.full((USERS, 1), length))
         return ranker(ranker.standardised(parts.features()))
 
     assert added(50).isfinite().all() and added(50).std() > 0
@@ -121,7 +170,7 @@ def test_it_is_judged_by_users_that_it_was_not_trained_on(monkeypatch):
     monkeypatch.setattr(ranker_fit, "_train", lambda r, e, own: trained.append(set(own.tolist())) or train(r, e, own))
     monkeypatch.setattr(ranker_fit, "_ranked", lambda r, e: shown.append(len(trained)) or ranked(r, e))
     found, popularity = crowded(3)
-    fit_ranker(found, Blend(0.9, None, 0.1, 0.0), popularity, hidden=8)
+    fit_ranker(found, Blend(0.9, None, 0.1, 0.0), inputs(found, popularity), hidden=8)
     there = set(found.found.nonzero()[:, 0].tolist())
     assert shown == [1, 2, 3] and trained[3] == there
     left_out = [there - fold for fold in trained[:3]]
@@ -136,13 +185,13 @@ def test_all_cases_of_a_user_are_left_out_together(monkeypatch):
     monkeypatch.setattr(ranker_fit, "_train", lambda r, e, own: trained.append(set(own.tolist())) or train(r, e, own))
     found, popularity = crowded(3)
     found = replace(found, who=torch.arange(USERS) // 3 * 5)
-    fit_ranker(found, Blend(0.9, None, 0.1, 0.0), popularity, hidden=8)
+    fit_ranker(found, Blend(0.9, None, 0.1, 0.0), inputs(found, popularity), hidden=8)
     everybody = set(range(USERS // 3))
     people = [everybody - {case // 3 for case in fold} for fold in trained[:3]]
     assert found.found.all() and set().union(*people) == everybody and sum(map(len, people)) == len(everybody)
     assert [len(fold) + 3 * len(own) for fold, own in zip(trained[:3], people, strict=True)] == [USERS] * 3
     monkeypatch.setattr(ranker_fit, "_FEWEST_USERS", USERS // 3 + 1)
-    assert fit_ranker(found, START, popularity, hidden=8) == (None, {})
+    assert fit_ranker(found, START, inputs(found, popularity), hidden=8) == (None, {})
 
 
 def test_it_is_not_kept_where_it_ranks_worse(monkeypatch):
@@ -154,13 +203,13 @@ def test_it_is_not_kept_where_it_ranks_worse(monkeypatch):
         ranker.out.weight.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(100)
 
     monkeypatch.setattr(ranker_fit, "_train", spoilt)
-    ranker, told = fit_ranker(found, START, popularity, hidden=8)
+    ranker, told = fit_ranker(found, START, inputs(found, popularity), hidden=8)
     assert ranker is None and not told["kept"] and told["network"] < told["blend"]
 
 
 def test_few_users_train_none():
     found, popularity = planted(1, 0.3, 0.3, 0.5, users=100), torch.ones(ITEMS)
-    assert fit_ranker(found, START, popularity, hidden=8) == (None, {})
+    assert fit_ranker(found, START, inputs(found, popularity), hidden=8) == (None, {})
 
 
 @pytest.mark.parametrize("missing", ["nothing", *MISSING])
