@@ -16,7 +16,7 @@ from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.laser.head import AddedOutput, Head
 from laserrec.methods.laser.id_states import IdStates
 from laserrec.methods.laser.model import Laser
-from laserrec.methods.laser.ranker import Ranker
+from laserrec.methods.laser.ranker import FEATURES, Ranker
 from laserrec.methods.laser.readers import READERS, Reader
 from laserrec.methods.laser.sides import MeanItems, ReadItems, ReadUsers, StudentUsers, SummedUsers
 from laserrec.methods.laser.student import Student
@@ -124,7 +124,10 @@ def restore(config: Config, items: pl.DataFrame, n_known: int, features: TextFea
     means = kept["means"].to(features.device) if "means" in kept else None
     laser = compose(config, items, n_known, features, id_model, means)
     if "ranker.hidden.weight" in weights:
-        laser.ranker = Ranker(n_known, len(weights["ranker.hidden.weight"])).to(features.device)
+        hidden, read = weights["ranker.hidden.weight"].shape
+        if read != FEATURES:
+            raise RuntimeError(f"the ranking network of this version reads {FEATURES} features, this one {read}")
+        laser.ranker = Ranker(n_known, hidden).to(features.device)
     laser.load_state_dict(weights)
     if kept["vectors"].shape != (items.height, laser.d_out):
         raise RuntimeError(f"embeddings of shape {tuple(kept['vectors'].shape)}, not {(items.height, laser.d_out)}")

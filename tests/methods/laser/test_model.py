@@ -162,6 +162,9 @@ def test_weights_that_do_not_fit_are_refused(llm):
     for wrong in ({**kept, "vectors": kept["vectors"][:5]}, {**kept, "means": kept["means"][:5]}):
         with pytest.raises(RuntimeError):
             restore(laser.config, tiny.items(20), 20, features, tiny.id_model(20), weights, wrong)
+    with pytest.raises(RuntimeError, match=r"network of this version reads \d+ features, this one 7"):
+        restore(laser.config, tiny.items(20), 20, features, tiny.id_model(20),
+                {**weights, "ranker.hidden.weight": torch.zeros(32, 7)}, kept)
     claimed = shapes(laser.config, 20)
     assert {name: tuple(weights[name].shape) for name in claimed} == claimed and len(claimed) == 3
 
