@@ -169,8 +169,7 @@ def _one(name: str, out: Path, data: list[str] | None, models: list[str] | None,
             "mean_history": "per user", "density": "density", "published": "paper's"}, folded="data")
     wanted = bases or EXPERIMENTS[name]().bases
     setup = Setup(folders, {base: load_config(base, file, given(flags)) for base in wanted}, out, device, not quiet)
-    found_now = reproduce(name, setup, range(seeds), None if budget is None else 60 * budget, workers,
-                          models)
+    found_now = reproduce(name, setup, range(seeds), None if budget is None else 60 * budget, workers, models)
     result: dict[str, Any] = {"machine": describe(), **found_now}
     write_json(out / f"{name}.json", result)
     k = next(iter(setup.bases.values())).eval.k
