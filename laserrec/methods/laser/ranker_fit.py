@@ -52,10 +52,10 @@ def fit_ranker(candidates: Candidates, blend: Blend, inputs: Inputs, hidden: int
     """A ranker behind `blend`, and {blend, network}: NDCG@10 of both on users that the network was not trained on.
 
     It minimises the cross-entropy of the softmax over the blend's best items for a user, for those whose target is
-    among them. Judged by cross-fitting: trained on two
-    thirds of the users, it ranks for the others. None where it is worse than the blend by more than two standard
-    errors there. The doubt is in its favour: the blend's settings were chosen on all of these users, the networks that
-    are judged see two thirds of them, and what is met later gains more. The same for the same input.
+    among them. Judged by cross-fitting: trained on two thirds of the users, it ranks for the others. None where it is
+    worse than the blend by more than two standard errors there. The doubt is in its favour: the blend's settings were
+    chosen on all of these users, the networks that are judged see two thirds of them, and what is met later gains more.
+    The same for the same input.
     """
     ranker, examples = _prepared(candidates, blend, inputs, hidden)
     best, among = _best(examples)
