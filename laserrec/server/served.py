@@ -77,7 +77,8 @@ class Served:
     def __init__(self, model: LaserRecommender, state: State, limits: Limits, name: str, folder: Path,
                  index: Path | None = None):
         self.model, self.state, self.name, self.folder, self.index = model, state, name, folder, index
-        self.fitted = frozenset(model.items["item_id"].to_list())
+        names = model.items["item_id"].to_list()
+        self.fitted = frozenset(names).difference(model.unknown_items(names))  # rows of removed items stay in the table
         self.kept, self.stale = self._applied(state.read())
         self.listing = Listing(self._live_items())
         self.cache = AnswerCache(limits.cache)
@@ -129,8 +130,17 @@ class Served:
     def frame(self, items: Sequence[NewItem]) -> pl.DataFrame:
         """As `LaserRecommender.add_items` takes them: with the columns that the catalogue has."""
         columns = {name: kind for name, kind in self.model.items.schema.items() if name != "item"}
-        rows = [{**item_of(item), **item.get("columns", {}), VECTOR: item.get("vector")} for item in items]
+        rows = [{**item_of(item), **item.get("columns", {}), VECTOR: self._vector(item)} for item in items]
         return pl.DataFrame([{name: row.get(name) for name in columns} for row in rows], schema=columns)
+
+    def _vector(self, item: NewItem) -> list[float] | None:
+        """None where it is not as wide as the catalogue's: the item was added to an earlier model."""
+        vector, kind = item.get("vector"), self.model.items.schema.get(VECTOR)
+        if vector is None or not isinstance(kind, pl.Array) or len(vector) == kind.shape[0]:
+            return vector
+        _log.warning("item %r was added with a vector of %d numbers, those of this catalogue have %d; it is left out",
+                     item["item_id"], len(vector), kind.shape[0])
+        return None
 
     def check(self, items: Sequence[NewItem]) -> None:
         """Raises UserError for an item with a column, or a vector, that the catalogue does not have."""

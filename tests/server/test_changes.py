@@ -195,6 +195,20 @@ def test_added_items_that_a_newer_model_knows_are_its_own(model_folder, newer_mo
             assert len(ids(client.recommend(["i13"], k=20))) == 15
 
 
+def test_an_item_that_the_model_folder_lacks_stays_added(model_folder, tmp_path):
+    model = LaserRecommender.from_pretrained(model_folder)
+    model.remove_items(["i2"])
+    model.save_pretrained(tmp_path / "without")
+    with served(tmp_path / "without", tmp_path / "state") as client:
+        assert client("GET", "/v1/items/i2").status_code == 404
+        assert client("POST", "/v1/items", json={"items": [{"item_id": "i2", "title": "again"}]}).status_code == 201
+    with served(tmp_path / "without", tmp_path / "state") as client:
+        assert client("GET", "/v1/items/i2").json()["title"] == "again"
+        assert client("DELETE", "/v1/items/i2").status_code == 200
+    with served(tmp_path / "without", tmp_path / "state") as client:
+        assert client("GET", "/v1/items/i2").status_code == 404
+
+
 @pytest.mark.parametrize("embedding", [[9.0], [float("nan")] * 24, []])
 def test_embeddings_of_a_state_that_do_not_fit_are_made_anew(model_folder, tmp_path, embedding):
     with served(model_folder, tmp_path) as client:

@@ -9,7 +9,8 @@ import tiny
 from serving import NEW, served
 
 from laserrec.recommender.recommender import LaserRecommender
-from laserrec.server.state import State
+from laserrec.server.listing import NewItem
+from laserrec.server.state import Kept, State
 from laserrec.util.errors import UserError
 
 N, DIMS = 12, 6
@@ -63,6 +64,17 @@ def test_they_are_there_after_a_restart_and_for_a_newer_model(client, folder, tm
         assert np.array_equal(embeddings(again, NEW["item_id"]), before)
     frame = client.service.served.frame([OWN])
     assert frame["vector"].to_list() == [OWN["vector"]] and frame["colour"].to_list() == ["dark red"]
+
+
+@pytest.mark.parametrize("length", [3, 12])
+def test_a_vector_that_does_not_fit_the_model_is_left_out(client, folder, tmp_path, length, caplog):
+    """As a state has it whose item was added to a model with other vectors."""
+    state = State(tmp_path / "other", "another model")
+    state.write(Kept((), {NEW["item_id"]: NewItem(**{**OWN, "vector": [1.0] * length})}))
+    with served(folder, tmp_path / "other") as other:
+        assert client("POST", "/v1/items", json={"items": [{**OWN, "vector": None}]}).status_code == 201
+        assert np.allclose(embeddings(other, NEW["item_id"]), embeddings(client, NEW["item_id"]), atol=1e-6)
+    assert f"a vector of {length} numbers, those of this catalogue have {DIMS}" in caplog.text
 
 
 @pytest.mark.parametrize(("wrong", "why"), [
