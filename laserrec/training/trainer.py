@@ -175,7 +175,7 @@ class Trainer:
                            seconds=place.seconds)
         if self.place.phase < len(self.phases):
             self._begin_phase()
-            self._save()
+        self._save()  # behind the last phase too: what follows a training may take minutes
 
     def _epoch(self) -> None:
         self._follow()

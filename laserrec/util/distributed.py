@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from laserrec.util.device import own_gpu
+from laserrec.util.device import CPU, own_gpu, seeded
 from laserrec.util.errors import UserError
 
 _PATIENCE = timedelta(hours=24)
@@ -170,11 +170,8 @@ class World:
         if self.size == 1:
             yield
             return
-        gpu, seed = own_gpu(), int(np.random.SeedSequence((*key, self.rank)).generate_state(1, np.uint64)[0])
-        with torch.random.fork_rng(devices=[] if gpu is None else [gpu]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach GPUs that are not set back
-            if gpu is not None:
-                torch.cuda.default_generators[gpu.index].manual_seed(seed)
+        seed = int(np.random.SeedSequence((*key, self.rank)).generate_state(1, np.uint64)[0])
+        with seeded(own_gpu() or CPU, seed):
             yield
 
     @contextmanager

@@ -236,6 +236,19 @@ def test_an_interrupted_fit_goes_on_to_the_same_model(whole, fit, tmp_path, monk
     same(fit(DATA, tmp_path / "m", name), whole(name)[1])
 
 
+def test_a_fit_that_is_interrupted_behind_its_training_is_not_trained_again(whole, fit, tmp_path, monkeypatch):
+    def interrupted(task, progress):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setitem(METHODS, "laser", replace(METHODS["laser"], finish=interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            fit(DATA, tmp_path / "m")
+    want = whole("laser")[1]
+    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("it trains"))
+    same(fit(DATA, tmp_path / "m"), want)
+
+
 CLEAN = multiprocessing.get_context("forkserver")
 """Starts processes from one that has imported everything and computed nothing: polars must not be forked at work."""
 CLEAN.set_forkserver_preload(["laserrec.recommender.recommender", "torch.utils.tensorboard", "pandas",

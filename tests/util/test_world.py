@@ -66,6 +66,19 @@ def test_own_randomness_sets_the_own_gpu_back_too(machine, monkeypatch):
     assert not torch.equal(drawn[0][0], drawn[1][0]) and not torch.equal(drawn[0][1], drawn[1][1])
 
 
+def test_without_a_gpu_of_its_own_no_gpu_is_touched(monkeypatch):
+    """As with --device cpu on a machine whose GPUs are full."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("get_rng_state", "set_rng_state", "manual_seed_all", "_lazy_call"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("a GPU is touched"))
+    before, drawn = torch.get_rng_state(), []
+    for _ in range(2):
+        with device.seeded(device.CPU, 3):
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn) and torch.equal(torch.get_rng_state(), before)
+
+
 TWO = """
 import json
 import torch

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laserrec.methods.laser.blend import Blend, Candidates
 from laserrec.methods.laser.ranker import Parts, Ranker
+from laserrec.util.device import seeded
 from laserrec.util.progress import Progress
 
 _FOLDS = 3
@@ -117,8 +118,7 @@ def _ranked(ranker: Ranker, examples: _Examples) -> Float[Tensor, "users candida
 
 def _train(ranker: Ranker, examples: _Examples, users: Int[Tensor, "some"]) -> None:
     """From the same start each time."""
-    with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(0)
+    with seeded(ranker.popularity.device, 0), torch.enable_grad():
         ranker.reset()
         ranker.train()
         _minimise(ranker, examples, users)
