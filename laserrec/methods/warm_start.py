@@ -30,8 +30,8 @@ def carry_sequence_model(
     reads.
 
     Known items keep their embeddings, biases and text vectors. New ones start as the mean of `old`'s items nearest by
-    text; without texts, as the mean of all of them plus their own random start. Raises UserError where the two differ
-    in more than their items, and where without texts there is no known item.
+    text, or of all of them if they have none; without `texts`, as that mean plus their own random start. Raises
+    UserError where the two differ in more than their items, and where without texts there is no known item.
     """
     carry_weights(new, old, _BY_ITEM)
     known, rows = (rows >= 0).to(new.device), rows.to(new.device)
@@ -45,6 +45,7 @@ def carry_sequence_model(
     else:
         parents, weights = nearest_known(texts[0][~known], texts[1][trained])
         start = (old_table[trained][parents] * weights[..., None]).sum(dim=1)
+        start[~weights.any(dim=1)] = old_table[trained].mean(dim=0)
     for at, table in ((known, old_table[rows[known]]), (~known, start)):
         ours[: new.n_items][at] = table[:, :-1]
         new.bias[at] = table[:, -1]

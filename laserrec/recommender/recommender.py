@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from laserrec.data.clean import item_ids_of
 from laserrec.data.dataset import Dataset
 from laserrec.data.door import Asked, read_histories
 from laserrec.data.histories import Histories
-from laserrec.data.losses import two_of
+from laserrec.data.losses import LossWarning, two_of
 from laserrec.data.prepare import prepare
 from laserrec.data.raw import ITEM_SCHEMA, from_frames, read_items
 from laserrec.data.summary import summary_lines
@@ -102,10 +103,14 @@ class LaserRecommender:
         dataset = dataset_of(dataset)
         model = cls(fit(method, dataset, config_of(config), folder, choose(device), id_model, progress=progress,
                         trust_remote_code=trust_remote_code))
-        new = dataset.new_items
-        if new.height and isinstance(model.model, Growing) and model.add_items(new, exists="skip") and join().is_main:
+        if model._grown(dataset.new_items) and join().is_main:
             model.save_pretrained(folder)
         return model
+
+    def _grown(self, items: pl.DataFrame) -> int:
+        """Add those that never were in the catalogue, if the method can; how many."""
+        new = items.filter(~pl.col("item_id").is_in(self._names))  # what was removed since stays so
+        return self.add_items(new) if new.height and isinstance(self.model, Growing) else 0
 
     def refit(self, dataset: Dataset | Path | str, folder: Path | str, changes: Mapping[str, Any] | None = None,
               progress: bool = True) -> LaserRecommender:
@@ -124,11 +129,11 @@ class LaserRecommender:
         model = LaserRecommender(refit(self.fitted, dataset, folder, changes_of(changes), progress))
         gone = [name for name in map(self._names.__getitem__, self._removed) if name not in self._index]
         there = model.items.schema
-        added = self.items[self.n_known :].drop("item")
+        added = self.items[self.n_known :].filter(~pl.col("item").is_in(self._removed)).drop("item")
         added = added.select(name for name, kind in added.schema.items() if there.get(name) == kind)
         new = pl.concat([dataset.new_items, added], how="diagonal").filter(~pl.col("item_id").is_in(gone))
         new = new.unique("item_id", keep="first", maintain_order=True)
-        grown = new.height and isinstance(model.model, Growing) and model.add_items(new, exists="skip")
+        grown = model._grown(new)
         if gone := [name for name in gone if not model.unknown_items([name])]:
             model.remove_items(gone)
         if grown or gone:
@@ -240,9 +245,9 @@ class LaserRecommender:
         text does the work, and where scores have an ID part, they inherit that of the items nearest by text.
         embeddings: these items' own, as `encode_items` gave them on the same model, which saves the encoding. exists:
         "error", or "skip" to leave out items that are in the catalogue already.
-        Returns how many. Raises UserError for a missing title, a repeated or an existing id, embeddings that are not
-        finite or not one for each, and for a method without `laserrec.methods.protocol.Growing`; then nothing is
-        added."""
+        Returns how many. Items of which the model reads nothing are counted in a LossWarning. Raises UserError for a
+        missing title, a repeated or an existing id, embeddings that are not finite or not one for each, and for a
+        method without `laserrec.methods.protocol.Growing`; then nothing is added."""
         with self._held(tables=True):
             new = self._new_items(frame, exists)
             if not isinstance(self.model, Growing):
@@ -256,7 +261,17 @@ class LaserRecommender:
             self.items = pl.concat([self.items, new.select(self.items.columns)])
             self._names += ids
             self._index |= {name: first + i for i, name in enumerate(ids)}
+            self._tell_blank(first)
             return new.height
+
+    def _tell_blank(self, first: int) -> None:
+        """Of items from this row on."""
+        if not isinstance(self.model, TwoTower):
+            return
+        if blank := int((~self.embeddings[first:].any(dim=1)).sum()):
+            warnings.warn(f"add_items: of {blank:,} of {len(self._names) - first:,} items there is nothing that this "
+                          "model reads (a text, or a vector of their own), so it will hardly recommend them. Refit it "
+                          "when they have interactions", LossWarning, stacklevel=3)
 
     def remove_items(self, item_ids: Sequence[str]) -> int:
         """Take items out of the catalogue: they are never recommended again, and unknown in histories and candidates.

@@ -45,9 +45,9 @@ def counted(monkeypatch):
 
 
 def test_rows_are_white(llm_folder):
-    vectors = features(llm_folder).vectors(tiny.items(60))
-    assert vectors.shape == (60, 32)
-    covariance = vectors.double().T @ vectors.double() / 60
+    vectors = features(llm_folder).vectors(tiny.items(90))
+    assert vectors.shape == (90, 32)
+    covariance = vectors.double().T @ vectors.double() / 90
     torch.testing.assert_close(covariance, torch.eye(32, dtype=torch.float64), rtol=0, atol=1e-2)
     assert len(vectors.unique(dim=0)) > 30  # titles are cut after eight tokens, so that some read alike
 

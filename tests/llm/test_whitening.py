@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from laserrec.llm.whitening import fit_whitening, whiten
 
@@ -56,3 +57,14 @@ def test_rounding_errors_of_the_rows_stay_rounding_errors():
     noisy = rows * (1 + 1e-6 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(5)))
     a, b = (whiten(x.float(), *fit_whitening(x.float(), 12)) for x in (rows, noisy))
     assert (a - b).abs().max() < 1e-3
+
+
+def test_few_rows_are_not_put_equally_far_apart():
+    """Items of four kinds: those of one kind stay nearest, however few they are."""
+    torch.manual_seed(0)
+    kinds = torch.arange(40) % 4
+    rows = 3 * torch.randn(4, 64)[kinds] + torch.randn(40, 64)
+    white = F.normalize(whiten(rows, *fit_whitening(rows, 64)), dim=1)
+    cosines = (white @ white.T).fill_diagonal_(-1)
+    assert (kinds[cosines.argmax(dim=1)] == kinds).float().mean() > 0.9
+    assert int(white.any(dim=0).sum()) == 16

@@ -15,6 +15,7 @@ import tiny
 import torch
 
 from laserrec import LaserRecommender
+from laserrec.data.losses import LossWarning
 from laserrec.evaluation.evaluate import evaluate
 from laserrec.llm.backbone import load_backbone
 from laserrec.methods.all import METHODS
@@ -96,6 +97,19 @@ TEXTS = {"id_model": {**tiny.ID_MODEL.model_dump(), "items": "llm_start", "max_e
          "head": {"whiten_dims": 8, "projection": True, "id_share": 0.4}, "neighbours": {"count": 6, "l2": 1.0}}
 
 
+def test_an_item_that_was_removed_stays_so_when_the_fit_is_loaded(settings, llm, tmp_path):
+    cold = DATA.items.tail(2).with_columns(item_id=pl.Series(["cold1", "cold2"])).drop("item")
+    data = replace(DATA)
+    data.__dict__["new_items"] = cold  # as read from its folder
+    model = LaserRecommender.fit_dataset(data, settings(), tmp_path / "m", device="cpu", progress=False)
+    assert model.items["item_id"].to_list()[N:] == ["cold1", "cold2"]
+    model.remove_items(["cold1"])
+    model.save_pretrained(tmp_path / "m")
+    for _ in range(2):
+        again = LaserRecommender.fit_dataset(data, settings(), tmp_path / "m", device="cpu", progress=False)
+        assert again.unknown_items(["cold1", "cold2"]) == ["cold1"] and len(again.items) == N + 2
+
+
 def test_without_texts_a_laser_is_its_regression_and_id_model(fit, llm, no_text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(finish, "_FEWEST_USERS", 1)
     model = fit(no_text, tmp_path / "m", progress=True, **TEXTS, blend={"trials": 20})
@@ -108,6 +122,11 @@ def test_without_texts_a_laser_is_its_regression_and_id_model(fit, llm, no_text,
     same(again, model)
     told = model.facts["training"]["parts"]["ndcg@10"]
     assert "chosen" in told and "without the text part" not in told
+    with pytest.warns(LossWarning, match="of 2 of 2 items there is nothing that this model reads"):
+        again.add_items(pl.DataFrame({"item_id": ["x", "y"], "title": ["saw", "glue"]}))  # which it has never read
+    assert not again.encode_items(["x", "y"]).any()
+    assert again.recommend(ASK, k=4).equals(model.recommend(ASK, k=4))
+    assert len(again.recommend([["x"]], k=3)) == 3
     same(fit(no_text, tmp_path / "m", **TEXTS, blend={"trials": 20}), model)  # found by the settings that were given
     again.add_items(pl.DataFrame({"item_id": ["new"], "title": ["a saw"]}))
     assert again.recommend(ASK, k=4).height == 8

@@ -143,6 +143,17 @@ def test_items_that_were_added_stay_and_removed_ones_are_gone(whole, tmp_path, l
     assert len(old.items) == N + 3  # it is as it was
 
 
+def test_of_an_item_that_was_added_again_the_newer_text_stays(whole, tmp_path, llm):
+    whole("laser", **MEAN).save_pretrained(tmp_path / "old")
+    old = LaserRecommender.from_pretrained(tmp_path / "old", llm())
+    for title in ("red paint", "a saw"):
+        old.add_items(pl.DataFrame({"item_id": ["mine"], "title": [title]}))
+        old.remove_items(["mine"])
+    old.add_items(pl.DataFrame({"item_id": ["mine"], "title": ["corrected"]}))
+    model = old.refit(MIXED, tmp_path / "m", STILL, progress=False)
+    assert model.items.filter(item_id="mine")["title"].to_list() == ["corrected"]
+
+
 # -- training -------------------------------------------------------------------------------------------------------
 
 

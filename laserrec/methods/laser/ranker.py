@@ -125,18 +125,18 @@ class Ranker(Inheriting, nn.Module):
         return weights, biases - weights @ self.mean
 
     def popularities(self) -> Float[Tensor, "items"]:
-        """Of all items; new ones count as popular as their parents, by weight."""
-        return self._with_new(self.popularity)
+        """Of all items; new ones count as popular as their parents, by weight, and not at all without any."""
+        return self._with_new(self.popularity, 0.0)
 
     def recencies(self) -> Float[Tensor, "items"]:
-        """Of all items; new ones stand where their parents do, by weight."""
-        return self._with_new(self.recency)
+        """Of all items; new ones stand where their parents do, by weight, and in the middle without any."""
+        return self._with_new(self.recency, 0.5)
 
-    def _with_new(self, known: Float[Tensor, "n_items"]) -> Float[Tensor, "items"]:
+    def _with_new(self, known: Float[Tensor, "n_items"], without: float) -> Float[Tensor, "items"]:
         if self._parents is None:
             return known
         rows, weights = self._parents
-        return torch.cat([known, (known[rows] * weights).sum(dim=1)])
+        return torch.cat([known, torch.where(weights.any(dim=1), (known[rows] * weights).sum(dim=1), without)])
 
 
 @dataclass(frozen=True)

@@ -28,3 +28,16 @@ def test_a_twin_by_text_is_a_twin_by_id():
     known[0, :4], known[1, :4], known[2, :4] = torch.eye(4)[0], torch.eye(4)[1], -torch.eye(4)[0]
     out = inherit_id_part(torch.tensor([[1.0, 0, 0, 0, 0, 0]]), known, 2)
     assert F.cosine_similarity(out[0, 4:], known[0, 4:], dim=0) > 0.999
+
+
+def test_without_a_text_nothing_is_inherited():
+    """Neither by an item without one, nor from one."""
+    torch.manual_seed(0)
+    known, new = torch.randn(30, 6), torch.randn(3, 6)
+    known[::3, :4], new[1, :4] = 0.0, 0.0
+    rows, weights = new_items.nearest_known(new[:, :4], known[:, :4])
+    assert torch.allclose(weights.sum(dim=1), torch.tensor([1.0, 0.0, 1.0]))
+    assert not weights[rows % 3 == 0].any()
+    few, none = new_items.nearest_known(new[:, :4], known[::3, :4])
+    assert few.shape == none.shape == (3, 10) and not none.any()
+    assert not inherit_id_part(new, known, 2)[1, 4:].any() and not inherit_id_part(new, known[::3], 2)[:, 4:].any()
