@@ -93,9 +93,11 @@ def _fit(data: Path, out: Path, method: str, how: Fitting, id_model: Path | None
 
 def _tell_fit(model: LaserRecommender, dataset: Dataset, out: Path, there: bool) -> dict[str, Any]:
     """Print how good the model is and what it took; the numbers. there: it was fitted before."""
-    facts, k = model.facts["training"], model.config.eval.k
-    kept, score = facts["kept"], f"validation_ndcg@{k}"
-    quality = f"validation NDCG@{k} {kept[score]:.4f}" if score in kept else "not validated"
+    from laserrec.recommender.validated import validated
+
+    facts = model.facts["training"]
+    kept, found = facts["kept"], {name: value for name, value in validated(facts).items() if name.startswith("ndcg@")}
+    quality = "".join(f"validation {name.upper()} {value:.4f}" for name, value in found.items()) or "not validated"
     where = f"{kept['phase']}, epoch {kept['epoch']}" if kept.get("epoch") else kept.get("phase", "nothing to train")
     was_there = " (was there already)" if there else ""
     say(f"{model.method} in {out}: {quality} ({where}), {facts['seconds']:.0f} s{was_there}")

@@ -15,6 +15,7 @@ from laserrec.config import IdModelKind, Layout
 from laserrec.config.rivals import FOLDERS
 from laserrec.llm.fetch import DEFAULT_NAME, LICENCE, ORIGINAL
 from laserrec.methods.all import find_method
+from laserrec.recommender.validated import trained_on_validation, validated
 from laserrec.util.io import write_text
 
 _MARK = "<!-- Written by laserrec, which writes it anew. Delete this line to keep a text of your own. -->"
@@ -92,10 +93,11 @@ def _eval_results(note: dict[str, Any]) -> list[Any]:
 
 
 def _rows(note: dict[str, Any]) -> list[dict[str, Any]]:
-    """The kept epoch's validation metrics, then what was recorded of evaluations."""
-    best = note.get("training", {}).get("kept", {})
-    fit = {key.removeprefix("validation_"): value for key, value in best.items() if key.startswith("validation_")}
-    recorded = note.get("results", [])
+    """The fit's validation metrics, then what was recorded of evaluations."""
+    training, recorded = note.get("training", {}), note.get("results", [])
+    if trained_on_validation(training):
+        recorded = [row for row in recorded if row["split"] != "validation"]
+    fit = validated(training)
     if any(row["split"] == "validation" for row in recorded) or not fit:  # a measurement of all users is the better one
         return recorded
     return [{"split": "validation", **fit}, *recorded]

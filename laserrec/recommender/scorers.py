@@ -23,6 +23,7 @@ from laserrec.methods.sequence import SequenceModel
 from laserrec.recommender.fitting import Fitted, start_from
 from laserrec.recommender.hub import is_repo
 from laserrec.recommender.recommender import LaserRecommender
+from laserrec.recommender.validated import trained_on_validation
 from laserrec.util.errors import UserError
 
 IN_MEMORY = ("popularity", "ease")
@@ -72,14 +73,24 @@ def load_scorer(name: str, dataset: Dataset, device: torch.device, backbone: Bac
                         f"that need no folder: {', '.join(IN_MEMORY)}")
     model = LaserRecommender.from_pretrained(name, backbone, device=str(device), trust_remote_code=trust_remote_code)
     if not model.items["item_id"].head(dataset.n_items).equals(dataset.items["item_id"]):
+        known = dataset.n_items - len(model.unknown_items(dataset.items["item_id"].to_list()))
         scorer = zero_shot(model.fitted, dataset.items, name)
-        warnings.warn(f"{name} was fitted on another catalogue; it scores these items by their texts, with nothing "
-                      "learnt from these data (zero-shot)", UserWarning, stacklevel=2)
+        how = (f"it knows {known:,} of these {dataset.n_items:,} items from its training, and reads the texts of the "
+               "others. What is asked here may have been in its training, and its numbers then tell too much"
+               ) if known else "it scores these items by their texts, with nothing learnt from these data (zero-shot)"
+        warnings.warn(f"{name} was fitted on another catalogue; {how}", UserWarning, stacklevel=2)
         return scorer, model.batch_size
     if model.facts.get("data", {}).get("sha256", dataset.fingerprint) != dataset.fingerprint:
         warnings.warn(f"{name} was fitted on other data, which have the same items: what is asked here may have been "
                       "in its training, and its numbers then tell too much", UserWarning, stacklevel=2)
     return FirstItems(model, dataset.n_items), model.batch_size
+
+
+def flattered(scorer: Scorer, split: str) -> bool:
+    """Whether this model has learnt from the targets of this split (`trained_on_validation`)."""
+    model = scorer.model if isinstance(scorer, FirstItems) else None
+    return split == "validation" and isinstance(model, LaserRecommender) and \
+        trained_on_validation(model.facts.get("training", {}))
 
 
 def zero_shot(fitted: Fitted, items: pl.DataFrame, name: str = "the model") -> Scorer:

@@ -17,6 +17,7 @@ from laserrec.methods.laser.model import Laser
 from laserrec.methods.protocol import TwoTower
 from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender
+from laserrec.recommender.validated import validated
 from laserrec.report.categories import short_names
 from laserrec.report.curves import Training, read
 from laserrec.report.experts import Experts, profile
@@ -75,6 +76,11 @@ class Report:
     items: ItemMap | None
     examples: tuple[Example, ...]
     n_items: int
+
+    @property
+    def validated(self) -> dict[str, Any]:
+        """Of the whole model on validation."""
+        return validated(self.model.get("training", {}))
 
     @property
     def counts(self) -> dict[str, int]:

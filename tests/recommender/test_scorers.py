@@ -1,6 +1,7 @@
 """From a model's name to what the evaluator calls."""
 
 import warnings
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -79,7 +80,10 @@ def test_a_model_of_texts_alone_scores_another_catalogue(llm, llm_folder, tmp_pa
     config = tiny.config(llm_folder(), **tiny.RIVALS)
     model = LaserRecommender.fit_dataset(tiny.planted(N), config, tmp_path / "zesrec", "zesrec", progress=False)
     other = tiny.planted(N + 5)
-    with pytest.warns(UserWarning, match="zesrec was fitted on another catalogue; it scores these items by their"):
+    renamed = replace(other, items=other.items.with_columns(item_id="new " + pl.col("item_id")))
+    with pytest.warns(UserWarning, match=r"zesrec was fitted on another catalogue; .* nothing learnt from these data"):
+        load_scorer(str(tmp_path / "zesrec"), renamed, CPU)
+    with pytest.warns(UserWarning, match=r"another catalogue; it knows 12 of these 17 .* may have been in its"):
         scorer, _ = load_scorer(str(tmp_path / "zesrec"), other, CPU)
     asked = tiny.histories([0, 14], [2])
     assert scorer.score(asked).shape == (2, N + 5)
