@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from laserrec.data.clean import ids
+from laserrec.data.door import tell_dates
 from laserrec.data.files import POLARS_ERRORS, FileOptions, Table, below_each_other, ending, parts_of, reason
 from laserrec.data.tables import check_columns, check_rows, read_listed
 from laserrec.util.errors import UserError, reading
@@ -48,6 +49,7 @@ class Source:
         first = self._rows.read(0, 1)
         check_columns(path, first)
         check_rows(first, self._rows.where)
+        tell_dates(first)
 
     @cached_property
     def _users(self) -> tuple[np.ndarray, bool]:

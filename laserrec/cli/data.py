@@ -36,7 +36,7 @@ def prepare(
 
     Examples:
       laserrec prepare amazon-scientific runs/data
-      laserrec prepare orders.csv runs/data --items goods.csv --columns user_id=customer item_id=sku title=name
+      laserrec prepare orders.csv runs/data --items goods.csv --columns user_id=customer item_id=sku timestamp=date
       laserrec prepare orders.csv runs/data --items goods.csv --vectors images.parquet
       laserrec prepare clicks.csv runs/data
 

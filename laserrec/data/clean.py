@@ -362,6 +362,16 @@ def times(column: pl.Series) -> pl.Series:
     return pl.select(pl.coalesce(whole, number.cast(pl.Int64, strict=False))).to_series()
 
 
+def holds_dates(column: pl.Series) -> bool:
+    """Whether it is a column of dates, by its type or its first value."""
+    if column.dtype in (pl.Date, pl.Datetime):
+        return column.null_count() < len(column)
+    if column.dtype != pl.String:
+        return False
+    first = column.filter(~is_empty(column)).head(1)
+    return first.cast(pl.Float64, strict=False).null_count() == 1 and times(first).null_count() == 0
+
+
 def is_empty(column: pl.Series) -> pl.Series:
     """Boolean per value: null, NaN, or text of white space alone."""
     if is_mixed(column.dtype):

@@ -17,7 +17,7 @@ import polars as pl
 
 from laserrec.data.clean import as_id, ids, is_missing, is_nested, short, unmixed, why_no_id
 from laserrec.data.losses import Losses, LossWarning, likely_cause, mismatch, two_of
-from laserrec.data.raw import first_problem, no_column, time_and_order, to_polars
+from laserrec.data.raw import first_problem, no_column, time_and_order, to_polars, unused
 from laserrec.util.errors import UserError
 
 __all__ = ["Asked", "LossWarning", "read_histories"]
@@ -58,7 +58,7 @@ def read_histories(histories: Any, index: Mapping[str, int], unknown: str = "err
     """
     if unknown not in ("error", "drop"):
         raise UserError(f'unknown is "error" or "drop", not {unknown!r}')
-    named = _named(histories)
+    named = _named(histories, tell)
     if not named:
         raise UserError("no histories were given; a recommendation needs at least one")
     users, user_type = _users([user for user, _ in named])
@@ -165,13 +165,13 @@ def _barred(what: str, items: Any) -> list[str]:
 # -- the caller's forms -------------------------------------------------------------------------------------------
 
 
-def _named(histories: Any) -> _Named:
+def _named(histories: Any, tell: bool) -> _Named:
     if isinstance(histories, Mapping):
         return [(user, _ids(user, items)) for user, items in histories.items()]
     if type(histories).__name__.endswith("GroupBy"):
         raise UserError("histories: a pandas group holds no lists yet; give .agg(list) of its column item_id")
     if isinstance(histories, pl.LazyFrame) or hasattr(histories, "columns"):
-        return _of_frame(to_polars(histories, "histories"))
+        return _of_frame(to_polars(histories, "histories"), tell)
     if type(histories).__module__.startswith("pyarrow"):
         histories = pl.Series(pl.from_arrow(histories))
     if hasattr(histories, "to_list"):  # a Series, of which pandas' has an index
@@ -201,12 +201,24 @@ def _lists(column: pl.Series) -> bool:
     return unmixed(column).dtype.is_nested()
 
 
-def _of_frame(frame: pl.DataFrame) -> _Named:
+def tell_dates(frame: pl.DataFrame) -> None:
+    """Warns (LossWarning) of rows that are taken in their order although a column that is not read holds dates."""
+    if not {"timestamp", "position"}.isdisjoint(frame.columns) or any(_lists(frame[c]) for c in frame.columns):
+        return
+    if dates := unused(frame, ("user_id", "item_id"))["unused_dates"]:
+        warnings.warn("histories: there is no column timestamp, so the rows are taken in their order, oldest first, "
+                      f"and the dates in {dates[0]!r} are not used; if they tell it, call this column timestamp.",
+                      LossWarning, stacklevel=2)
+
+
+def _of_frame(frame: pl.DataFrame, tell: bool) -> _Named:
     """A row per interaction, or per user with a list column; several rows of one user are one history."""
     column = next((c for c in _LISTS if c in frame.columns and (c == "item_id" or _lists(frame[c]))), None)
     if column is None or "user_id" not in frame.columns:
         there = {"user_id": "user_id" in frame.columns, "item_id": column is not None}
         raise no_column("histories", [name for name, found in there.items() if not found], frame.columns)
+    if tell:
+        tell_dates(frame)
     users, given = ids(frame["user_id"]), frame["user_id"]
     time, order, problems = time_and_order(frame)
     problems = [("user_id", users.is_null(), ""), *problems]

@@ -52,13 +52,13 @@ def prepare_source(source: Source, out: Path | str, config: DataConfig | None = 
 
 
 def prepare(interactions: pl.DataFrame, items: pl.DataFrame, config: DataConfig, out: Path | str, *,
-            overwrite: bool = False, notes: Mapping[str, int] | None = None) -> dict:
+            overwrite: bool = False, notes: Mapping[str, Any] | None = None) -> dict:
     """Write the data folder `out` and return its report (also report.json) with "sha256", "folder" and "reused";
     `summary.summary_lines` puts it in sentences. Warns (LossWarning) where more than a tenth was left out, or where
     there is nothing to validate on.
 
     interactions: user_id, item_id String, timestamp, order Int64; items: item_id, title, brand, category String, and
-    further columns (the frames of `raw.Raw`). `notes`: the reader's counts, copied into the report.
+    further columns (the frames of `raw.Raw`). `notes`: the reader's, copied into the report.
     A folder that holds this very result already is left untouched and "reused" is True. An interrupted call leaves
     `out` as it was.
     Titled items that are left without interactions, since nobody bought them or too few did, go to new_items.parquet.
@@ -77,7 +77,7 @@ class _Numbered:
     acts: pl.DataFrame
     """Sorted by user and time, so that "the first of several duplicates" does not depend on the rows' order."""
     items: pl.DataFrame
-    notes: dict[str, int]
+    notes: dict[str, Any]
 
     @staticmethod
     def of(raw: Raw) -> _Numbered:

@@ -8,7 +8,18 @@ from typing import Any
 
 import polars as pl
 
-from laserrec.data.clean import column_of, ids, is_empty, is_nested, short, texts, times, value_at, why_no_id
+from laserrec.data.clean import (
+    column_of,
+    holds_dates,
+    ids,
+    is_empty,
+    is_nested,
+    short,
+    texts,
+    times,
+    value_at,
+    why_no_id,
+)
 from laserrec.data.extras import VECTOR, extra_names, like, read_texts, with_vectors
 from laserrec.data.files import POLARS_ERRORS, SKIP_HINT, FileOptions, Table, header_hint, reason
 from laserrec.util.errors import UserError
@@ -29,8 +40,9 @@ class Raw:
     items: pl.DataFrame
     """item_id, title, brand, category String, null where unknown; one row per item_id. Further columns of text, and
     `vector`, where they were asked for."""
-    notes: dict[str, int] = field(default_factory=dict)
-    """Counts for the report: skipped_lines (broken, on_error = skip), duplicate_item_rows."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """For the report: the counts skipped_lines (broken, on_error = skip) and duplicate_item_rows; where nothing but
+    the order of the rows tells the order in time, the interactions' unused_columns and unused_dates among them."""
 
 
 def from_frames(interactions: Any, items: Any = None, columns: Mapping[str, str] | None = None,
@@ -63,10 +75,10 @@ def from_tables(interactions: Table, items: Table | None, columns: Mapping[str, 
     """`from_frames` for tables that know their files."""
     columns = column_map(columns)
     _check_map(columns, extra)
-    acts = _pick(interactions, "interactions", columns)
+    picked = _pick(interactions, "interactions", columns)
     goods = (_pick(interactions, "items", columns, extra, needed={"item_id"}) if items is None
              else _pick(items, "items", columns, extra))
-    acts, skipped = _checked_interactions(acts, on_error)
+    acts, skipped = _checked_interactions(picked, on_error)
     goods, skipped_items = _checked_items(goods, on_error, extra=extra)
     goods, duplicates = _one_row_per_item(goods)
     skipped += interactions.skipped
@@ -74,7 +86,12 @@ def from_tables(interactions: Table, items: Table | None, columns: Mapping[str, 
         duplicates = 0  # each row is an interaction first, and was counted as one
     else:
         skipped += items.skipped + skipped_items
-    return Raw(acts, goods, {"skipped_lines": skipped, "duplicate_item_rows": duplicates})
+    notes: dict[str, Any] = {"skipped_lines": skipped, "duplicate_item_rows": duplicates}
+    if "position" not in picked.frame.columns and acts["timestamp"].null_count() == acts.height:
+        used = {*_chosen("interactions", columns).values(),
+                *(_chosen("items", columns, extra).values() if items is None else ())}
+        notes.update(unused(interactions.frame, used))
+    return Raw(acts, goods, notes)
 
 
 def read_items(frame: Any, name: str = "new items", catalogue: pl.DataFrame | None = None) -> pl.DataFrame:
@@ -172,10 +189,9 @@ def _pick(table: Table, kind: str, given: dict[str, str] | None, extra: Sequence
           needed: set[str] | None = None) -> Table:
     """Our columns under our names, and the `extra` ones. given: the caller's names for them; None where the caller
     can't give any. needed: those that the table must have, in place of this kind's."""
-    own, optional = _COLUMNS[kind]
-    needed, optional = (own if needed is None else needed) | set(extra), own | optional
+    needed = (_COLUMNS[kind][0] if needed is None else needed) | set(extra)
     columns = given or {}
-    chosen = {name: columns.get(f"{kind}.{name}", columns.get(name, name)) for name in sorted(needed | optional)}
+    chosen = _chosen(kind, columns, extra)
     asked = {name for name in chosen if name in columns or f"{kind}.{name}" in columns}
     have = table.frame.columns
     missing = [name for name in chosen if chosen[name] not in have and (name in needed or name in asked)]
@@ -185,6 +201,12 @@ def _pick(table: Table, kind: str, given: dict[str, str] | None, extra: Sequence
         raise UserError(f"{no_column(table.name, wanted, have)}{'' if header_hint(have) else advice}")
     frame = table.frame.select(pl.col(theirs).alias(name) for name, theirs in chosen.items() if theirs in have)
     return Table(frame, table.name, table.locate)
+
+
+def _chosen(kind: str, columns: Mapping[str, str], extra: Sequence[str] = ()) -> dict[str, str]:
+    """All names of ours for a table, and the caller's for them, whether it has them or not."""
+    ours = sorted(set().union(*_COLUMNS[kind], extra))
+    return {name: columns.get(f"{kind}.{name}", columns.get(name, name)) for name in ours}
 
 
 def _checked_interactions(table: Table, on_error: str) -> tuple[pl.DataFrame, int]:
@@ -206,6 +228,12 @@ def time_and_order(frame: pl.DataFrame) -> tuple[pl.Series, pl.Series, list[tupl
         order = times(frame["position"]).alias("order")
         problems.append(("position", order.is_null(), why))
     return time, order, problems
+
+
+def unused(frame: pl.DataFrame, used: Iterable[str]) -> dict[str, list[str]]:
+    """Columns that are not used, and those of them that hold dates: there the order in time may be."""
+    names = [name for name in frame.columns if name not in used]
+    return {"unused_columns": names, "unused_dates": [name for name in names if holds_dates(frame[name])]}
 
 
 def first_problem(frame: pl.DataFrame, problems: Iterable[tuple[str, pl.Series, str]], where: Callable[[int], str]

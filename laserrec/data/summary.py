@@ -10,6 +10,8 @@ from laserrec.data.losses import LOUD, LossWarning
 NO_VALIDATION = ("No user has three interactions, so there is nothing to validate or test on: leave-one-out holds out "
                  "two and needs one before them. Give longer histories, or train without validation.")
 _NAMES = ("users", "items", "interactions")
+_NAMED = 10
+"""So many unused columns are named."""
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
@@ -18,6 +20,8 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     lines = [f"Kept {', '.join(f'{kept[name]:,} of {_count(read[name], name)}' for name in _NAMES)}."]
     if count := report.get("skipped_lines"):
         lines.append(f"Left out {_count(count, 'broken lines')}.")
+    if (unused := report.get("unused_columns")) is not None:
+        lines.append(_rows_order(unused, report.get("unused_dates", [])))
     for step in report["steps"][1:]:
         if dropped := [_count(step["dropped"][name], name) for name in _NAMES if step["dropped"][name]]:
             lines.append(f"Dropped {', '.join(dropped)}: {step['step']}.")
@@ -41,15 +45,24 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _rows_order(unused: list[str], dates: list[str]) -> str:
+    told = "There is no timestamp: the rows are taken in their order, oldest first."
+    if not unused:
+        return told
+    names = ", ".join(unused[:_NAMED]) + (", ..." if len(unused) > _NAMED else "")
+    return (f"{told} Unused columns of the interactions: {names}. If one holds the time, map it: --columns "
+            f"timestamp={dates[0] if dates else 'YOUR_COLUMN'}.")
+
+
 def warn_of_losses(report: dict[str, Any]) -> None:
     """LossWarning with the whole summary, where more than a tenth of something was lost, or of the items has no vector
-    although some have, or nothing can be validated."""
+    although some have, or nothing can be validated, or an unused column of dates may hold the order in time."""
     read, kept = report["steps"][0], report["steps"][-1]
     shares = [1 - kept[name] / read[name] for name in ("interactions", "users", "items")]
     skipped = report.get("skipped_lines", 0)
     shares.append(skipped / (skipped + read["interactions"]))
     shares.append(report.get("items_without_vector", 0) / max(1, read["items_in_metadata"]))
-    if max(shares) > LOUD or not report["interactions_per_split"]["validation"]:
+    if max(shares) > LOUD or not report["interactions_per_split"]["validation"] or report.get("unused_dates"):
         warnings.warn(" ".join(summary_lines(report)), LossWarning, stacklevel=4)
 
 

@@ -8,6 +8,7 @@ import pytest
 from laserrec.batch.source import Source
 from laserrec.data.door import read_histories
 from laserrec.data.files import read_table
+from laserrec.data.losses import LossWarning
 from laserrec.data.tables import read_whole
 from laserrec.util.errors import UserError
 
@@ -144,3 +145,10 @@ def test_no_file_and_no_parquet(tmp_path):
     (tmp_path / "h.parquet").write_text("user_id,items")
     with pytest.raises(UserError, match="not readable as Parquet"):
         Source(tmp_path / "h.parquet")
+
+
+def test_dates_that_are_not_used_are_told(tmp_path):
+    frame = pl.DataFrame({"user_id": ["u", "u"], "item_id": ["a", "b"], "date": ["2024-01-03", "2024-01-02"]})
+    frame.write_csv(tmp_path / "h.csv")
+    with pytest.warns(LossWarning, match="the dates in 'date' are not used"):
+        Source(tmp_path / "h.csv")

@@ -209,3 +209,14 @@ def test_mistakes_are_named(given, message):
     assert "\n" not in str(told.value)
     with pytest.raises(UserError, match='unknown is "error" or "drop"'):
         read_histories(given, INDEX, unknown="skip")
+
+
+def test_dates_that_are_not_used_are_told_where_rows_have_an_order():
+    dated = FRAME.with_columns(date=pl.Series(["2024-01-03", "2024-01-02", "2024-01-01"]))
+    for frame in (dated, dated.to_pandas(), dated.with_columns(pl.col("date").str.to_date())):
+        with pytest.warns(LossWarning, match=r"no column timestamp.*the dates in 'date' are not used; .* call this"):
+            assert rows(frame) == [[1, 0], [0]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rows(dated.rename({"date": "timestamp"})) == [[0, 1], [0]]
+        rows(LISTS.with_columns(date=pl.Series(["2024-01-03", "2024-01-02"])))

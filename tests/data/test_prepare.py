@@ -163,6 +163,30 @@ def test_no_loss_no_warning(tmp_path):
     assert summary_lines(report) == ["Kept 1 of 1 user, 1 of 1 item, 3 of 3 interactions."]
 
 
+@pytest.mark.parametrize(("more", "told"), [
+    ({}, "oldest first."),
+    ({"qty": ["1", "2", "3"], "day": ["4", "5", "6"]}, "Unused columns of the interactions: qty, day. If one holds the "
+     "time, map it: --columns timestamp=YOUR_COLUMN."),
+    ({"qty": ["1", "2", "3"], "date": ["2024-01-03", "2024-01-02", ""]}, "Unused columns of the interactions: qty, "
+     "date. If one holds the time, map it: --columns timestamp=date."),
+])
+def test_rows_in_their_own_order_are_told_with_what_may_hold_the_time(tmp_path, more, told):
+    raw = from_frames(pl.DataFrame({"user_id": ["u"] * 3, "item_id": ["a"] * 3, **more}), goods(a="A"))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        report = prepare(raw.interactions, raw.items, LOOSE, tmp_path / "out", notes=raw.notes)
+    line = summary_lines(report)[1]
+    assert line.startswith("There is no timestamp: the rows are taken in their order, oldest first.")
+    assert line.endswith(told) and len(warned) == ("date" in more)
+
+
+@pytest.mark.parametrize("order", ["timestamp", "position"])
+def test_where_the_order_is_given_the_rows_order_is_not_told(order):
+    frame = pl.DataFrame({"user_id": ["u"], "item_id": ["a"], "title": ["A"], order: [1], "date": ["2024-01-03"]})
+    assert "unused_columns" not in from_frames(frame).notes
+    assert from_frames(frame.drop(order)).notes["unused_columns"] == ["date"]
+
+
 def test_many_broken_lines_are_told(tmp_path):
     with pytest.warns(LossWarning, match="Left out 1 broken line"):
         prepare(acts(*[("u", "a", t) for t in range(3)]), goods(a="A"), LOOSE, tmp_path / "out",

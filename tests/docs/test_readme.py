@@ -51,7 +51,7 @@ def test_python_in_ten_lines(shop):
 
 def test_own_data_in_ten_lines(shop, monkeypatch):
     orders, goods = shop
-    orders.rename({"user_id": "customer", "item_id": "sku"}).write_csv("orders.csv")
+    orders.rename({"user_id": "customer", "item_id": "sku", "timestamp": "date"}).write_csv("orders.csv")
     goods.rename({"item_id": "sku", "title": "name"}).write_csv("goods.csv")
     orders.select("user_id", "item_id").write_csv("users.csv")
     run(block("", "Your own data in ten lines"), monkeypatch)

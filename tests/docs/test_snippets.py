@@ -36,7 +36,7 @@ def small_files(folder: Path) -> None:
     orders, goods = (table.with_columns(own) for table in tiny.planted_tables(len(IDS), users=14))
     orders.write_csv(folder / "orders.csv")
     goods.write_csv(folder / "goods.csv")
-    orders.rename({"user_id": "customer", "item_id": "sku"}).write_csv(folder / "sales.csv")
+    orders.rename({"user_id": "customer", "item_id": "sku", "timestamp": "date"}).write_csv(folder / "sales.csv")
     goods.rename({"item_id": "sku", "title": "name"}).write_csv(folder / "products.csv")
     orders.group_by("user_id", maintain_order=True).agg(pl.col("item_id").alias("items")).write_parquet(
         folder / "histories.parquet")
