@@ -20,7 +20,7 @@ from laserrec.data.clean import (
     value_at,
     why_no_id,
 )
-from laserrec.data.extras import VECTOR, extra_names, like, read_texts, with_vectors
+from laserrec.data.extras import VECTOR, like, read_texts, with_vectors
 from laserrec.data.files import POLARS_ERRORS, SKIP_HINT, FileOptions, Table, header_hint, reason
 from laserrec.util.errors import UserError
 
@@ -276,20 +276,16 @@ def _without(problems: list[tuple[str, pl.Series, str]], table: Table, on_error:
 
 
 def _one_row_per_item(items: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """Of several rows of one item the most frequent title wins, then the fullest row, then the most frequent, then the
-    alphabetically first: a choice that does not depend on the rows' order."""
+    """Of several rows of one item, of which one is kept whole, the most frequent title wins, then the fullest row, then
+    the most frequent, then the alphabetically first: a choice that does not depend on the rows' order."""
     double = items["item_id"].is_duplicated()
     if not double.any():
         return items, 0
-    rows = items.filter(double).group_by(*ITEM_SCHEMA).agg(count=pl.len().cast(pl.Int64))
-    votes = pl.col("count").sum().over("item_id", "title")
-    empty = pl.sum_horizontal(pl.col("title", "brand", "category").is_null())
-    best = (rows.sort("item_id", pl.col("title").is_null(), -votes, empty, -pl.col("count"), "title", "brand",
-                      "category", nulls_last=True)
+    known, count = items.columns[1:], pl.col("laserrec: count")  # no caller's column is called so
+    rows = items.filter(double).group_by(items.columns).agg(pl.len().cast(pl.Int64).alias(count.meta.output_name()))
+    votes = count.sum().over("item_id", "title")
+    empty = pl.sum_horizontal(pl.col(known).is_null())
+    best = (rows.sort("item_id", pl.col("title").is_null(), -votes, empty, -count, *known, nulls_last=True)
             .unique("item_id", keep="first", maintain_order=True))
-    best = best.select(list(ITEM_SCHEMA))
-    if more := extra_names(items):  # the first that each row's item has
-        firsts = items.filter(double).group_by("item_id").agg(pl.col(more).drop_nulls().sort().first())
-        best = best.join(firsts, "item_id", "left")
     out = pl.concat([items.filter(~double), best.select(items.columns)])
     return out, items.height - out.height

@@ -158,6 +158,17 @@ def test_of_several_rows_of_an_item_a_further_column_keeps_what_is_known():
     assert dict(raw.items.select("item_id", "price").iter_rows()) == {"a": "3", "b": "4"}
 
 
+def test_of_several_rows_of_an_item_all_columns_are_of_one_row():
+    items = pl.DataFrame({"item_id": ["a"] * 3, "title": ["Saw", "Saw", "Saw NEW"], "price": ["9", "9", "10"],
+                          "count": ["2", "2", "1"]})
+    acts = pl.DataFrame({"user_id": ["u"], "item_id": ["a"]})
+    for frame in (items, items.reverse()):
+        raw = from_frames(acts, frame, extra=("price", "count"))
+        assert raw.items.row(0) == ("a", "Saw", None, None, "9", "2")
+    odd = items.with_columns(title=pl.lit("Saw"), price=pl.Series(["1", None, "5"]), count=pl.Series(["7", "8", None]))
+    assert from_frames(acts, odd, extra=("price", "count")).items.row(0)[4:] == ("1", "7")
+
+
 def test_new_items_get_the_catalogues_columns():
     catalogue = pl.DataFrame({"item_id": ["a"], "title": ["A"], "brand": [None], "category": [None], "price": ["1"],
                               "vector": [[1.0, 2.0]]}).with_columns(pl.col("vector").cast(pl.Array(pl.Float32, 2)))
