@@ -83,7 +83,7 @@ def ids(column: pl.Series) -> pl.Series:
         exact = wide.set(~(wide.abs() < limit).fill_null(False), None)
         if (exact.drop_nulls() % 1 == 0).all():
             return exact.cast(pl.Int64).cast(pl.String)
-        return _each(exact, as_id)
+        return _each(column, as_id)
     if kind.is_integer():
         return column.cast(pl.String)
     if kind in (pl.String, pl.Categorical, pl.Enum):
@@ -111,18 +111,21 @@ def _exact_below(value: Any) -> float:
     return 2.0 ** (np.finfo(value.dtype).nmant + 1) if isinstance(value, np.floating) else 2.0**53
 
 
-def _number(value: float | Decimal) -> str | None:
-    """Whole numbers without ".0"; None for NaN and infinity."""
+def _number(value: Any) -> str | None:
+    """A float's shortest decimal in its own precision, or a Decimal's digits, without exponent and ".0"; None for NaN
+    and infinity."""
     if not math.isfinite(value):
         return None
     if isinstance(value, Decimal):
         return str(int(value)) if value == int(value) else format(value, "f").rstrip("0")
-    value = float(value)
-    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+    whole = value == int(value) and abs(value) < 2**53
+    return str(int(value)) if whole else np.format_float_positional(value, trim="-")
 
 
 def _each(column: pl.Series, rule: Any) -> pl.Series:
-    return pl.Series(column.name, [rule(v) for v in column.to_list()], dtype=pl.String)
+    # Of narrow floats Python has none: as floats of 64 bits they would get digits that were never given.
+    values = column.to_numpy() if column.dtype.is_float() and column.dtype != pl.Float64 else column.to_list()
+    return pl.Series(column.name, [rule(v) for v in values], dtype=pl.String)
 
 
 def short(value: Any) -> str:

@@ -126,7 +126,8 @@ def test_narrow_floats_lose_digits_sooner():
     ("var aPageStart = (new Date()).getTime();", None),
     ("<br>", None), (" \n", None), (None, None), (float("nan"), None), ([], None), ({}, None),
     ("日本語 ✓", "日本語 ✓"), ("x" * 10_000, "x" * 10_000),
-    (b"Dr\xc3\xa4ll", "Dräll"), (1984, "1984"), (1984.0, "1984"), (1e300, "1e+300"),
+    (b"Dr\xc3\xa4ll", "Dräll"), (1984, "1984"), (1984.0, "1984"), (1e16, "10000000000000000"), (1e-7, "0.0000001"),
+    (np.float32(27.74), "27.74"), (np.float16(0.1), "0.1"), (-0.25, "-0.25"),
     (True, "true"), (date(2020, 1, 1), "2020-01-01"),
     ([["Tools", "Drills"], None, ["x"]], "Tools Drills x"), (np.array(["a", "b"]), "a b"),
     ({"id": 5, "name": "Tools"}, "Tools"), ([{"name": "Tools"}, {"name": "Drills"}], "Tools Drills"),
@@ -136,6 +137,15 @@ def test_texts(value, expected):
     assert text(value) == expected
     if isinstance(value, str):
         assert texts(pl.Series("title", ["plain", value, None])).to_list() == ["plain", expected, None]
+
+
+def test_numbers_are_written_as_they_were_given():
+    values = [27.74, 1e-7, 1e16, 0.1 + 0.2, 3.0, None, float("inf"), -0.0]
+    wide, narrow = (pl.Series(values, dtype=kind) for kind in (pl.Float64, pl.Float32))
+    assert texts(wide).to_list() == ["27.74", "0.0000001", "10000000000000000", "0.30000000000000004", "3", None, None,
+                                     "0"]
+    assert texts(narrow).to_list() == ["27.74", "0.0000001", "10000000000000000", "0.3", "3", None, None, "0"]
+    assert ids(pl.Series([7.1, 7.0, None], dtype=pl.Float32)).to_list() == ["7.1", "7", None]
 
 
 def test_a_column_of_mixed_values():
