@@ -9,7 +9,7 @@ import html
 import math
 import re
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -334,35 +334,34 @@ def _as_mixed(column: pl.Series, lists: bool) -> pl.Series:
 
 # -- times --------------------------------------------------------------------------------------------------------
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
 
 def times(column: pl.Series) -> pl.Series:
     """Int64 per value, null where it can't be read as a time.
 
-    Integers in any unit are kept; numbers with fractions are multiplied by 1000 and rounded (seconds become
-    milliseconds, so no order is lost); dates and ISO 8601 text become epoch milliseconds, read as UTC where they name
-    no zone. One column has one unit; only the order of times is ever used.
+    Integers in any unit are kept. Where a number has a fraction, all are multiplied by 1000, or by as many thousands as
+    it takes to keep their order. Dates and ISO 8601 text become epoch milliseconds, or micro- or nanoseconds where they
+    have such, read as UTC where they name no zone. One column has one unit; only the order of times is ever used.
     """
     if is_mixed(column.dtype):
         column = column.struct.field(_ALONE).alias(column.name)
-    if column.dtype in (pl.Date, pl.Datetime):
+    if column.dtype == pl.Date:
         return column.cast(pl.Datetime("ms")).dt.epoch("ms")
+    if isinstance(column.dtype, pl.Datetime):
+        return _in_milliseconds(column.to_physical(), column.dtype.time_unit)
     if column.dtype in (pl.String, pl.Categorical, pl.Enum):
         text = column.cast(pl.String).str.strip_chars(SPACE)
         first = text.filter((text != "").fill_null(False)).head(1)
         if first.cast(pl.Float64, strict=False).null_count():
             return _iso(text)
-        whole, number = text.cast(pl.Int64, strict=False), text.cast(pl.Float64, strict=False)
-    elif column.dtype.is_integer():
+        return _whole(text.cast(pl.Int64, strict=False), text.cast(pl.Float64, strict=False))
+    if column.dtype.is_integer():
         return column.cast(pl.Int64, strict=False)
-    elif column.dtype.is_float() or column.dtype.is_decimal():
-        whole, number = _nulls(column), column.cast(pl.Float64, strict=False)
-    else:
-        return _nulls(column)
-    # Integers are never read by way of floats: nanoseconds since 1970 have more digits than a float keeps.
-    number = number.set(~number.is_finite().fill_null(False), None)
-    if (number % 1 != 0).any():
-        return pl.select(pl.coalesce(whole * 1000, (number * 1000).round().cast(pl.Int64, strict=False))).to_series()
-    return pl.select(pl.coalesce(whole, number.cast(pl.Int64, strict=False))).to_series()
+    if column.dtype.is_decimal():
+        digits = column.to_physical().cast(pl.Int64, strict=False)
+        return digits if digits.null_count() == column.null_count() else _whole(_nulls(column), column.cast(pl.Float64))
+    return _whole(_nulls(column), column.cast(pl.Float64)) if column.dtype.is_float() else _nulls(column)
 
 
 def holds_dates(column: pl.Series) -> bool:
@@ -385,18 +384,47 @@ def is_empty(column: pl.Series) -> pl.Series:
     return column.is_null() | column.is_nan().fill_null(True) if column.dtype.is_float() else column.is_null()
 
 
+def _whole(whole: pl.Series, number: pl.Series) -> pl.Series:
+    """Numbers as Int64 in their order. whole: those that were read without the way by floats, which have too few digits
+    for nanoseconds since 1970."""
+    number = number.set(~number.is_finite().fill_null(False), None)
+    floor = number.floor()
+    part = number - floor  # exact, and so is floor: their products with a power of 10 keep what one float would lose
+    floor = pl.select(pl.coalesce(whole, floor.cast(pl.Int64, strict=False))).to_series()
+    if not (part > 0).any():
+        return floor
+    peak, scaled = int(floor.drop_nulls().abs().to_numpy().max(initial=0)) + 1, floor
+    for digits in range(3, 19, 3):
+        if peak * 10**digits >= 2**63:
+            break
+        steps = (part * 10**digits).round()
+        scaled = floor * 10**digits + steps.cast(pl.Int64).fill_null(0)
+        if (steps / 10**digits + number.floor() == number).all():
+            break
+    return scaled
+
+
+def _in_milliseconds(times: pl.Series, unit: str) -> pl.Series:
+    """Int64 of a finer unit in milliseconds, where that loses nothing."""
+    for _ in range(("ms", "us", "ns").index(unit)):
+        if (times % 1000 != 0).any():
+            break
+        times = times // 1000
+    return times
+
+
 def _nulls(column: pl.Series) -> pl.Series:
     return pl.Series(column.name, [None] * len(column), dtype=pl.Int64)
 
 
 def _iso(text: pl.Series) -> pl.Series:
-    def milliseconds(value: str) -> int | None:
+    def microseconds(value: str) -> int | None:
         try:
             moment = datetime.fromisoformat(value)
         except ValueError:
             return None
         moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        return round(moment.timestamp() * 1000)
+        return (moment - _EPOCH) // timedelta(microseconds=1)
 
-    known = {value: milliseconds(value) for value in text.drop_nulls().unique().to_list()}
-    return text.replace_strict(known, default=None, return_dtype=pl.Int64)
+    known = {value: microseconds(value) for value in text.drop_nulls().unique().to_list()}
+    return _in_milliseconds(text.replace_strict(known, default=None, return_dtype=pl.Int64), "us")

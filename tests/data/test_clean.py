@@ -186,6 +186,30 @@ def test_times_keep_their_unit_and_their_order():
     assert times_of(12.0, 13.0) == [12, 13]
     assert times_of("12", "12.25", "12.5") == [12000, 12250, 12500]
     assert times_of(12.25, float("nan"), float("inf")) == [12250, None, None]
+    assert times_of(-1.5, 1684439826.123456) == [-1500000, 1684439826123456]
+    assert times_of("9000000000000000000", "1.5") == [9000000000000000000, 1]  # no room for thousandths
+
+
+def floats_from(start):
+    """Neighbouring floats, of which none lies between two."""
+    return np.nextafter(start, np.inf, dtype=np.float64) + np.arange(100) * np.spacing(start)
+
+
+EXACT = Decimal("1684439826.123456788")
+
+
+@pytest.mark.parametrize("column", [
+    pl.Series(floats_from(45203.83)), pl.Series(floats_from(45203.83)).cast(pl.String),  # days, as Excel has them
+    pl.Series(floats_from(1684439826.123456)), pl.Series(floats_from(1684439826123456.25)),
+    pl.Series([f"1684439826.{n:06}" for n in range(100)]), pl.Series([EXACT, EXACT + Decimal("1e-9")]),
+    pl.Series([-2.25, -1.5, 0.0, 3.000001]), pl.Series([1.25, 7.0], dtype=pl.Float32),
+    pl.Series([datetime(2020, 1, 1, microsecond=n) for n in range(100)]),
+    pl.Series([1_577_836_800_000_000_000 + n for n in range(100)]).cast(pl.Datetime("ns")),
+    pl.Series([f"2020-01-01T00:00:00.{n:06}" for n in range(100)]),
+])
+def test_no_two_times_become_one(column):
+    got = times(column)
+    assert got.null_count() == 0 and (got.diff().drop_nulls() > 0).all()
 
 
 def test_dates_become_utc_milliseconds(monkeypatch):
