@@ -22,6 +22,10 @@ from laserrec.util.errors import UserError
 SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() or c < " ") + "\x7f\u200b\ufeff"
 """White space, control characters, the zero-width space and the byte order mark."""
 
+NULLS = ("NULL", "null", "None", "NaN", "nan", "NAN", "<NA>", "NaT", "N/A", "n/a", "#N/A", "\\N")
+"""Texts that databases, pandas and spreadsheets write for a missing value. In other writings (Null, Nan, none) they may
+be somebody's name."""
+
 # -- ids ----------------------------------------------------------------------------------------------------------
 
 _WHOLE = r"^(-?[1-9][0-9]*|0)\.0+$"
@@ -49,13 +53,13 @@ def item_ids_of(values: Any) -> list[str]:
 
 
 def as_id(value: Any) -> str | None:
-    """`item_id`, or None where the value is missing, empty, true or false, a date, a list or dict, or a float so large
-    that its last digits are lost."""
+    """`item_id`, or None where the value is missing (NULLS too), empty, true or false, a date, a list or dict, or
+    a float so large that its last digits are lost."""
     if isinstance(value, str):
         name = _sound(value).strip(SPACE)
         if name.endswith("0") and "." in name:
             name = re.sub(_ZERO, "0", re.sub(_WHOLE, r"\1", name))
-        return name or None
+        return None if name in ("", *NULLS) else name
     if isinstance(value, (bool, np.bool_)):
         return None
     if isinstance(value, (int, np.integer)):
@@ -90,7 +94,7 @@ def ids(column: pl.Series) -> pl.Series:
         name = column.cast(pl.String).str.strip_chars(SPACE)
         if name.str.contains(".", literal=True).any():  # looking is much faster than replacing
             name = name.str.replace(_WHOLE, "$1").str.replace(_ZERO, "0")
-        return name.set((name == "").fill_null(False), None)
+        return name.set(name.is_in(["", *NULLS]).fill_null(False), None)
     if kind in (pl.Binary, pl.Object) or kind.is_decimal():
         return _each(column, as_id)
     return pl.Series(column.name, [None] * len(column), dtype=pl.String)
@@ -102,8 +106,14 @@ def why_no_id(value: Any) -> str:
         return "a float too large to hold all digits of an id: read this column as text"
     if is_nested(value):
         return "a list or dict, not an id"
-    empty = is_missing(value) or (isinstance(value, str) and not value.strip(SPACE))
-    return "empty id" if empty else "not an id"
+    if isinstance(value, str) and value.strip(SPACE) in NULLS:
+        return "a missing value in words, not an id"
+    return "empty id" if names_nothing(value) else "not an id"
+
+
+def names_nothing(value: Any) -> bool:
+    """Whether there is no value: it is missing, an empty text or one of NULLS."""
+    return is_missing(value) or (isinstance(value, str) and value.strip(SPACE) in ("", *NULLS))
 
 
 def _exact_below(value: Any) -> float:
@@ -375,12 +385,12 @@ def holds_dates(column: pl.Series) -> bool:
 
 
 def is_empty(column: pl.Series) -> pl.Series:
-    """Boolean per value: null, NaN, or text of white space alone."""
+    """Boolean per value: null, NaN, text of white space alone, or one of NULLS."""
     if is_mixed(column.dtype):
         alone, lists = column.struct.field(_ALONE), column.struct.field(_PLAIN)
         return is_empty(alone) & (alone.is_not_null() | lists.is_null())
     if column.dtype == pl.String:
-        return column.is_null() | (column.str.strip_chars(SPACE) == "").fill_null(True)
+        return column.str.strip_chars(SPACE).is_in(["", *NULLS]).fill_null(True)
     return column.is_null() | column.is_nan().fill_null(True) if column.dtype.is_float() else column.is_null()
 
 

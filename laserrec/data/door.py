@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from laserrec.data.clean import as_id, ids, is_missing, is_nested, short, unmixed, why_no_id
+from laserrec.data.clean import as_id, ids, is_missing, is_nested, names_nothing, short, unmixed, why_no_id
 from laserrec.data.losses import Losses, LossWarning, likely_cause, mismatch, two_of
 from laserrec.data.raw import first_problem, no_column, time_and_order, to_polars, unused
 from laserrec.util.errors import UserError
@@ -156,8 +156,8 @@ def _barred(what: str, items: Any) -> list[str]:
         name = as_id(value)
         if name is not None:
             found.append(name)
-        elif (why := why_no_id(value)) != "empty id":
-            raise UserError(f"{what}: place {place} is {short(value)}: {why}; exclude is a flat list of "
+        elif not names_nothing(value):
+            raise UserError(f"{what}: place {place} is {short(value)}: {why_no_id(value)}; exclude is a flat list of "
                             "item ids, or a dict of such lists by user")
     return found
 

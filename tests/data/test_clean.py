@@ -27,7 +27,7 @@ from laserrec.data.clean import (
 )
 from laserrec.util.errors import UserError
 
-WORDS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=8)
+WORDS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(["NULL", "nan ", "NA"])
 NUMBERED = st.from_regex(r"\A\s?-?0?[0-9]{1,3}(\.[05]{1,2})?\s?\Z")
 
 
@@ -45,6 +45,7 @@ def test_ids_of_one_kind(value, expected):
 
 @pytest.mark.parametrize(("value", "message"), [
     ("", "empty id"), (" \t", "empty id"), (None, "empty id"), (float("nan"), "empty id"),
+    ("NULL", "a missing value in words"), (" nan ", "a missing value in words"), ("<NA>", "a missing value in words"),
     (["a"], "a list or dict, not an id"), ({"a": 1}, "a list or dict"), (True, "not an id"),
     (np.bool_(True), "not an id"),
     (float("inf"), "not an id"), (date(2020, 1, 1), "not an id"), (b"\xff", "not an id"),
@@ -66,6 +67,12 @@ def test_what_is_no_list_of_ids_is_told_in_one_line(values, message):
     with pytest.raises(UserError, match=message) as told:
         item_ids_of(values)
     assert "\n" not in str(told.value)
+
+
+def test_missing_values_in_words_are_no_ids_and_names_are():
+    words = ["NULL", "nan", " None", "\\N", "n/a", "Nan", "Null", "NA", "x", None]
+    assert ids(pl.Series(words)).to_list() == [as_id(w) for w in words] == [*[None] * 5, "Nan", "Null", "NA", "x", None]
+    assert is_empty(pl.Series(words)).to_list() == [*[True] * 5, False, False, False, False, True]
 
 
 COLUMNS = st.one_of(

@@ -220,3 +220,11 @@ def test_dates_that_are_not_used_are_told_where_rows_have_an_order():
         warnings.simplefilter("error")
         assert rows(dated.rename({"date": "timestamp"})) == [[0, 1], [0]]
         rows(LISTS.with_columns(date=pl.Series(["2024-01-03", "2024-01-02"])))
+
+
+@pytest.mark.filterwarnings("ignore::laserrec.data.losses.LossWarning")
+def test_missing_values_in_words_are_no_items_and_no_users():
+    assert rows([["a", "NULL", "b"]], unknown="drop") == [[0, 1]]
+    assert rows([["a"]], exclude=["b", "nan"]) == [[0]]
+    with pytest.raises(UserError, match="row 2, column user_id: a missing value in words"):
+        rows(pl.DataFrame({"user_id": ["x", "None"], "item_id": ["a", "b"]}))

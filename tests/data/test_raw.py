@@ -47,6 +47,7 @@ def test_pandas_and_polars_frames_give_the_same():
     ({"position": ["0", "first"]}, r"row 2, column position: neither a number"),
     ({"user_id": ["u", " "]}, r"row 2, column user_id: empty id"),
     ({"item_id": [None, "a"]}, r"row 1, column item_id: empty id"),
+    ({"user_id": ["u", "NULL"]}, r"row 2, column user_id: a missing value in words, not an id \(found 'NULL'\)"),
 ])
 def test_a_broken_row_is_named_or_skipped(columns, message):
     frame = pl.DataFrame({**acts().to_dict(as_series=False), **columns}, strict=False)
@@ -58,6 +59,7 @@ def test_a_broken_row_is_named_or_skipped(columns, message):
 
 def test_a_wholly_empty_timestamp_column_means_no_timestamps():
     raw = from_frames(acts(timestamp=["", None]), ITEMS)
+    assert from_frames(acts(timestamp=["NULL", "NULL"]), ITEMS).interactions["timestamp"].to_list() == [None, None]
     assert raw.interactions["timestamp"].to_list() == [None, None]
 
 
