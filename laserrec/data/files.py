@@ -249,6 +249,7 @@ def _read_delimited(path: Path, separator: str, options: FileOptions) -> Table:
     """polars reads it; where polars gives up, a slow reading finds the lines at fault, which polars doesn't name."""
     quote = None if ending(path) in (".inter", ".item") else '"'
     records = Records(path, separator, quote, options.encoding)
+    _check_header(records)
     try:
         source = for_polars(path, options.encoding)
         frame = pl.read_csv(source, separator=separator, infer_schema=False, quote_char=quote)
@@ -260,13 +261,21 @@ def _read_delimited(path: Path, separator: str, options: FileOptions) -> Table:
         pass
     rows, skipped, first = _good(records, options.on_error)
     header, *body = [fields for _, fields in rows]
-    if len(set(header)) < len(header):
-        raise UserError(f"{path}:1: a column name stands twice in the header: {', '.join(header)}")
+    names = [name or f"column {place}" for place, name in enumerate(header, 1)]
     frame = pl.DataFrame([[f or None for f in fields] for fields in body], orient="row",
-                         schema=dict.fromkeys(header, pl.String))
+                         schema=dict.fromkeys(names, pl.String))
     if frame.is_empty() and first:
         raise UserError(first)
     return Table(frame, str(path), lambda n: f"{path}:{rows[n + 1][0]}", skipped)
+
+
+def _check_header(records: Records) -> None:
+    """Raises UserError for a name that stands twice: polars would call the second one otherwise. Columns without a name
+    are no columns of ours."""
+    number, header, _ = next(iter(records), (0, "", 0))
+    if twice := [] if isinstance(header, str) else [name for name in header if name and header.count(name) > 1]:
+        raise UserError(f"{records.path}:{number}: the column name {twice[0]!r} stands twice in the header; rename one "
+                        "of the columns or leave one out")
 
 
 def _good(records: Records, on_error: str) -> tuple[list[tuple[int, list[str]]], int, str | None]:

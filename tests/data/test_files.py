@@ -197,6 +197,21 @@ def test_line_breaks_in_quotes_are_text(tmp_path, text):
     assert table.where(3).endswith(f"x.csv:{5 + text.count(chr(10))}")
 
 
+@pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "x.tsv"])
+def test_a_column_name_that_stands_twice_is_refused(tmp_path, name):
+    text = "\ufeffuser_id,item_id,item_id\nu,a,b\n".replace(",", "\t" if ".tsv" in name else ",").encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    with pytest.raises(UserError, match=rf"{name}:1: the column name 'item_id' stands twice in the header; rename"):
+        read_table(tmp_path / name)
+
+
+@pytest.mark.parametrize("more", ["", "u,b,,,,\n"])
+def test_columns_without_a_name_may_be_several(tmp_path, more):
+    (tmp_path / "x.csv").write_text("user_id,item_id,,\nu,a,,\n" + more)
+    frame = read_table(tmp_path / "x.csv", FileOptions("skip")).frame
+    assert frame.select("user_id", "item_id").rows() == [("u", "a")] and frame.width == 4
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"separator": "::"}, "separator is one character"), ({"encoding": "klingon"}, "unknown encoding 'klingon'"),
     ({"on_error": "ignore"}, "on_error is 'raise' or 'skip'"),
