@@ -345,6 +345,8 @@ def _as_mixed(column: pl.Series, lists: bool) -> pl.Series:
 # -- times --------------------------------------------------------------------------------------------------------
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_UNITS = {"seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}
+"""Since 1970, from 1973 on: what lies within a factor of 100 above, up to 2286, looks like it."""
 
 
 def times(column: pl.Series) -> pl.Series:
@@ -392,6 +394,18 @@ def is_empty(column: pl.Series) -> pl.Series:
     if column.dtype == pl.String:
         return column.str.strip_chars(SPACE).is_in(["", *NULLS]).fill_null(True)
     return column.is_null() | column.is_nan().fill_null(True) if column.dtype.is_float() else column.is_null()
+
+
+def epoch_units(column: pl.Series) -> dict[str, int]:
+    """How many numbers of a column of times look like which unit since 1970; none where some look like no unit."""
+    if is_mixed(column.dtype):
+        column = column.struct.field(_ALONE)
+    if not (column.dtype == pl.String or column.dtype.is_numeric()):
+        return {}
+    number = column.cast(pl.Float64, strict=False)
+    counts = {unit: int(number.is_between(low, 100 * low).sum()) for unit, low in _UNITS.items()}
+    strange = int((number >= min(_UNITS.values())).sum()) > sum(counts.values())
+    return {} if strange else {unit: count for unit, count in counts.items() if count}
 
 
 def _whole(whole: pl.Series, number: pl.Series) -> pl.Series:

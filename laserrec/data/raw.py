@@ -10,6 +10,7 @@ import polars as pl
 
 from laserrec.data.clean import (
     column_of,
+    epoch_units,
     holds_dates,
     ids,
     is_empty,
@@ -42,7 +43,8 @@ class Raw:
     `vector`, where they were asked for."""
     notes: dict[str, Any] = field(default_factory=dict)
     """For the report: the counts skipped_lines (broken, on_error = skip) and duplicate_item_rows; where nothing but
-    the order of the rows tells the order in time, the interactions' unused_columns and unused_dates among them."""
+    the order of the rows tells the order in time, the interactions' unused_columns and unused_dates among them; where
+    the timestamps look like several units, time_units (see `clean.epoch_units`)."""
 
 
 def from_frames(interactions: Any, items: Any = None, columns: Mapping[str, str] | None = None,
@@ -91,6 +93,8 @@ def from_tables(interactions: Table, items: Table | None, columns: Mapping[str, 
         used = {*_chosen("interactions", columns).values(),
                 *(_chosen("items", columns, extra).values() if items is None else ())}
         notes.update(unused(interactions.frame, used))
+    elif "timestamp" in picked.frame.columns and len(units := epoch_units(picked.frame["timestamp"])) > 1:
+        notes["time_units"] = units
     return Raw(acts, goods, notes)
 
 

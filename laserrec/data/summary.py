@@ -22,6 +22,9 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"Left out {_count(count, 'broken lines')}.")
     if (unused := report.get("unused_columns")) is not None:
         lines.append(_rows_order(unused, report.get("unused_dates", [])))
+    if units := report.get("time_units"):
+        told = " and ".join(f"{count:,} look like {unit}" for unit, count in units.items())
+        lines.append(f"Of the timestamps {told} since 1970, so their order is wrong; write all in one unit.")
     for step in report["steps"][1:]:
         if dropped := [_count(step["dropped"][name], name) for name in _NAMES if step["dropped"][name]]:
             lines.append(f"Dropped {', '.join(dropped)}: {step['step']}.")
@@ -56,13 +59,15 @@ def _rows_order(unused: list[str], dates: list[str]) -> str:
 
 def warn_of_losses(report: dict[str, Any]) -> None:
     """LossWarning with the whole summary, where more than a tenth of something was lost, or of the items has no vector
-    although some have, or nothing can be validated, or an unused column of dates may hold the order in time."""
+    although some have, or nothing can be validated, or the order in time is in doubt (an unused column of dates,
+    timestamps of several units)."""
     read, kept = report["steps"][0], report["steps"][-1]
     shares = [1 - kept[name] / read[name] for name in ("interactions", "users", "items")]
     skipped = report.get("skipped_lines", 0)
     shares.append(skipped / (skipped + read["interactions"]))
     shares.append(report.get("items_without_vector", 0) / max(1, read["items_in_metadata"]))
-    if max(shares) > LOUD or not report["interactions_per_split"]["validation"] or report.get("unused_dates"):
+    doubt = report.get("unused_dates") or report.get("time_units")
+    if max(shares) > LOUD or doubt or not report["interactions_per_split"]["validation"]:
         warnings.warn(" ".join(summary_lines(report)), LossWarning, stacklevel=4)
 
 

@@ -187,6 +187,22 @@ def test_where_the_order_is_given_the_rows_order_is_not_told(order):
     assert from_frames(frame.drop(order)).notes["unused_columns"] == ["date"]
 
 
+@pytest.mark.parametrize("kind", [pl.Int64, pl.Float64, pl.String])
+def test_times_of_several_units_are_told(tmp_path, kind):
+    frame = pl.DataFrame({"user_id": ["u"] * 3, "item_id": ["a"] * 3,
+                          "timestamp": pl.Series([1_684_439_826, 1_684_439_827, 1_684_439_828_000]).cast(kind)})
+    raw = from_frames(frame, goods(a="A"))
+    with pytest.warns(LossWarning, match=r"Of the timestamps 2 look like seconds and 1 look like milliseconds"):
+        prepare(raw.interactions, raw.items, LOOSE, tmp_path / "out", notes=raw.notes)
+
+
+@pytest.mark.parametrize("times", [[0, 1_684_439_826, 1_684_439_827], [10**9, 5 * 10**10, 10**12],
+                                   [5, 5000, 5_000_000], ["2020-01-01", "2021-01-01", "2022-01-01"]])
+def test_times_of_one_unit_are_not_told(times):
+    frame = pl.DataFrame({"user_id": ["u"] * 3, "item_id": ["a"] * 3, "timestamp": times})
+    assert "time_units" not in from_frames(frame, goods(a="A")).notes
+
+
 def test_many_broken_lines_are_told(tmp_path):
     with pytest.warns(LossWarning, match="Left out 1 broken line"):
         prepare(acts(*[("u", "a", t) for t in range(3)]), goods(a="A"), LOOSE, tmp_path / "out",
