@@ -222,16 +222,24 @@ def _checked_interactions(table: Table, on_error: str) -> tuple[pl.DataFrame, in
 
 def time_and_order(frame: pl.DataFrame) -> tuple[pl.Series, pl.Series, list[tuple[str, pl.Series, str]]]:
     """`timestamp` (all null where there are none) and `order` Int64 of a table's rows, and what is wrong with them."""
-    why, problems = "neither a number nor an ISO 8601 date", []
+    problems = []
     time = pl.Series("timestamp", [None] * frame.height, dtype=pl.Int64)
     order = pl.int_range(frame.height, eager=True, dtype=pl.Int64).alias("order")
     if "timestamp" in frame.columns and not is_empty(frame["timestamp"]).all():
         time = times(frame["timestamp"])
-        problems.append(("timestamp", time.is_null(), why))
+        problems.append(_times_problem(frame["timestamp"], time))
     if "position" in frame.columns:
         order = times(frame["position"]).alias("order")
-        problems.append(("position", order.is_null(), why))
+        problems.append(_times_problem(frame["position"], order))
     return time, order, problems
+
+
+def _times_problem(column: pl.Series, read: pl.Series) -> tuple[str, pl.Series, str]:
+    """What is wrong with the values that `times` has not read. Of two kinds in one column it reads the first value's."""
+    bad = read.is_null()
+    alone = times(column.filter(bad).head(1))
+    mixed = "this column mixes numbers and dates; write all of it in one form"
+    return column.name, bad, mixed if alone.null_count() < len(alone) else "neither a number nor an ISO 8601 date"
 
 
 def unused(frame: pl.DataFrame, used: Iterable[str]) -> dict[str, list[str]]:

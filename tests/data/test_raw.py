@@ -44,6 +44,8 @@ def test_pandas_and_polars_frames_give_the_same():
 @pytest.mark.parametrize(("columns", "message"), [
     ({"timestamp": ["5", "soon"]}, r"row 2, column timestamp: neither.*'soon'.*on_error .skip"),
     ({"timestamp": [5, None]}, r"row 2, column timestamp"),
+    ({"timestamp": ["2023-05-18", "1684439826000"]}, r"row 2, column timestamp: this column mixes numbers and dates.*98"),
+    ({"timestamp": ["1684439826000", "2023-05-18"]}, r"row 2, column timestamp: this column mixes numbers and dates"),
     ({"position": ["0", "first"]}, r"row 2, column position: neither a number"),
     ({"user_id": ["u", " "]}, r"row 2, column user_id: empty id"),
     ({"item_id": [None, "a"]}, r"row 1, column item_id: empty id"),
