@@ -235,7 +235,7 @@ def time_and_order(frame: pl.DataFrame) -> tuple[pl.Series, pl.Series, list[tupl
 
 
 def _times_problem(column: pl.Series, read: pl.Series) -> tuple[str, pl.Series, str]:
-    """What is wrong with the values that `times` has not read. Of two kinds in one column it reads the first value's."""
+    """What is wrong with the values that `times` has not read. Of two kinds in a column it reads the first value's."""
     bad = read.is_null()
     alone = times(column.filter(bad).head(1))
     mixed = "this column mixes numbers and dates; write all of it in one form"
@@ -278,12 +278,14 @@ def _ids(table: Table, columns: tuple[str, ...]) -> tuple[pl.DataFrame, list[tup
 
 def _without(problems: list[tuple[str, pl.Series, str]], table: Table, on_error: str, advice: str = SKIP_HINT
              ) -> tuple[pl.Series, int]:
-    """Mask of good rows and the number of bad ones; raises on the first bad one unless they are skipped."""
-    if on_error == "raise" and (problem := first_problem(table.frame, problems, table.where)):
-        raise UserError(f"{problem}. {advice}")
+    """Mask of good rows and the number of bad ones; raises on the first bad one unless they are skipped, and where no
+    good one is left."""
     keep = pl.Series([True] * table.frame.height, dtype=pl.Boolean)
     for _, bad, _ in problems:
         keep = keep & ~bad
+    if (on_error == "raise" or not keep.any()) and (problem := first_problem(table.frame, problems, table.where)):
+        raise UserError(f"{problem}. {advice}" if on_error == "raise" else
+                        f"{table.name}: all of {len(keep):,} lines are broken, none is left; the first is {problem}")
     return keep, int((~keep).sum())
 
 
