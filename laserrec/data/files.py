@@ -21,12 +21,13 @@ from typing import Any
 import polars as pl
 
 from laserrec.data.clean import alike, column_of
-from laserrec.data.lines import POLARS_ERRORS, ending, for_polars, header_hint, lines, not_utf8, reason
+from laserrec.data.lines import POLARS_ERRORS, ending, excel_separator, for_polars, header_hint, lines, not_utf8, reason
 from laserrec.data.records import Records, swallows
 from laserrec.util.errors import UserError, reading
 
 ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".inter", ".item")
 SKIP_HINT = 'Mend the line, or leave broken lines out: on_error "skip"'
+_WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
 _JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 _NOTE = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|citation)([-_.].*)?\.(txt|json)(\.gz)?", re.IGNORECASE)
 _CHUNK_ROWS = 200_000
@@ -39,7 +40,8 @@ class FileOptions:
     on_error: str = "raise"
     """Broken lines: "raise", or "skip" to leave them out and count them."""
     separator: str | None = None
-    """Of delimited text; None: a tab in .tsv, .inter and .item, else a comma."""
+    """Of delimited text; None: a tab in .tsv, .inter and .item, else a comma. A first line such as sep=; of the file's
+    own counts for more."""
     encoding: str = "utf-8"
     """Any that Python knows, such as cp1252 or utf-16."""
 
@@ -161,17 +163,28 @@ def _read_file(path: Path, options: FileOptions) -> Table:
     if kind in _JSON_ENDINGS:
         return _any_json(path, options)
     if kind not in ENDINGS:
+        refuse_workbook(path)
         raise UserError(f"{path}: unknown ending; there are {', '.join(ENDINGS)}, text also with .gz")
     tabs = kind in (".tsv", ".inter", ".item")
-    return _read_delimited(path, _separator(path, options, "\t" if tabs else ","), options)
+    return _read_delimited(path, options, *_separator(path, options, "\t" if tabs else ","))
 
 
-def _separator(path: Path, options: FileOptions, usual: str) -> str:
-    """The one that was set, unless the header has only the usual one: of two files one may be written otherwise."""
+def refuse_workbook(path: Path) -> None:
+    """Raises UserError for a file of a spreadsheet program, which holds several tables."""
+    if ending(path) in _WORKBOOKS:
+        raise UserError(f"{path} is a workbook; save the sheet as CSV (in Excel: CSV UTF-8) and give that file")
+
+
+def _separator(path: Path, options: FileOptions, usual: str) -> tuple[str, int]:
+    """The one that the first line names, else the one that was set, unless the header has only the usual one: of two
+    files one may be written otherwise. And the number of lines before the header."""
+    number, header = next(lines(path, options.encoding), (0, b""))
+    if named := excel_separator(header):
+        return named, number
     if options.separator is None:
-        return usual
-    _, header = next(lines(path, options.encoding), (0, b""))
-    return usual if options.separator.encode() not in header and usual.encode() in header else options.separator
+        return usual, 0
+    only_usual = options.separator.encode() not in header and usual.encode() in header
+    return (usual if only_usual else options.separator), 0
 
 
 # -- JSON lines ---------------------------------------------------------------------------------------------------
@@ -245,14 +258,14 @@ def json_object(line: bytes) -> dict:
 # -- delimited text -----------------------------------------------------------------------------------------------
 
 
-def _read_delimited(path: Path, separator: str, options: FileOptions) -> Table:
+def _read_delimited(path: Path, options: FileOptions, separator: str, before: int) -> Table:
     """polars reads it; where polars gives up, a slow reading finds the lines at fault, which polars doesn't name."""
     quote = None if ending(path) in (".inter", ".item") else '"'
-    records = Records(path, separator, quote, options.encoding)
+    records = Records(path, separator, quote, options.encoding, before)
     _check_header(records)
     try:
         source = for_polars(path, options.encoding)
-        frame = pl.read_csv(source, separator=separator, infer_schema=False, quote_char=quote)
+        frame = pl.read_csv(source, separator=separator, infer_schema=False, quote_char=quote, skip_lines=before)
         broken = (frame[name].filter(frame[name].str.contains("\n", literal=True)) for name in frame.columns)
         if not any(swallows(values.to_list(), separator, frame.width) for values in broken):
             frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))

@@ -6,6 +6,7 @@ import codecs
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -95,6 +96,12 @@ def not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
         return 'not UTF-8 but UTF-16, by its first bytes; set encoding "utf-16"'
     return (f'not UTF-8 at byte {error.start + 1}; files from Excel or Windows often are in encoding "cp1252", set it '
             "if yours is")
+
+
+def excel_separator(line: bytes) -> str | None:
+    """The separator that a first line such as sep=; names, as Excel writes it."""
+    found = re.fullmatch(rb'"?sep=([ -~\t])"?', line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n"), re.IGNORECASE)
+    return found[1].decode("ascii") if found else None
 
 
 def header_hint(columns: list[str]) -> str:

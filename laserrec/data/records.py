@@ -22,6 +22,8 @@ class Records:
     separator: str
     quote: str | None
     encoding: str
+    before: int = 0
+    """Lines before the header."""
 
     def line_of(self, row: int) -> int:
         """Line of a 0-based row; 0 where there is none."""
@@ -35,6 +37,8 @@ class Records:
         def text() -> Iterator[str]:
             nonlocal ended
             for number, line in lines(self.path, self.encoding):
+                if number <= self.before:
+                    continue
                 try:
                     own.append((number, line.decode("utf-8-sig" if number == 1 else "utf-8")))
                     yield own[-1][1]

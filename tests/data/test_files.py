@@ -197,6 +197,21 @@ def test_line_breaks_in_quotes_are_text(tmp_path, text):
     assert table.where(3).endswith(f"x.csv:{5 + text.count(chr(10))}")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("first", ["sep=;\r\n", '"sep=;"\r\n', "SEP=;\n"])
+def test_the_first_line_of_excel_names_the_separator(tmp_path, first, encoding):
+    path = tmp_path / "x.csv"
+    path.write_bytes((first + "user_id;item_id\nu;a\nv;b,c\n").encode(encoding))
+    for options in (FileOptions(encoding=encoding), FileOptions(encoding=encoding, separator=",")):
+        table = read_table(path, options)
+        assert table.frame.rows() == [("u", "a"), ("v", "b,c")] and table.where(1) == f"{path}:4"
+    with open(path, "ab") as file:
+        file.write("w;d;e\n".encode(encoding.replace("utf-16", "utf-16-le")))
+    with pytest.raises(UserError, match=r"x\.csv:5: 3 fields, the header has 2"):
+        read_table(path, FileOptions(encoding=encoding))
+    assert read_table(path, FileOptions("skip", encoding=encoding)).frame.height == 2
+
+
 @pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "x.tsv"])
 def test_a_column_name_that_stands_twice_is_refused(tmp_path, name):
     text = "\ufeffuser_id,item_id,item_id\nu,a,b\n".replace(",", "\t" if ".tsv" in name else ",").encode()
