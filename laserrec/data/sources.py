@@ -8,7 +8,17 @@ from collections.abc import Mapping, Sequence
 from glob import has_magic
 from pathlib import Path
 
-from laserrec.data.files import ENDINGS, FileOptions, ending, is_made, is_note, json_object, lines, parts_of
+from laserrec.data.files import (
+    ENDINGS,
+    FileOptions,
+    ending,
+    is_made,
+    is_note,
+    json_object,
+    lines,
+    parts_of,
+    refuse_workbook,
+)
 from laserrec.data.raw import Raw
 from laserrec.data.readers import read_amazon_2018, read_amazon_2023, read_movielens, read_recbole, read_tables
 from laserrec.util.errors import UserError
@@ -129,6 +139,7 @@ def _guess(interactions: Path, encoding: str) -> str:
     if kind in (".csv", ".tsv", ".txt", ".parquet"):
         return "parquet" if kind == ".parquet" else "csv"
     if kind not in ENDINGS:
+        refuse_workbook(interactions)
         raise UserError(f"{interactions}: format not known by its ending; name one of {', '.join(FORMATS[1:])}")
     keys = set()
     for _, line in lines(interactions, encoding):

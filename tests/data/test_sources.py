@@ -138,7 +138,11 @@ def test_what_cannot_be_told_is_an_error(make, tmp_path):
     with pytest.raises(UserError, match=r"none-\*\.csv: no data files here"):
         read_source(tmp_path / "none-*.csv")
     with pytest.raises(UserError, match="format not known by its ending"):
-        read_source([make(a__xlsx="x") / "a.xlsx", folder / "b.csv"])
+        read_source([make(a__dat="x") / "a.dat", folder / "b.csv"])
+    workbook = make(a__xlsx="x") / "a.xlsx"
+    for source in (workbook, [folder / "a.csv", workbook]):
+        with pytest.raises(UserError, match=r"a\.xlsx is a workbook; save the sheet as CSV"):
+            read_source(source)
     with pytest.raises(UserError, match="amazon2018 has fixed columns"):
         read_source([folder / "a.csv", folder / "b.csv"], "amazon2018", {"user_id": "x"})
 
