@@ -34,7 +34,7 @@ def read_texts(table: Table, names: Sequence[str]) -> list[pl.Series]:
 
 def with_vectors(items: pl.DataFrame, given: Table) -> pl.DataFrame:
     """`items` with the column `vector` of a table of item_id and vector: a column of lists, or one number per column.
-    Items that it lacks have null; ids that are no items' are left out.
+    Items that it lacks, or has no numbers of, have null; ids that are no items' are left out.
 
     Raises UserError, with the row, for an unreadable or repeated id, for vectors of unequal length or with values that
     are no finite numbers, and if no item has a vector.
@@ -59,44 +59,67 @@ def _vectors(given: Table) -> pl.DataFrame:
             value = value_at(frame["item_id"], row)
             told = why_no_id(value) if what == "no id" else what
             raise UserError(f"{given.where(row)}, column item_id: {told} (found {str(value)[:80]!r})")
-    width, column = _as_lists(given)
-    values = column.explode().to_numpy()
+    column, places = _as_lists(given)
+    width = _width(column, given)
+    found = pl.DataFrame([names, column.alias(VECTOR)]).with_row_index("row").drop_nulls(VECTOR)
+    values = found[VECTOR].explode().to_numpy().reshape(-1, width)
     if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values))[0]) // width
-        raise UserError(f"{given.where(row)}: its vector holds a value that is no finite number")
-    return pl.DataFrame([names, column.cast(pl.Array(pl.Float32, width)).alias(VECTOR)])
+        row, place = np.argwhere(~np.isfinite(values))[0]
+        where = f"column {places[place]}" if places else f"number {place + 1} of its vector"
+        at = given.where(found["row"][int(row)])
+        raise UserError(f"{at}, {where}: no finite number (found {values[row, place]})")
+    return found.select("item_id", pl.col(VECTOR).cast(pl.Array(pl.Float32, width)))
 
 
-def _as_lists(given: Table) -> tuple[int, pl.Series]:
-    """Width, and a column of lists of so many float32."""
+def _width(column: pl.Series, given: Table) -> int:
+    """The length of all lists. Raises UserError where they differ or there are none."""
+    lengths = column.list.len()
+    known = lengths.drop_nulls()
+    if known.is_empty():
+        raise UserError(f"{given.name}: no row has a vector")
+    wrong = ((lengths != known[0]) | (lengths == 0)).fill_null(False)
+    if wrong.any():
+        row = int(wrong.arg_max() or 0)
+        raise UserError(f"{given.where(row)}: its vector has {lengths[row]} numbers and the first one {known[0]}; all "
+                        "must have as many")
+    return int(known[0])
+
+
+def _as_lists(given: Table) -> tuple[pl.Series, list[str]]:
+    """A column of lists of float32, null where a row has none; and where each number of them is a column, its name."""
     frame = given.frame.select(unmixed(given.frame[name]) for name in given.frame.columns if name != "item_id")
     frame = frame.with_columns(_from_json(frame[name], given) for name in frame.columns)
     lists = [name for name in frame.columns if isinstance(frame[name].dtype, pl.List | pl.Array)]
     if VECTOR in lists:
         lists = [VECTOR]
     if not lists:
-        frame = frame.with_columns(pl.col(pl.String).cast(pl.Float64, strict=False))  # of delimited text
+        frame = frame.with_columns(_numbers(column, given) for column in frame if column.dtype == pl.String)
         if not all(dtype.is_numeric() for dtype in frame.dtypes):
             wrong = next(name for name in frame.columns if not frame[name].dtype.is_numeric())
             raise UserError(f"{given.name}: column {wrong} holds no numbers; give a column vector with lists of "
                             "numbers, or numbers in all columns but item_id")
-        numbers = pl.all().cast(pl.Float32).fill_null(float("nan"))
-        column = frame.select(pl.concat_list(numbers).alias(VECTOR)).to_series()
-    elif len(lists) > 1:
+        numbers = pl.concat_list(pl.all().cast(pl.Float32).fill_null(float("nan")))
+        given_some = ~pl.all_horizontal(pl.all().is_null())
+        return frame.select(pl.when(given_some).then(numbers).alias(VECTOR)).to_series(), frame.columns
+    if len(lists) > 1:
         raise UserError(f"{given.name}: several columns hold lists ({', '.join(lists)}); name the one with the vectors "
                         "vector")
-    else:
-        try:
-            column = frame[lists[0]].cast(pl.List(pl.Float32))
-        except pl.exceptions.PolarsError:
-            raise UserError(f"{given.name}: column {lists[0]} holds lists of something else than numbers") from None
-    lengths = column.list.len()
-    wrong = (lengths != lengths[0]).fill_null(True) | (lengths == 0).fill_null(True)
+    try:
+        return frame[lists[0]].cast(pl.List(pl.Float32)), []
+    except pl.exceptions.PolarsError:
+        raise UserError(f"{given.name}: column {lists[0]} holds lists of something else than numbers") from None
+
+
+def _numbers(column: pl.Series, given: Table) -> pl.Series:
+    """Numbers from the text that files of delimited text have. Raises UserError, with the row, for another text."""
+    numbers = column.cast(pl.Float64, strict=False)
+    wrong = numbers.is_null() & column.is_not_null()
     if wrong.any():
         row = int(wrong.arg_max() or 0)
-        raise UserError(f"{given.where(row)}: its vector has {lengths[row] or 0} numbers and the first row's "
-                        f"{lengths[0] or 0}; all must have as many")
-    return int(lengths[0]), column
+        raise UserError(f"{given.where(row)}, column {column.name}: no number (found {short(column[row])}); all "
+                        "columns but item_id hold numbers, with a decimal point, or one column vector holds lists of "
+                        "them")
+    return numbers
 
 
 def _from_json(column: pl.Series, given: Table) -> pl.Series:
@@ -142,7 +165,7 @@ def like(new: pl.DataFrame, table: Table, items: pl.DataFrame) -> pl.DataFrame:
     kind = items[VECTOR].dtype
     if VECTOR not in table.frame.columns or table.frame[VECTOR].null_count() == table.frame.height:
         return out.with_columns(pl.lit(None, kind).alias(VECTOR))
-    frame = pl.DataFrame([new["item_id"], unmixed(table.frame[VECTOR])]).drop_nulls(VECTOR)
+    frame = pl.DataFrame([new["item_id"], unmixed(table.frame[VECTOR])])
     given = Table(frame, table.name, table.locate)
     found = with_vectors(new, given)
     own, wanted = (frame[VECTOR].dtype for frame in (found, items))

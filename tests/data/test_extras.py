@@ -32,7 +32,10 @@ def vectors(frame) -> pl.DataFrame:
     {"item_id": ["b", "a", "x"], "one": ["1", "3", "5"], "two": ["2", "4", "6"]},
     {"item_id": ["b", "a", "x"], "vector": ["[1, 2.0]", " [3,4]", "[5e0, 6]"]},
     {"item_id": ["b", "a", "x"], "vector": pl.Series([[1, 2], [3, 4], [5, 6]], dtype=pl.Array(pl.Float64, 2))},
-], ids=["lists", "other name", "numbers", "text", "lists as text", "arrays"])
+    {"item_id": ["c", "b", "a"], "vector": [None, [1.0, 2], [3, 4]]},
+    {"item_id": ["c", "b", "a"], "vector": [None, "[1, 2]", "[3, 4]"]},
+    {"item_id": ["c", "b", "a"], "one": [None, 1, 3], "two": [None, 2.0, 4]},
+], ids=["lists", "other name", "numbers", "text", "lists as text", "arrays", "no list", "no text", "no numbers"])
 def test_vectors_meet_their_items(frame):
     out = vectors(frame)
     assert out.schema["vector"] == pl.Array(pl.Float32, 2)
@@ -42,10 +45,12 @@ def test_vectors_meet_their_items(frame):
 
 
 @pytest.mark.parametrize(("frame", "told"), [
-    ({"item_id": ["a", "b"], "vector": [[1.0], [1.0, 2]]}, "row 2: its vector has 2 numbers and the first row's 1"),
-    ({"item_id": ["a", "b"], "vector": [[1.0], None]}, "row 2: its vector has 0 numbers"),
-    ({"item_id": ["a", "b"], "vector": [[1.0], [float("nan")]]}, "row 2: its vector holds a value that is no finite"),
-    ({"item_id": ["a", "b"], "one": ["1", "x"]}, "row 2: its vector holds a value that is no finite"),
+    ({"item_id": ["a", "b"], "vector": [[1.0], [1.0, 2]]}, "row 2: its vector has 2 numbers and the first one 1"),
+    ({"item_id": ["a", "b"], "vector": [[1.0], []]}, "row 2: its vector has 0 numbers"),
+    ({"item_id": ["a", "b"], "vector": [None, [float("nan")]]}, r"row 2, number 1 of its vector: no finite number \(f"),
+    ({"item_id": ["a", "b"], "one": ["1", "2"], "two": ["1,5", "x"]}, r"row 1, column two: no number \(found '1,5'\)"),
+    ({"item_id": ["a", "b"], "one": ["1", "2"], "two": ["1", None]}, "row 2, column two: no finite number"),
+    ({"item_id": ["a", "b"], "vector": pl.Series([None, None], dtype=pl.List(pl.Float32))}, "no row has a vector"),
     ({"item_id": ["a", "a"], "vector": [[1.0], [2.0]]}, "row 1, column item_id: an id that stands in more than one"),
     ({"item_id": ["a", ""], "vector": [[1.0], [2.0]]}, "row 2, column item_id: empty id"),
     ({"item_id": ["x"], "vector": [[1.0]]}, "none of its 1 ids is among the items: yours are like 'x', .*'a' and"),
@@ -54,7 +59,6 @@ def test_vectors_meet_their_items(frame):
     ({"item_id": ["a"], "p": [[1.0]], "q": [[1.0]]}, r"several columns hold lists \(p, q\)"),
     ({"item_id": ["a", "b"], "vector": ["[1, 2]", "[1. 2.]"]}, "row 2, column vector: lists are written as text here"),
     ({"item_id": ["a"], "vector": ['["1"]']}, "row 1, column vector: lists are written as text here"),
-    ({"item_id": ["a", "b"], "vector": ["[1]", None]}, "row 2: its vector has 0 numbers"),
     ({"item_id": ["a"], "vector": [["x"]]}, "lists of something else than numbers"),
     ({"item_id": ["a"], "day": [pl.date(2026, 1, 1)]}, "column day holds no numbers"),
 ])
@@ -180,4 +184,7 @@ def test_new_items_get_the_catalogues_columns():
     assert plain["price"].to_list() == plain["vector"].to_list() == [None]
     with pytest.raises(UserError, match="new items have 3 numbers and those of the catalogue 2"):
         read_items({"item_id": ["x"], "title": ["X"], "vector": [[1, 2, 3]]}, catalogue=catalogue)
+    with pytest.raises(UserError, match="new items: row 2, number 1 of its vector: no finite number"):
+        read_items(pl.DataFrame({"item_id": ["w", "x"], "title": ["W", "X"], "vector": [None, [float("inf"), 2]]}),
+                   catalogue=catalogue)
     assert like(ITEMS, Table(ITEMS, "t"), ITEMS).columns == ["item_id"]
