@@ -46,7 +46,7 @@ def prepare_source(source: Source, out: Path | str, config: DataConfig | None = 
 
     def read() -> Raw:
         raw = read_source(source, format, columns, options, config.item_columns)
-        return raw if vectors is None else join_vectors(raw, read_table(vectors, options))
+        return raw if vectors is None else join_vectors(raw, read_table(vectors, options), columns)
 
     return _prepare(_Numbered.of(read()), config, out, overwrite)  # nothing holds the raw frames by then
 

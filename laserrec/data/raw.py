@@ -63,11 +63,15 @@ def from_frames(interactions: Any, items: Any = None, columns: Mapping[str, str]
     acts = Table(to_polars(interactions, "interactions"), "interactions")
     goods = None if items is None else Table(to_polars(items, "items"), "items")
     raw = from_tables(acts, goods, columns, on_error, extra)
-    return raw if vectors is None else join_vectors(raw, Table(to_polars(vectors, "vectors"), "vectors"))
+    return raw if vectors is None else join_vectors(raw, Table(to_polars(vectors, "vectors"), "vectors"), columns)
 
 
-def join_vectors(raw: Raw, vectors: Table) -> Raw:
-    """With the items' own vectors. Raises UserError, see `extras.with_vectors`."""
+def join_vectors(raw: Raw, vectors: Table, columns: Mapping[str, str] | None = None) -> Raw:
+    """With the items' own vectors, whose item_id may be called as the items' is. Raises UserError, see
+    `extras.with_vectors`."""
+    theirs = _chosen("items", column_map(columns))["item_id"]
+    if "item_id" not in vectors.frame.columns and theirs in vectors.frame.columns:
+        vectors = replace(vectors, frame=vectors.frame.rename({theirs: "item_id"}))
     items = with_vectors(raw.items, vectors)
     return replace(raw, items=items, notes={**raw.notes, "items_without_vector": items[VECTOR].null_count()})
 

@@ -141,6 +141,16 @@ def test_a_column_under_the_callers_name(shop):
         from_frames(pl.read_csv(shop / "interactions.csv"), pl.read_csv(shop / "items.csv"), {"cost": "price"})
 
 
+@pytest.mark.parametrize("key", ["item_id", "items.item_id"])
+def test_vectors_are_found_under_the_callers_name_of_ids(key):
+    acts = pl.DataFrame({"user_id": ["u"], "sku": ["a"]})
+    items = pl.DataFrame({"sku": ["a"], "title": ["A"]})
+    columns = {key: "sku", "interactions.item_id": "sku"}
+    for name in ("sku", "item_id"):
+        raw = from_frames(acts, items, columns, vectors=pl.DataFrame({name: ["a"], "vector": [[1.0]]}))
+        assert raw.items["vector"].to_list() == [[1.0]]
+
+
 def test_formats_with_fixed_columns_refuse_others(tmp_path):
     for name, text in (("ratings.csv", "userId,movieId,rating,timestamp\nu,a,4.0,5\n"),
                        ("movies.csv", "movieId,title,genres\na,Drill,Drama\n")):
