@@ -128,8 +128,10 @@ def _number(value: Any) -> str | None:
         return None
     if isinstance(value, Decimal):
         return str(int(value)) if value == int(value) else format(value, "f").rstrip("0")
-    whole = value == int(value) and abs(value) < 2**53
-    return str(int(value)) if whole else np.format_float_positional(value, trim="-")
+    if value == int(value) and abs(value) < 2**53:
+        return str(int(value))
+    text = str(value)  # much faster, where it has no exponent
+    return np.format_float_positional(value, trim="-") if "e" in text else text
 
 
 def _each(column: pl.Series, rule: Any) -> pl.Series:
@@ -344,7 +346,9 @@ def _as_mixed(column: pl.Series, lists: bool) -> pl.Series:
 
 # -- times --------------------------------------------------------------------------------------------------------
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_DATE = re.compile(r"^(\d{4})([-/])(\d{1,2})\2(\d{1,2})(?!\d)")
+_ZONE = re.compile(r"\s+(?:UTC|GMT|([+-]\d\d:?\d\d))$")
+_EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 _UNITS = {"seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}
 """Since 1970, from 1973 on: what lies within a factor of 100 above, up to 2286, looks like it."""
 
@@ -441,14 +445,22 @@ def _nulls(column: pl.Series) -> pl.Series:
     return pl.Series(column.name, [None] * len(column), dtype=pl.Int64)
 
 
+def _as_iso(date: str) -> str:
+    """A date with the year first as ISO 8601: 2023/1/4, 2023-01-04 10:00:00 UTC, 2023-01-04 10:00:00 +0100."""
+    date = _DATE.sub(lambda found: f"{found[1]}-{found[3]:0>2}-{found[4]:0>2}", date)
+    return _ZONE.sub(lambda found: found[1] or "Z", date)
+
+
 def _iso(text: pl.Series) -> pl.Series:
     def microseconds(value: str) -> int | None:
-        try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            return None
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        return (moment - _EPOCH) // timedelta(microseconds=1)
+        for form in (str, _as_iso):  # most are ISO 8601, and to make it of what is costs time
+            try:
+                moment = datetime.fromisoformat(form(value))
+            except ValueError:
+                continue
+            moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+            return (moment - _EPOCH) // _MICROSECOND
+        return None
 
     known = {value: microseconds(value) for value in text.drop_nulls().unique().to_list()}
     return _in_milliseconds(text.replace_strict(known, default=None, return_dtype=pl.Int64), "us")

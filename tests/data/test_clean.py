@@ -226,6 +226,8 @@ def test_dates_become_utc_milliseconds(monkeypatch):
     expected = int(moment.timestamp() * 1000)
     assert times_of("2020-01-01T12:00:00", "2020-01-01 14:00:00+02:00", "2020-01-01T12:00:00.5Z", "soon") == [
         expected, expected, expected + 500, None]
+    assert times_of("2020/01/01 12:00", "2020/1/1 12:00:00 UTC", "2020-1-1T12:00:00 GMT", "2020-01-01 14:00:00 +0200",
+                    "1/1/2020 12:00", "2020/1-1", "2020/13/1") == [expected] * 4 + [None] * 3
     assert times_of(moment) == [expected]
     assert times_of(date(2020, 1, 1)) == [1577836800000]
     monkeypatch.undo()
