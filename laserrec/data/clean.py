@@ -368,7 +368,7 @@ def times(column: pl.Series) -> pl.Series:
         return _in_milliseconds(column.to_physical(), column.dtype.time_unit)
     if column.dtype in (pl.String, pl.Categorical, pl.Enum):
         text = column.cast(pl.String).str.strip_chars(SPACE)
-        first = text.filter((text != "").fill_null(False)).head(1)
+        first = text.filter(~is_empty(text)).head(1)
         if first.cast(pl.Float64, strict=False).null_count():
             return _iso(text)
         return _whole(text.cast(pl.Int64, strict=False), text.cast(pl.Float64, strict=False))

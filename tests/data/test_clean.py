@@ -190,6 +190,7 @@ def test_times_keep_their_unit_and_their_order():
     assert times_of(nanoseconds, 5) == [nanoseconds, 5]
     assert times_of(str(nanoseconds), " 5 ") == [nanoseconds, 5]
     assert times_of("12", "1e3", "x", "") == [12, 1000, None, None]
+    assert times_of("NULL", "5") == [None, 5]
     assert times_of(12.0, 13.0) == [12, 13]
     assert times_of("12", "12.25", "12.5") == [12000, 12250, 12500]
     assert times_of(12.25, float("nan"), float("inf")) == [12250, None, None]
