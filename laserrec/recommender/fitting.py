@@ -310,6 +310,8 @@ def open_folder(folder: Path | str, device: torch.device, backbone: Backbone | P
     if features is None:
         loaded, place = (backbone, None) if isinstance(backbone, Backbone) else (None, backbone)
         settings = _backbone_settings(saved.config.backbone, saved.backbone, place)
+        if loaded is not None and saved.backbone is not None:
+            _check_settings(loaded, settings, folder)
         features = TextFeatures(settings, saved.config.prompt, device, backbone=loaded,
                                 trust_remote_code=trust_remote_code)
     features.expect(None if saved.backbone is None else saved.backbone["sha256"], str(folder))
@@ -323,6 +325,15 @@ def open_folder(folder: Path | str, device: torch.device, backbone: Backbone | P
                                saved.kept)
     return Fitted(model, saved.method, saved.config, saved.items, saved.n_known, features, saved.facts, below,
                   saved.backbone)
+
+
+def _check_settings(loaded: Backbone, wanted: BackboneConfig, folder: Path) -> None:
+    """Weights alone do not tell what an LLM makes of a text."""
+    for name in ("layers", "mean_layers", "item_vectors", "quantization"):
+        own, there = getattr(wanted, name), getattr(loaded.config, name)
+        if own != there:
+            raise UserError(f"{folder} was fitted with backbone.{name} {own}, and the LLM that was handed over was "
+                            f"loaded with {there}; load it with the settings of the model, or hand over its name")
 
 
 def _backbone_settings(config: BackboneConfig, named: dict[str, Any] | None, place: Path | str | None

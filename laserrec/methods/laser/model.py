@@ -163,10 +163,9 @@ class Laser(nn.Module, TwoTower):
 
     def set_items(self, vectors: Float[Tensor, "n_items d_out"]) -> None:
         """Take these as the items' embeddings."""
-        self.vectors = vectors
-        text = F.normalize(vectors[:, : self.d_text], dim=-1)
+        self.vectors, text = vectors, vectors[:, : self.d_text]
         if isinstance(self.user_side, StudentUsers):
-            self.user_side.vectors = text
+            self.user_side.vectors = F.normalize(text, dim=-1)
         if (inheriting := self._inheriting()) and self.n_known > 0:
             parents = nearest_known(text[self.n_known :], text[: self.n_known])
             for part in inheriting:
@@ -239,9 +238,9 @@ class Laser(nn.Module, TwoTower):
 
     def _add_vectors(self, new: Float[Tensor, "new d_out"]) -> None:
         """As `set_items` of all, without another look at those that are there."""
-        text, first = F.normalize(new[:, : self.d_text], dim=-1), self.vectors[: self.n_known, : self.d_text]
+        text, first = new[:, : self.d_text], self.vectors[: self.n_known, : self.d_text]
         if isinstance(self.user_side, StudentUsers):
-            self.user_side.add(text)
+            self.user_side.add(F.normalize(text, dim=-1))
         if (inheriting := self._inheriting()) and self.n_known > 0:
             parents = nearest_known(text, first)
             for part in inheriting:
