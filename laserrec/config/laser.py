@@ -265,7 +265,7 @@ class BlendConfig(Section):
     network: int = Field(0, ge=0)
     """Hidden units of a network that ranks items anew by the parts of their scores, trained on validation users; 0:
     none. It is not kept where it makes the ranking worse, beyond chance, for users that it was not trained on. None
-    above 100,000 items."""
+    above 100,000 items, and without blend.trials."""
     users: int = Field(4000, ge=1)
     """Validation users that the choice is made on, drawn at random if there are more."""
 

@@ -294,7 +294,7 @@ def _finished(folder: Path, fingerprint: str, features: TextFeatures, world: Wor
                         "in one process")
     if folders.read_note(folder).get("fingerprint") != fingerprint:
         raise _other(folder)
-    return replace(open_folder(folder, features.device, features=features), log=folders.read_log(folder) or None)
+    return open_folder(folder, features.device, features=features)
 
 
 def open_folder(folder: Path | str, device: torch.device, backbone: Backbone | Path | str | None = None,
@@ -324,7 +324,7 @@ def open_folder(folder: Path | str, device: torch.device, backbone: Backbone | P
         model = method.restore(Given(saved.config, saved.items, saved.n_known, features, given_id), saved.weights,
                                saved.kept)
     return Fitted(model, saved.method, saved.config, saved.items, saved.n_known, features, saved.facts, below,
-                  saved.backbone)
+                  saved.backbone, folders.read_log(folder) or None)
 
 
 def _check_settings(loaded: Backbone, wanted: BackboneConfig, folder: Path) -> None:

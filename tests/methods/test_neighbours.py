@@ -123,6 +123,11 @@ def test_boosts_are_the_regression_without_the_history():
     assert list(got.values()) == pytest.approx(expected[list(got)].tolist(), rel=1e-4)
 
 
+def test_items_of_a_long_history_get_none_however_old_they_are():
+    neighbours = fitted()
+    assert boosts(neighbours, *[3] * 60).keys() == {1, 4} and boosts(neighbours, 1, *[3] * 60).keys() == {4}
+
+
 def test_a_batch_gives_what_each_history_gives_alone():
     neighbours = fitted()
     term = neighbours.on(tiny.histories([3, 0], [], [5], [1, 1, 2]))

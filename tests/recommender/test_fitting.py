@@ -88,6 +88,7 @@ def test_a_fitted_model_is_measured_saved_and_loaded(whole, name, llm, tmp_path)
     for place in (folder, tmp_path / "copy"):
         again = LaserRecommender.from_pretrained(place, llm())
         same(again, model)
+        assert again.fitted.log == model.fitted.log
         assert again.method == name and again.config == model.config and again.recommend(ASK, k=4).equals(want)
 
 
