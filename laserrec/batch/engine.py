@@ -16,7 +16,7 @@ shards, or the workers of `laserrec.batch.ray_engine`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,13 +25,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from laserrec.batch.exclusion import Exclusions
 from laserrec.batch.source import Part, Source, digest_of_ends
-from laserrec.data.clean import as_id, ids
 from laserrec.data.door import Asked, read_histories
-from laserrec.data.files import FileOptions, header_hint, parts_of
+from laserrec.data.files import FileOptions, parts_of
 from laserrec.data.losses import Losses
-from laserrec.data.tables import checked, read_listed
-from laserrec.recommender.folder import model_identity
+from laserrec.recommender.folder import known_items, model_identity
 from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.retrieval.folder import index_kind
@@ -120,6 +119,8 @@ def complete(job: Job, shard: tuple[int, int], progress: bool,
              working: Callable[[Plan], AbstractContextManager[Iterator[None]]]) -> dict[str, Any]:
     """As `run`. working: opens an iterator that writes a missing part with each step."""
     work = plan(job, shard)
+    if job.settings.exclude or job.exclude_file:
+        exclusions(job, known_items(job.model)).tell(work.source)
     if work.todo:
         chunk = job.settings.chunk
         done = (work.own - len(work.todo)) * chunk
@@ -147,6 +148,11 @@ def plan(job: Job, shard: tuple[int, int] = (1, 1)) -> Plan:
     own = [part for part in parts if part.number % shard[1] == shard[0] - 1]
     todo = [part for part in own if not part_file(job.out, part.number).is_file()]
     return Plan(source, manifest, len(parts), len(own), todo)
+
+
+def exclusions(job: Job, known: Mapping[str, int]) -> Exclusions:
+    """What the job excludes. known: item id -> row. Raises UserError for a file of another shape."""
+    return Exclusions(job.settings.exclude, job.exclude_file, job.reading, known)
 
 
 def exclusion_digest(job: Job) -> dict[str, Any] | None:
@@ -202,7 +208,7 @@ class Worker:
         names, removed = model.items["item_id"].to_list(), model.removed
         self.known = {name: row for row, name in enumerate(names) if row not in removed}
         """Item id -> row, of items that can be recommended."""
-        self._excluded, self._excluded_by_user = self._exclusions()
+        self._exclusions = exclusions(job, self.known)
 
     def write(self, part: Part) -> None:
         """Recommend for a part's users; whole or not at all. Raises UserError for unknown items, if they shall stop
@@ -226,34 +232,10 @@ class Worker:
     def _answers(self, users: pl.Series, asked: Asked) -> list[Ranked]:
         """In the users' order; empty where no item is known or nothing is left."""
         model, settings = self.model, self.job.settings
-        asks = [Ask(np.array(rows, dtype=np.int64), settings.k, settings.exclude_seen, None, self._barred(user))
+        asks = [Ask(np.array(rows, dtype=np.int64), settings.k, settings.exclude_seen, None, self._exclusions.of(user))
                 for user, rows in zip(users.to_list(), asked.rows, strict=True)]
         size = rows_at_once(len(model.items) if model.index is None else settings.k, model.batch_size)
         return [answer for at in range(0, len(asks), size) for answer in model.rank(asks[at : at + size])]
-
-    def _barred(self, user: Any) -> np.ndarray | None:
-        """Rows that this user is not recommended."""
-        own = self._excluded_by_user.get(str(user), self._excluded[:0])
-        rows = np.concatenate([self._excluded, own])
-        return rows if len(rows) else None
-
-    def _exclusions(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Rows that nobody is recommended, and further rows by user."""
-        names, own, file = list(self.job.settings.exclude), {}, self.job.exclude_file
-        if file is not None:
-            table = read_listed(file, self.job.reading)
-            columns = table.frame.columns
-            if "user_id" in columns and table.frame.height:
-                asked = read_histories(checked(file, table), self.known, "drop", tell=False)
-                own = {str(user): np.array(rows, dtype=np.int64)
-                       for user, rows in zip(asked.users, asked.rows, strict=True)}
-            elif "item_id" in columns:
-                names += ids(table.frame["item_id"]).drop_nulls().to_list()
-            else:
-                raise UserError(f"{file}: give the columns user_id and item_id, or item_id alone; there are: "
-                                f"{', '.join(columns)}{header_hint(columns)}")
-        rows = [self.known[name] for name in map(as_id, names) if name in self.known]
-        return np.array(rows, dtype=np.int64), own
 
     def _refuse(self, users: pl.Series, histories: pl.DataFrame) -> None:
         """Raise the error of the first user who has one, under the user's own name."""
@@ -278,7 +260,7 @@ def summary(job: Job, work: Plan) -> dict[str, Any]:
               "no_known_item": lost.empty_users, "nothing_left": nothing, "items": lost.items,
               "unknown_items": lost.unknown, "parts": work.count, "parts_missing": work.count - len(files)}
     if not result["parts_missing"]:
-        lost.tell(pl.read_parquet(job.model / "items.parquet", columns=["item_id"])["item_id"].to_list())
+        lost.tell(known_items(job.model))
         write_json(job.out / "done.json", result)
     return result
 

@@ -85,6 +85,11 @@ class Source:
         """Raises UserError where a row has no user, or a user's rows are apart."""
         return len(self._users[0]) - 1
 
+    def names(self) -> Iterator[pl.Series]:
+        """The users' ids, file by file; one who comes in two files comes twice."""
+        for first, end in self._rows.spans:
+            yield ids(self._rows.read(first, end, ["user_id"])["user_id"].rle().struct.field("value"))
+
     def parts(self, chunk: int) -> list[Part]:
         """All parts of `chunk` users each."""
         edges = [*range(0, self.n_users, chunk), self.n_users]

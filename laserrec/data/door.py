@@ -16,7 +16,14 @@ import numpy as np
 import polars as pl
 
 from laserrec.data.clean import as_id, ids, is_missing, is_nested, names_nothing, short, unmixed, why_no_id
-from laserrec.data.losses import Losses, LossWarning, likely_cause, mismatch, two_of
+from laserrec.data.losses import (
+    Losses,
+    LossWarning,
+    likely_cause,
+    tell_items_not_barred,
+    tell_users_not_barred,
+    two_of,
+)
 from laserrec.data.raw import first_problem, no_column, time_and_order, to_polars, unused
 from laserrec.util.errors import UserError
 
@@ -115,10 +122,7 @@ def _excluded(exclude: Any, users: list, index: Mapping[str, int]) -> list[list[
         lists = [own.get(str(user), []) for user in users]
     else:
         lists = [_barred("exclude", exclude)]
-    given = list(chain(*lists))
-    if given and not any(item in index for item in given):
-        warnings.warn(f"exclude has no effect, none of its item ids is in the catalogue: {mismatch(given, index)}",
-                      LossWarning, stacklevel=3)
+    tell_items_not_barred("exclude", list(chain(*lists)), index)
     rows = [[index[item] for item in items if item in index] for items in lists]
     return rows if isinstance(exclude, Mapping) else rows * len(users)
 
@@ -133,14 +137,7 @@ def _barred_by_user(exclude: Mapping, users: list) -> dict[str, list[str]]:
     for user, items in exclude.items():
         if found := _barred(f"exclude of user {user!r}", items):
             own.setdefault(as_id(user) or "", []).extend(found)
-    ours = [str(user) for user in users]
-    if own and own.keys().isdisjoint(ours):
-        cause = likely_cause(list(own), ours)
-        if cause or len(ours) > 1:
-            cause = cause + "; " if cause else ""
-            warnings.warn(f"exclude has no effect, none of its users has a history here: {cause}its users are "
-                          f"like {two_of(own)}, the histories' like {two_of(ours)}.", LossWarning,
-                          stacklevel=4)
+    tell_users_not_barred("exclude", own, [str(user) for user in users])
     return own
 
 

@@ -71,6 +71,24 @@ class Losses:
                           "left for them that may be recommended.", LossWarning, stacklevel=3)
 
 
+def tell_items_not_barred(what: str, items: Collection[str], catalogue: Collection[str]) -> None:
+    """Warns where none of the items that must not be recommended is in the catalogue. what: names their list."""
+    if items and not any(item in catalogue for item in items):
+        warnings.warn(f"{what} has no effect, none of its item ids is in the catalogue: {mismatch(items, catalogue)}",
+                      LossWarning, stacklevel=4)
+
+
+def tell_users_not_barred(what: str, theirs: Collection[str], ours: Sequence[str]) -> None:
+    """Warns where items must not be recommended to users of whom none is asked for; one user alone may well have none.
+    theirs: the list's users; ours: those of the histories."""
+    if theirs and set(theirs).isdisjoint(ours):
+        cause = likely_cause(list(theirs), ours)
+        if cause or len(ours) > 1:
+            cause = cause + "; " if cause else ""
+            warnings.warn(f"{what} has no effect, none of its users has a history here: {cause}its users are "
+                          f"like {two_of(theirs)}, the histories' like {two_of(ours)}.", LossWarning, stacklevel=4)
+
+
 def mismatch(theirs: Iterable[str], ours: Iterable[str]) -> str:
     """Why ids of the caller's are not among the catalogue's: the likeliest cause if there is one, then two of each."""
     theirs, ours = list(islice(dict.fromkeys(theirs), _LOOKED_AT)), list(ours)

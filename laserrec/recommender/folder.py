@@ -303,6 +303,15 @@ def _read_items(file: Path, count: int) -> pl.DataFrame:
     return items
 
 
+def known_items(folder: Path) -> dict[str, int]:
+    """Item id -> row, of the items that can be recommended. Raises UserError for what is no model, and for a damaged
+    catalogue."""
+    note, whole = read_note(folder), owner_of(folder) or folder
+    names = _read_items(whole / _ITEMS, read_note(whole)["n_items"])["item_id"].head(note["n_items"])
+    removed = set(note.get("removed", ()))
+    return {name: row for row, name in enumerate(names.to_list()) if row not in removed}
+
+
 # -- what is recorded of a model ------------------------------------------------------------------------------------
 
 

@@ -151,6 +151,28 @@ def test_text_files_of_another_separator_and_encoding(model, folder, tmp_path):
         batch_app([*command, *reading[:2], "--encoding", "latin-1"], exit_on_error=False, result_action="return_value")
 
 
+def test_exclusions_that_bar_nothing_are_told_once(model, folder, tmp_path):
+    file, own = listed(tmp_path / "h.parquet", many(6)), tmp_path / "own.csv"
+    items, users = "none of its item ids is in the catalogue: ", "none of its users has a history here: "
+    for number, (named, text, message) in enumerate((
+            ("I3", None, f"exclude has no effect, {items}upper and lower case differ; yours are like 'I3', the"),
+            ("i3", "item_id\nI4\n", f"{own} has no effect, {items}upper and lower case differ"),
+            ("i3", "user_id,item_id\n101,I4\n", f"{own} has no effect, {items}upper and lower case differ"),
+            ("i3", "user_id,item_id\n0101,i4\n", f"{own} has no effect, {users}leading zeros are missing"))):
+        if text is not None:
+            own.write_text(text)
+        job = Job(folder, file, tmp_path / str(number), BatchSettings(2, chunk=2, exclude=(named,)),
+                  exclude_file=None if text is None else own)
+        with pytest.warns(LossWarning, match=f"^{message}") as told:
+            done(job, model)
+        assert len(told) == 1
+    own.write_text("user_id,item_id\n101,i4\n999,nope\n")
+    job = Job(folder, file, tmp_path / "some", BatchSettings(2, exclude=("i3", "nope")), exclude_file=own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done(job, model)
+
+
 def test_mistakes_in_the_file_of_exclusions(model, folder, tmp_path):
     file, own = listed(tmp_path / "h.parquet", many(3)), tmp_path / "own.csv"
     for number, (text, message) in enumerate((
