@@ -9,8 +9,9 @@ because nothing is left to recommend, has one row in which item_id, score and ra
 was lost in it.
 
 Each part is written to a temporary name and renamed; which parts are there says what is done. A killed run goes on with
-the missing parts. A part depends on its users alone, so that it doesn't matter who writes it: this module's loop, other
-shards, or the workers of `laserrec.batch.ray_engine`.
+the missing parts. The manifest comes with the first part: a run that fails before leaves the folder to other settings.
+A part depends on its users alone, so that it doesn't matter who writes it: this module's loop, other shards, or the
+workers of `laserrec.batch.ray_engine`.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from laserrec.recommender.recommender import LaserRecommender
 from laserrec.retrieval.folder import index_kind
 from laserrec.util.errors import UserError
 from laserrec.util.interrupt import DeferredInterrupt
-from laserrec.util.io import clean, parquet_bytes, read_json, write_bytes, write_json
+from laserrec.util.io import check_folder, clean, json_text, new_file, parquet_bytes, read_json, write_json, write_once
 from laserrec.util.memory import rows_at_once
 from laserrec.util.progress import Progress
 
-_FORMAT, _LOST = 3, "laserrec"
+_FORMAT, _LOST, _MANIFEST = 3, "laserrec", "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def run(job: Job, shard: tuple[int, int] = (1, 1), progress: bool = True, model:
     """
 
     def here(work: Plan) -> AbstractContextManager[Iterator[None]]:
-        worker = Worker(job, work.source, model)
+        worker = Worker(job, work.source, work.manifest, model)
         return nullcontext(worker.write(part) for part in work.todo)
 
     return complete(job, shard, progress, here)
@@ -136,14 +137,14 @@ def complete(job: Job, shard: tuple[int, int], progress: bool,
 
 
 def plan(job: Job, shard: tuple[int, int] = (1, 1)) -> Plan:
-    """Look at the input, claim the folder, see what is missing. Raises UserError as `run`."""
+    """Look at the input and the folder, see what is missing. Raises UserError as `run`."""
     source = Source(job.histories, job.reading)
     manifest = {"format": _FORMAT, "input": source.ends(), "separator": job.reading.separator,
                 "encoding": job.reading.encoding, "model": model_identity(job.model),
                 "index": None if job.index is None else str(index_kind(job.index)), **asdict(job.settings),
                 "exclude": exclusion_digest(job)}
     parts = source.parts(job.settings.chunk)
-    _claim(job.out, manifest)
+    _check_out(job.out, manifest)
     clean(job.out)
     own = [part for part in parts if part.number % shard[1] == shard[0] - 1]
     todo = [part for part in own if not part_file(job.out, part.number).is_file()]
@@ -161,17 +162,24 @@ def exclusion_digest(job: Job) -> dict[str, Any] | None:
     return {"items": sorted(job.settings.exclude), "file": file} if job.settings.exclude or file else None
 
 
-def _claim(out: Path, manifest: dict[str, Any]) -> None:
-    file = out / "manifest.json"
-    if file.is_file():
-        if other := differing(manifest, file):
-            raise UserError(f"{out} was begun with another {', '.join(other)}; name another folder or delete it")
-    elif out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder")
+def _check_out(out: Path, manifest: dict[str, Any]) -> None:
+    check_folder(out)
+    if (out / _MANIFEST).is_file():
+        _check_manifest(out, manifest)
     elif out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):  # another shard's, just now
         raise UserError(f"{out} holds other files; name another folder")
-    else:
-        write_json(file, manifest)
+
+
+def _claim(out: Path, manifest: dict[str, Any]) -> None:
+    """Raises UserError where another run was faster, with other settings."""
+    if not (out / _MANIFEST).is_file():
+        write_once(out / _MANIFEST, json_text(manifest))
+    _check_manifest(out, manifest)
+
+
+def _check_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    if other := differing(manifest, out / _MANIFEST):
+        raise UserError(f"{out} was begun with another {', '.join(other)}; name another folder or delete it")
 
 
 def differing(manifest: dict[str, Any], file: Path) -> list[str]:
@@ -198,8 +206,8 @@ def parts_in(out: Path) -> int:
 class Worker:
     """A loaded model that writes parts of a job. Raises UserError for a model or an index that can't be loaded."""
 
-    def __init__(self, job: Job, source: Source, model: LaserRecommender | None = None):
-        self.job, self.source = job, source
+    def __init__(self, job: Job, source: Source, manifest: dict[str, Any], model: LaserRecommender | None = None):
+        self.job, self.source, self._manifest = job, source, manifest
         if model is None:
             model = LaserRecommender.from_pretrained(job.model, job.backbone, device=job.device,
                                                      trust_remote_code=job.trust_remote_code)
@@ -212,7 +220,7 @@ class Worker:
 
     def write(self, part: Part) -> None:
         """Recommend for a part's users; whole or not at all. Raises UserError for unknown items, if they shall stop
-        it."""
+        it, and for a folder that another run has begun meanwhile."""
         users, histories = self.source.read(part)
         asked = read_histories(histories, self.known, "drop", tell=False)
         if self.job.settings.unknown == "error" and (asked.lost.unknown or asked.lost.empty_users):
@@ -227,7 +235,9 @@ class Worker:
         }, schema_overrides={"item_id": pl.String, "score": pl.Float32, "rank": pl.Int32})
         nothing = sum(not len(a.items) for a in answers) - asked.lost.empty_users
         lost = {**asdict(asked.lost), "examples": asked.lost.examples[:20], "nothing_left": nothing}
-        write_bytes(part_file(self.job.out, part.number), parquet_bytes(frame, {_LOST: json.dumps(lost)}))
+        with new_file(part_file(self.job.out, part.number)) as file:
+            file.write_bytes(parquet_bytes(frame, {_LOST: json.dumps(lost)}))
+            _claim(self.job.out, self._manifest)
 
     def _answers(self, users: pl.Series, asked: Asked) -> list[Ranked]:
         """In the users' order; empty where no item is known or nothing is left."""
@@ -260,7 +270,13 @@ def summary(job: Job, work: Plan) -> dict[str, Any]:
               "no_known_item": lost.empty_users, "nothing_left": nothing, "items": lost.items,
               "unknown_items": lost.unknown, "parts": work.count, "parts_missing": work.count - len(files)}
     if not result["parts_missing"]:
-        lost.tell(known_items(job.model))
+        known = known_items(job.model)
+        try:
+            lost.tell(known)
+        except UserError:  # no item is known: a mended input may have the folder
+            for file in (*files, job.out / _MANIFEST):
+                file.unlink(missing_ok=True)
+            raise
         write_json(job.out / "done.json", result)
     return result
 

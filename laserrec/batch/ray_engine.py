@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from laserrec import __version__
-from laserrec.batch.engine import Job, Plan, Worker, complete, differing, exclusion_digest, parts_in
+from laserrec.batch.engine import Job, Plan, Worker, complete, exclusion_digest, parts_in
 from laserrec.batch.source import Part, Source, digest_of_ends
 from laserrec.recommender.folder import model_identity
 from laserrec.util.errors import UserError
+from laserrec.util.io import temporary
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Of a Ray that is started here: row numbers and messages are all that it holds."""
@@ -50,6 +51,8 @@ class _Task:
     threads: int
     done: int
     """Parts in the folder when the run began."""
+    mark: Path
+    """A folder in the output folder that is there while the run goes on."""
     version: str = __version__
 
 
@@ -86,14 +89,16 @@ def _results(ray: Any, job: Job, work: Plan, cluster: Cluster) -> Generator[None
     share = _share(ray, cluster, job.device, len(work.todo))
     if job.device == "auto" and not share.gpus:
         job = replace(job, device="cpu")  # or all would take the same GPU, unknown to Ray
-    task = _Task(job, work.manifest, share.cpus, parts_in(job.out))
-    parts = ray.data.from_items([asdict(part) for part in work.todo], override_num_blocks=len(work.todo))
-    done = parts.map(_Writer, fn_constructor_args=(task,), num_cpus=share.cpus, num_gpus=share.gpus or None,
-                     compute=ray.data.ActorPoolStrategy(size=share.workers))
-    for row in done.iter_rows():
-        if row["error"]:
-            raise UserError(row["error"])
-        yield
+    job.out.mkdir(parents=True, exist_ok=True)
+    with temporary(job.out / "run") as mark:
+        task = _Task(job, work.manifest, share.cpus, parts_in(job.out), mark)
+        parts = ray.data.from_items([asdict(part) for part in work.todo], override_num_blocks=len(work.todo))
+        done = parts.map(_Writer, fn_constructor_args=(task,), num_cpus=share.cpus, num_gpus=share.gpus or None,
+                         compute=ray.data.ActorPoolStrategy(size=share.workers))
+        for row in done.iter_rows():
+            if row["error"]:
+                raise UserError(row["error"])
+            yield
 
 
 class _Writer:
@@ -128,8 +133,7 @@ def _opened(task: _Task, again: bool = False) -> Worker:
     host, advice = socket.gethostname(), "the ray engine needs a file system that all machines share"
     if task.version != __version__:
         raise UserError(f"{host} runs laserrec {__version__}, not {task.version}; install one version everywhere")
-    file = job.out / "manifest.json"
-    if not file.is_file() or differing(manifest, file):
+    if not task.mark.is_dir():
         raise UserError(f"{host} doesn't see the output folder {job.out}; {advice}")
     source = Source(job.histories, job.reading)
     found = {**digest_of_ends(source.files), "users": manifest["input"]["users"]}
@@ -142,7 +146,7 @@ def _opened(task: _Task, again: bool = False) -> Worker:
     if model != manifest["model"]:
         raise UserError(f"{host} has another model in {job.model}; {advice}")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or task.threads))
-    return Worker(job, source)
+    return Worker(job, source, manifest)
 
 
 # -- Ray itself -----------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def new_file(path: Path | str) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _clean_once(path.parent)
-        with _temporary(path) as folder:
+        with temporary(path) as folder:
             yield folder / path.name
             os.chmod(folder / path.name, folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
             _flush(folder / path.name)
@@ -88,7 +88,7 @@ def _check_parent(path: Path) -> None:
     if not nearest.is_dir():
         raise UserError(f"{path} can't be written: {nearest} is a file; name another place")
     try:
-        with _temporary(nearest / path.name):
+        with temporary(nearest / path.name):
             pass
     except OSError as error:
         raise _refused(path, error) from error
@@ -103,6 +103,26 @@ def write_bytes(path: Path | str, data: bytes) -> None:
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` as UTF-8, atomically. Line ends are not changed."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_once(path: Path | str, text: str) -> bool:
+    """As `write_text`, unless the file is there: of several processes one alone writes it. Whether it was this one."""
+    path = Path(os.path.abspath(path))
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(path) as folder:
+            (folder / path.name).write_text(text, encoding="utf-8", newline="")
+            _flush(folder / path.name)
+            try:
+                os.link(folder / path.name, path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                if path.exists():
+                    return False
+                os.replace(folder / path.name, path)
+            _flush(path.parent)
+    return True
 
 
 def read_json(path: Path, advice: str) -> Any:
@@ -168,7 +188,7 @@ def new_folder(path: Path | str, replace: Collection[str] = (), own: Collection[
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clean(path.parent)
-        with _temporary(path) as outer:
+        with temporary(path) as outer:
             folder = outer / path.name
             folder.mkdir()
             yield folder
@@ -286,7 +306,7 @@ def _aside(path: Path) -> Path:
 def _discard(folder: Path) -> None:
     """Under a temporary name first: a folder called .NAME.old is complete at all times."""
     if folder.is_dir():
-        with contextlib.suppress(FileNotFoundError), _temporary(folder) as rubbish:  # another process was faster
+        with contextlib.suppress(FileNotFoundError), temporary(folder) as rubbish:  # another process was faster
             folder.rename(rubbish / folder.name)
 
 
@@ -294,8 +314,8 @@ def _discard(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A folder beside `path` for the block. It is locked meanwhile: one that isn't is of a process that died."""
+def temporary(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` for the block. It is locked meanwhile: one that isn't is of a process that died."""
     while True:
         folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         folder.mkdir()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -86,7 +87,9 @@ def test_unknown_items_stop_it_where_asked(model, folder, tmp_path):
     job = Job(folder, listed(tmp_path / "h.parquet", rows), tmp_path / "out", strict)
     with pytest.raises(UserError, match=r"h\.parquet: history of user 'b': 1 unknown item ids, first \['nope'\]"):
         done(job, model)
-    assert not list(job.out.glob("part-*"))
+    assert not job.out.exists()
+    with pytest.warns(LossWarning, match="1 of 3 items"):  # its own advice, in the same folder
+        assert done(replace(job, settings=BatchSettings(2)), model)["answered"] == 2
     with pytest.raises(UserError, match="history of user 'b': it is empty"):
         done(Job(folder, listed(tmp_path / "e.parquet", {"a": ["i1"], "b": []}), tmp_path / "e", strict), model)
 
@@ -97,7 +100,20 @@ def test_nothing_known_at_all_is_an_error(model, folder, tmp_path):
     for _ in range(2):  # a resumed run says so too
         with pytest.raises(UserError, match=message):
             done(job, model)
-    assert not (job.out / "done.json").exists()
+    assert not list(job.out.iterdir())
+    done(replace(job, histories=listed(tmp_path / "mended.parquet", {"a": ["i1"], "b": ["i2"]})), model)
+
+
+def test_of_two_runs_at_the_same_time_one_alone_has_the_folder(model, folder, tmp_path):
+    job = Job(folder, listed(tmp_path / "h.parquet", many()), tmp_path / "out", BatchSettings(2, chunk=5))
+    jobs = [job, replace(job, settings=BatchSettings(3, chunk=5))]
+    plans = [batch.plan(job) for job in jobs]
+    first, late = (batch.Worker(job, plan.source, plan.manifest, model) for job, plan in zip(jobs, plans, strict=True))
+    first.write(plans[0].todo[0])
+    with pytest.raises(UserError, match="begun with another k"):
+        late.write(plans[1].todo[1])
+    assert batch.parts_in(job.out) == 1
+    assert done(job, model)["parts_missing"] == 0
 
 
 def test_a_timestamp_orders(model, folder, tmp_path):

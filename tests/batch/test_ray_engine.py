@@ -156,17 +156,16 @@ def test_killed_and_resumed_from_the_command_line_without_a_word_of_ray(one_cpu,
 def task(job, local):
     """What a worker is told of the local engine's finished folder."""
     job = replace(job, out=local[0])
-    return batch_ray._Task(job, batch.plan(job).manifest, threads=1, done=0)
+    return batch_ray._Task(job, batch.plan(job).manifest, threads=1, done=0, mark=job.out)
 
 
 def test_a_machine_that_sees_other_files_says_so(task, tmp_path):
     other = tmp_path / "other.parquet"
     pl.DataFrame({"user_id": [1], "items": [["i1"]]}).write_parquet(other)
     for changed, message in ((replace(task, version="0"), f"runs laserrec {__version__}, not 0"),
-                             (replace(task, job=replace(task.job, out=tmp_path)), "doesn't see the output folder"),
+                             (replace(task, mark=tmp_path / "mark"), "doesn't see the output folder"),
                              (replace(task, job=replace(task.job, histories=other)), "has another file at"),
-                             (replace(task, job=replace(task.job, exclude_file=other)), "has another file at"),
-                             (replace(task, manifest={**task.manifest, "k": 99}), "doesn't see the output folder")):
+                             (replace(task, job=replace(task.job, exclude_file=other)), "has another file at")):
         with pytest.raises(UserError, match=message):
             batch_ray._opened(changed)
 

@@ -29,6 +29,7 @@ from laserrec.util.io import (
     recover,
     write_bytes,
     write_json,
+    write_once,
     write_parquet,
     write_text,
 )
@@ -314,3 +315,10 @@ def test_what_may_not_be_read_is_said(tmp_path):
 def test_a_folder_that_can_not_be_copied_is_told_clearly(tmp_path):
     with pytest.raises(UserError, match="No space left"), io.disk_errors(tmp_path / "model"):
         raise io.shutil.Error([("a", "b", "[Errno 28] No space left on device")])
+
+
+def test_write_once_leaves_what_is_there(tmp_path, monkeypatch):
+    assert write_once(tmp_path / "new" / "a", "1\n") and not write_once(tmp_path / "new" / "a", "2\n")
+    monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError()))  # no links there
+    assert write_once(tmp_path / "new" / "b", "1\n") and not write_once(tmp_path / "new" / "b", "2\n")
+    assert {file.name: file.read_text() for file in (tmp_path / "new").iterdir()} == {"a": "1\n", "b": "1\n"}
