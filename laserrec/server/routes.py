@@ -31,7 +31,7 @@ _Query = Annotated[str, Query(max_length=200)]
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     told = {400: "Not JSON, or another Host than the server's.", 401: "The API token is missing.",
             403: "Only a server with an API token loads another model.",
-            404: "There is no such item or change.", 409: "An item of this id has other texts.",
+            404: "There is no such item or change.", 409: "An item of this id has other texts or another vector.",
             413: "The body is too large.", 422: "The request is not understood.",
             429: "Too much work waits: see Retry-After.", 503: "No answer in time, or shutting down."}
     return {status: {"model": schema.Problem, "description": told[status]} for status in (400, 401, *statuses)}

@@ -156,7 +156,7 @@ class Changed(_Answer):
     """A finished change: it is on disk."""
 
     changed: int
-    """Items that were added or removed; those that were there already, with the same texts, are not counted."""
+    """Items that were added or removed; those that were there already, just so, are not counted."""
     n_items: int
     """Items in the catalogue now."""
 

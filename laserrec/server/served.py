@@ -133,6 +133,16 @@ class Served:
         rows = [{**item_of(item), **item.get("columns", {}), VECTOR: self._vector(item)} for item in items]
         return pl.DataFrame([{name: row.get(name) for name in columns} for row in rows], schema=columns)
 
+    def contents(self, items: Sequence[NewItem]) -> list[tuple]:
+        """All that each item says, as the catalogue keeps it."""
+        return self.frame(items).rows()
+
+    def contents_in_catalogue(self, items: Sequence[NewItem]) -> list[tuple[str, tuple]]:
+        """Ids and `contents`, as the catalogue has them, of those of the items that are in it."""
+        rows = {item["item_id"]: self.listing.row(item["item_id"]) for item in items}
+        there = {name: row for name, row in rows.items() if row is not None}
+        return list(zip(there, self.model.items.drop("item")[list(there.values())].rows(), strict=True))
+
     def _vector(self, item: NewItem) -> list[float] | None:
         """None where it is not as wide as the catalogue's: the item was added to an earlier model."""
         vector, kind = item.get("vector"), self.model.items.schema.get(VECTOR)

@@ -22,7 +22,7 @@ from laserrec.recommender.folder import model_identity
 from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.server.changes import Change, Changes
-from laserrec.server.listing import Item, Listing, NewItem, item_of
+from laserrec.server.listing import Item, Listing, NewItem
 from laserrec.server.served import Answer, Loader, Served, Similar
 from laserrec.server.settings import Limits
 from laserrec.server.state import Kept
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 class ConflictError(Exception):
-    """An item of this id is in the catalogue with other texts."""
+    """An item of this id is in the catalogue with other texts or another vector."""
 
 
 class StorageError(Exception):
@@ -142,9 +142,9 @@ class Service:
     # -- changes ------------------------------------------------------------------------------------------------
 
     def add(self, items: Sequence[NewItem]) -> Change:
-        """Encode, list and keep new items. What is there already with the same texts is left out, so that a request
+        """Encode, list and keep new items. What is there already just so is left out, so that a request
         can be repeated. Raises OverloadedError, and UserError for columns and vectors that the catalogue does not have;
-        the change's future ConflictError for an id of other texts, UserError for items that the model refuses,
+        the change's future ConflictError for an id of other content, UserError for items that the model refuses,
         StorageError."""
         self.served.check(items)
         return self.changes.begin(["add", items], len(items),
@@ -184,14 +184,14 @@ class Service:
 
     def _new(self, items: Sequence[NewItem]) -> list[NewItem]:
         new: dict[str, NewItem] = {}
-        for item in items:
-            row = self.listing.row(item["item_id"])
-            there: Item | None = new.get(item["item_id"]) if row is None else self.listing[row]
-            if there is None:
-                new[item["item_id"]] = item
-            elif item_of(there) != item_of(item):
-                raise ConflictError(f"item {item['item_id']!r} has other texts "
-                                    + ("elsewhere in this request" if row is None else "in the catalogue; remove it "
+        contents = dict(self.served.contents_in_catalogue(items))
+        for item, content in zip(items, self.served.contents(items), strict=True):
+            name = item["item_id"]
+            if name not in contents:
+                new[name], contents[name] = item, content
+            elif contents[name] != content:
+                raise ConflictError(f"item {name!r} has other texts or another vector "
+                                    + ("elsewhere in this request" if name in new else "in the catalogue; remove it "
                                        "first: DELETE /v1/items/{id}") + "; nothing was added")
         return list(new.values())
 

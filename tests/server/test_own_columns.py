@@ -66,6 +66,22 @@ def test_they_are_there_after_a_restart_and_for_a_newer_model(client, folder, tm
     assert frame["vector"].to_list() == [OWN["vector"]] and frame["colour"].to_list() == ["dark red"]
 
 
+def test_another_column_or_vector_for_a_known_id_is_a_conflict(client, folder):
+    assert client("POST", "/v1/items", json={"items": [OWN]}).json()["changed"] == 1
+    assert client("POST", "/v1/items", json={"items": [OWN, OWN]}).json()["changed"] == 0
+    vector = [0.5, -1.0, 2.0, 0.25, 1.5, 0.75]
+    fitted = client("GET", "/v1/items/i1").json()
+    for other in ({**OWN, "columns": {"colour": "red"}}, {**OWN, "columns": {}}, {**OWN, "vector": vector},
+                  {**OWN, "vector": None}, {**fitted, "columns": {"colour": "no such"}}):
+        answer = client("POST", "/v1/items", json={"items": [other]})
+        assert answer.status_code == 409 and "has other texts or another vector in" in answer.json()["detail"]
+    row = LaserRecommender.from_pretrained(folder).items.row(0, named=True)
+    same = {**fitted, "columns": {"colour": row["colour"]}, "vector": row["vector"]}
+    assert client("POST", "/v1/items", json={"items": [same]}).json()["changed"] == 0
+    new = [{**OWN, "item_id": "n"}, {**OWN, "item_id": "n", "vector": vector}]
+    assert "elsewhere in this request" in client("POST", "/v1/items", json={"items": new}).json()["detail"]
+
+
 @pytest.mark.parametrize("length", [3, 12])
 def test_a_vector_that_does_not_fit_the_model_is_left_out(client, folder, tmp_path, length, caplog):
     """As a state has it whose item was added to a model with other vectors."""
