@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from laserrec.config.data import DataConfig
 from laserrec.data.files import POLARS_ERRORS, reason
 from laserrec.data.histories import Histories
 from laserrec.data.raw import ITEM_SCHEMA
@@ -90,6 +91,12 @@ class Dataset:
     def fingerprint(self) -> str:
         """sha256 over the folder's three tables."""
         return self.meta["sha256"]
+
+    @property
+    def settings(self) -> DataConfig | None:
+        """With which it was prepared, where it tells; settings that this version does not know are left out."""
+        told = self.meta.get("settings")
+        return told and DataConfig(**{name: told[name] for name in DataConfig.model_fields if name in told})
 
     @cached_property
     def new_items(self) -> pl.DataFrame:

@@ -87,6 +87,7 @@ def fit(name: str, dataset: Dataset, config: Config, folder: Path | str, device:
     method, folder, world = find_method(name), plain(folder), join()
     method.needs(config, dataset.n_items)
     _check_attributes(method, config, dataset)
+    config = config.model_copy(update={"data": dataset.settings or config.data})  # a fit prepares nothing by its own
     if name == "laser" and not has_texts(config, dataset.items):
         reduced = without_texts(config)
         if reduced is not config and progress and world.is_main:

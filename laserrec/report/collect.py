@@ -133,7 +133,7 @@ def collect(places: Places, map_method: str | None = None, device: str = "auto")
     name, report = places.model.resolve(), places.data / "report.json"
     facts = read_json(report, "prepare again") if report.is_file() else {}
     return Report(
-        name=f"{name.parent.name}/{name.name}", model=_with_own_settings(note),
+        name=f"{name.parent.name}/{name.name}", model=_with_own_settings(note, dataset),
         data={**facts, **dataset.meta}, trainings=_trainings(places, note), results=results,
         experts=_experts(model, cases, users, texts), items=_map(model, texts, map_method),
         examples=_examples(model, cases, users, texts), n_items=model.items.height - len(model.removed))
@@ -148,11 +148,13 @@ def _trainings(places: Places, note: dict[str, Any]) -> tuple[Training, ...]:
     return tuple(t for t in found if t.steps or any(e.get("epoch") for e in t.epochs))
 
 
-def _with_own_settings(note: dict[str, Any]) -> dict[str, Any]:
-    """Without the sections of the settings that this method does not read."""
+def _with_own_settings(note: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """Without the sections of the settings that this method does not read, and with the data's as they were prepared,
+    which a model.json of earlier versions may tell otherwise."""
     read_by_all = ("data", "eval", *(("backbone", "prompt") if note.get("backbone") else ()))
     wanted = {*read_by_all, *find_method(note["method"]).sections} - ({"student"} - note.keys())
-    return {**note, "config": {name: tree for name, tree in note["config"].items() if name in wanted}}
+    config = {**note["config"], "data": dataset.meta.get("settings", note["config"]["data"])}
+    return {**note, "config": {name: tree for name, tree in config.items() if name in wanted}}
 
 
 def _experts(model: LaserRecommender, cases: Cases, users: dict[int, str], texts: _Texts) -> Experts | None:

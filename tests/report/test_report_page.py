@@ -1,6 +1,7 @@
 """The page: each section, nothing of a title becomes markup, nothing is fetched, and it stands in a real Chromium."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -216,6 +217,17 @@ def test_every_method_has_a_report(run_folder, fit, method, absent, sections):
     ids = {a["id"] for _, a in page.tags if "id" in a}
     assert page.faults == [] and {s for s in SECTIONS if s not in ids} == absent
     assert set(found.model["config"]) == sections and len(found.examples) == 5
+
+
+def test_it_tells_how_the_data_were_prepared(run_folder, fit):
+    """A model.json of earlier versions tells the data settings of the fit's config, which were not used."""
+    fit(run_folder / "data", run_folder / "earlier", "ease")
+    file = run_folder / "earlier" / "model.json"
+    note = json.loads(file.read_text())
+    prepared = Dataset.load(run_folder / "data").meta["settings"]
+    assert note["config"]["data"] == {**prepared, "item_columns": []} and prepared["min_user_interactions"] == 2
+    file.write_text(json.dumps({**note, "config": {**note["config"], "data": {"min_user_interactions": 5}}}))
+    assert collect(find(run_folder / "earlier")).model["config"]["data"] == prepared
 
 
 def test_the_closed_form_of_laser_and_a_distilled_model(run_folder, fit):
