@@ -1,5 +1,5 @@
 """`python -m laserrec`: the command line."""
 
-from laserrec.cli.main import main
+from laserrec.cli.entry import main
 
 main()

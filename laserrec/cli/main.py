@@ -19,6 +19,7 @@ import laserrec
 from laserrec.cli.backbone import backbone_app
 from laserrec.cli.batch import batch_app
 from laserrec.cli.data import prepare
+from laserrec.cli.entry import interrupted
 from laserrec.cli.fit import distil, fit, pretrain, quickstart, refit
 from laserrec.cli.index import index_app
 from laserrec.cli.inspect import inspect
@@ -44,7 +45,7 @@ reflow_help(app)
 
 
 def main() -> None:
-    """Entry point. A user's mistake is one line and exit code 2, anything unexpected one line and exit code 1 (with
+    """Run a command. A user's mistake is one line and exit code 2, anything unexpected one line and exit code 1 (with
     LASERREC_LOG=debug a traceback above it); Ctrl-C tells how to go on and exits with 130. Of several processes
     (torchrun) one alone speaks."""
     with warnings.catch_warnings():
@@ -62,9 +63,7 @@ def main() -> None:
                 _end_unexpected(error)
             _end(mistake, 2)
         except KeyboardInterrupt:
-            if os.environ.get("RANK", "0") == "0":
-                print("interrupted; run the same command again to go on", file=sys.stderr)
-            sys.exit(130)
+            interrupted()
         except Exception as error:
             _end_unexpected(error)
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import subprocess
 import sys
 import types
 from enum import Enum
@@ -217,3 +218,17 @@ def test_names_that_no_file_can_have(run, tmp_path, name, message):
         code, _, err = run(*command)
         assert code == 2 and err.startswith("error: ") and "unexpected" not in err, err
     assert message in run("fit", tmp_path / "data", tmp_path / name, "--method", "popularity", "--quiet")[2]
+
+
+@pytest.mark.parametrize("module", ["laserrec.cli.main", "cyclopts", "laserrec.config", "laserrec.presets"])
+def test_ctrl_c_while_the_commands_are_loaded_is_a_line(module):
+    press = ("import os, runpy, signal, sys\n"
+             "class Finder:\n"
+             "    def find_spec(self, name, *more):\n"
+             f"        if name == {module!r}:\n"
+             "            os.kill(os.getpid(), signal.SIGINT)\n"
+             "sys.meta_path.insert(0, Finder())\n"
+             "runpy.run_module('laserrec', run_name='__main__')\n")
+    done = subprocess.run([sys.executable, "-c", press, "settings"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; run the same command again to go on\n"
