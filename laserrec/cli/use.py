@@ -53,7 +53,7 @@ def evaluate(data: Data, models: list[str], *, split: Literal["validation", "tes
     from laserrec.evaluation.evaluate import save_ranks
     from laserrec.recommender.hub import is_repo
     from laserrec.recommender.results import record_result
-    from laserrec.recommender.scorers import load_scorer
+    from laserrec.recommender.scorers import check_scorer, load_scorer
     from laserrec.util.device import choose
     from laserrec.util.progress import Progress
 
@@ -64,19 +64,24 @@ def evaluate(data: Data, models: list[str], *, split: Literal["validation", "tes
     if record and (far := [name for name in models if is_repo(name)]):
         raise UserError(f"--record keeps numbers in a model's folder, and {far[0]} is none here; evaluate the folder "
                         "and push it again")
+    for name in models:
+        check_scorer(name)
     dataset, device, rows = Dataset.load(data), choose(opening.device), []
-    for name, file in zip(models, _file_names(models), strict=True):
-        scorer, batch_size = load_scorer(name, dataset, device, opening.backbone, opening.trust_remote_code)
-        with Progress(f"evaluating {name}", len(dataset.cases(split)), not quiet) as bar:
-            result = run(name, scorer, dataset, split, k, batch_size, bar.advance)
-        rows.append(result.row())
-        if ranks is not None:
-            save_ranks(path := ranks / f"{file}-{split}.parquet", dataset, split, result.ranks)
-            rows[-1]["ranks"] = str(path)
-        if record and (Path(name) / "model.json").is_file():
-            record_result(Path(name), result, dataset)
-    print_results(rows, k, f"{split} split, all {dataset.n_items:,} items ranked, nothing filtered")
-    finish(rows, json_file)
+    try:
+        for name, file in zip(models, _file_names(models), strict=True):
+            scorer, batch_size = load_scorer(name, dataset, device, opening.backbone, opening.trust_remote_code)
+            with Progress(f"evaluating {name}", len(dataset.cases(split)), not quiet) as bar:
+                result = run(name, scorer, dataset, split, k, batch_size, bar.advance)
+            rows.append(result.row())
+            if ranks is not None:
+                save_ranks(path := ranks / f"{file}-{split}.parquet", dataset, split, result.ranks)
+                rows[-1]["ranks"] = str(path)
+            if record and (Path(name) / "model.json").is_file():
+                record_result(Path(name), result, dataset)
+    finally:  # what was measured is not lost where a later model can't be loaded
+        if rows:
+            print_results(rows, k, f"{split} split, all {dataset.n_items:,} items ranked, nothing filtered")
+            finish(rows, json_file)
 
 
 def _file_names(models: list[str]) -> list[str]:

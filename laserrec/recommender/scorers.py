@@ -21,6 +21,7 @@ from laserrec.methods.all import Given, find_method
 from laserrec.methods.protocol import Growing, Transferable, TwoTower
 from laserrec.methods.sequence import SequenceModel
 from laserrec.recommender.fitting import Fitted, start_from
+from laserrec.recommender.folder import read_note
 from laserrec.recommender.hub import is_repo
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.recommender.validated import trained_on_validation
@@ -57,6 +58,21 @@ class SomeItems:
         return scores[:, self.rows.to(scores.device)]
 
 
+def check_scorer(name: str) -> None:
+    """Raises UserError for a name that `load_scorer` can't know, and for a folder that is no model; it reads little, to
+    tell before long work. What is on the hub is not asked for."""
+    if _is_in_memory(name) or is_repo(name):
+        return
+    if not Path(name).exists():
+        raise UserError(f"there is no model folder {name!r}; give a folder, ORG/NAME on the hub, or one of the methods "
+                        f"that need no folder: {', '.join(IN_MEMORY)}")
+    read_note(Path(name))
+
+
+def _is_in_memory(name: str) -> bool:
+    return name in IN_MEMORY and not (Path(name) / "model.json").is_file()
+
+
 def load_scorer(name: str, dataset: Dataset, device: torch.device, backbone: Backbone | Path | str | None = None,
                 trust_remote_code: bool = False) -> tuple[Scorer, int]:
     """The model called `name`, over the items of a data folder, and how many users it scores at once.
@@ -66,11 +82,9 @@ def load_scorer(name: str, dataset: Dataset, device: torch.device, backbone: Bac
     model of another catalogue, unless it can tell items by their texts (`zero_shot`): that one reads them, with a
     warning. Warns of one that was fitted on other data, too.
     """
-    if name in IN_MEMORY and not (Path(name) / "model.json").is_file():
+    check_scorer(name)
+    if _is_in_memory(name):
         return _fitted(name, dataset, device)
-    if not is_repo(name) and not Path(name).exists():
-        raise UserError(f"there is no model folder {name!r}; give a folder, ORG/NAME on the hub, or one of the methods "
-                        f"that need no folder: {', '.join(IN_MEMORY)}")
     model = LaserRecommender.from_pretrained(name, backbone, device=str(device), trust_remote_code=trust_remote_code)
     if not model.items["item_id"].head(dataset.n_items).equals(dataset.items["item_id"]):
         known = dataset.n_items - len(model.unknown_items(dataset.items["item_id"].to_list()))

@@ -47,6 +47,16 @@ def test_ranks_of_folders_of_one_name_lie_side_by_side(run, data, models, tmp_pa
     assert code == 0 and len(list(ranks.iterdir())) == 4
 
 
+def test_what_was_measured_is_told_where_a_later_model_can_not_be_loaded(run, data, models, tmp_path):
+    code, out, err = run("evaluate", data, "popularity", tmp_path, "--quiet")
+    assert code == 2 and out == "" and "is not a model folder" in err  # before any work
+    damaged, numbers = shutil.copytree(models[1], tmp_path / "damaged"), tmp_path / "numbers.json"
+    (damaged / "weights.safetensors").write_bytes(b"")
+    code, out, err = run("evaluate", data, "popularity", damaged, "--quiet", "--json", numbers)
+    assert code == 2 and "is cut short" in err and "popularity" in out
+    assert [row["model"] for row in json.loads(numbers.read_text())] == ["popularity"]
+
+
 def test_file_names_are_distinct():
     names = ["a/model", "b/model", "a-model", "org/x@v2", ".", "..", "a/model"]
     assert _file_names(names) == ["a-model", "b-model", "a-model-2", "org-x@v2", "model", "model-2", "a-model-3"]
