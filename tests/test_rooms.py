@@ -77,7 +77,8 @@ def test_an_upward_import_is_noticed(source, bad):
 
 
 def test_advice_names_no_flag_outside_the_command_line():
-    """Python has no flags, and every room but cli is used from Python too; a whole command may be named."""
+    """Python has no flags, and every room but cli is used from Python too; a whole command may be named, and
+    `errors.option` tells both names."""
     flags = re.compile(r"^(?!.*(laserrec|tensorboard|ray start)\b).*(?<![\w-])--[a-z]")
     found = [f"{file.relative_to(PACKAGE)}:{node.lineno}" for file in PACKAGE.rglob("*.py") if file.parent.name != "cli"
              for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))

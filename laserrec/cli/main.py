@@ -74,13 +74,24 @@ def _usage(error: CycloptsError) -> str:
     if isinstance(error.__cause__, ValidationError):
         what = f"settings are not valid: {problems(error.__cause__)}"
     elif isinstance(error, UnusedCliTokensError):
-        what = f"{command} takes no such argument: {' '.join(error.unused_tokens or ())}"
+        tokens = error.unused_tokens or []
+        what = f"{command} takes no such argument: {' '.join(tokens)}{_switch_hint(tokens)}"
     elif isinstance(error, MissingArgumentError) and error.argument is not None:
         name = error.argument.name
         what = f"{name} needs a value" if name in sys.argv else f"{command} needs {name.removeprefix('--').upper()}"
     else:
         what = " ".join(str(error).split()).removesuffix(".").removesuffix(", ..")
     return f"{what}; {command} --help shows what it takes"
+
+
+def _switch_hint(unused: list[str]) -> str:
+    """Where true or false stands behind a switch, how to turn it."""
+    if not unused or unused[0].lower() not in ("true", "false") or unused[0] not in sys.argv[1:]:
+        return ""
+    flag = sys.argv[sys.argv.index(unused[0], 1) - 1]
+    section, dot, name = flag.rpartition(".")
+    opposite = f", its opposite is {section}.no-{name}" if dot and not name.startswith("no-") else ""
+    return f" ({flag} takes no value{opposite})" if flag.startswith("--") else ""
 
 
 def _read_environment() -> None:

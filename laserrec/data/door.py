@@ -25,7 +25,7 @@ from laserrec.data.losses import (
     two_of,
 )
 from laserrec.data.raw import first_problem, no_column, time_and_order, to_polars, unused
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, option
 
 __all__ = ["Asked", "LossWarning", "read_histories"]
 _LISTS = ("item_id", "items", "item_ids", "history")
@@ -90,9 +90,10 @@ def _refused(user: Any, items: list, missing: list, index: Mapping[str, int]) ->
         return UserError(f"history of user {user!r}: it is empty; a recommendation needs at least one item")
     if None in missing:
         return UserError(f"history of user {user!r}: place {items.index(None) + 1} holds no item id; leave it out, or "
-                         'all such with unknown = "drop"')
+                         f"all such with {option('unknown', 'drop')}")
     cause = likely_cause(missing, index) if len(missing) == len(items) else ""
-    advice = "Write both sides alike" if cause else 'Add them with add_items, or leave them out with unknown = "drop"'
+    leave = f"Leave them out with {option('unknown', 'drop')}, or add them in Python: add_items"
+    advice = "Write both sides alike" if cause else leave
     return UserError(f"{cause + ': ' if cause else ''}history of user {user!r}: {len(missing)} unknown item ids, first "
                      f"{missing[:3]}; the catalogue's are like {two_of(index)}. {advice}")
 

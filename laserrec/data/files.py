@@ -23,10 +23,10 @@ import polars as pl
 from laserrec.data.clean import alike, column_of
 from laserrec.data.lines import POLARS_ERRORS, ending, excel_separator, for_polars, header_hint, lines, not_utf8, reason
 from laserrec.data.records import Records, swallows
-from laserrec.util.errors import UserError, reading
+from laserrec.util.errors import UserError, option, reading
 
 ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".inter", ".item")
-SKIP_HINT = 'Mend the line, or leave broken lines out: on_error "skip"'
+SKIP_HINT = f"Mend the line, or leave broken lines out: {option('on_error', 'skip')}"
 _WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
 _JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 _NOTE = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|citation)([-_.].*)?\.(txt|json)(\.gz)?", re.IGNORECASE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, option
 
 POLARS_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 _PEEKED = 1 << 16
@@ -93,9 +92,9 @@ def _is_utf8(data: bytes, encoding: str) -> bool:
 def not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
     """What is wrong with a line that is not UTF-8, and what it may be instead."""
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return 'not UTF-8 but UTF-16, by its first bytes; set encoding "utf-16"'
-    return (f'not UTF-8 at byte {error.start + 1}; files from Excel or Windows often are in encoding "cp1252", set it '
-            "if yours is")
+        return f"not UTF-8 but UTF-16, by its first bytes; set {option('encoding', 'utf-16')}"
+    return (f"not UTF-8 at byte {error.start + 1}; files from Excel or Windows often are in cp1252: if yours is, set "
+            f"{option('encoding', 'cp1252')}")
 
 
 def excel_separator(line: bytes) -> str | None:
@@ -107,6 +106,6 @@ def excel_separator(line: bytes) -> str | None:
 def header_hint(columns: list[str]) -> str:
     """For a header without the columns looked for: which separator or encoding it seems to have."""
     if any("\x00" in name for name in columns):
-        return '. The file looks like UTF-16; set encoding "utf-16"'
+        return f". The file looks like UTF-16; set {option('encoding', 'utf-16')}"
     found = next((s for s in (";", "\t", "|", ",") if s in columns[0]), None) if len(columns) == 1 else None
-    return f". The header looks separated by {found!r}; set separator {json.dumps(found)}" if found else ""
+    return f". The header looks separated by {found!r}; set {option('separator', found)}" if found else ""

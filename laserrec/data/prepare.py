@@ -27,7 +27,7 @@ from laserrec.data.losses import LOUD, mismatch, two_of
 from laserrec.data.raw import INTERACTION_SCHEMA, ITEM_SCHEMA, Raw, join_vectors
 from laserrec.data.sources import Source, read_source
 from laserrec.data.summary import warn_of_losses
-from laserrec.util.errors import UserError
+from laserrec.util.errors import UserError, option
 from laserrec.util.io import check_folder, json_text, new_folder, parquet_bytes, plain, write_bytes
 
 _TABLES = ("items", "users", "interactions")
@@ -155,7 +155,7 @@ def _holds(out: Path, files: dict[str, bytes], overwrite: bool) -> bool:
         return True
     if not overwrite:
         raise UserError(f"{out} is a data folder made from other input or settings, or changed since; name another "
-                        "folder, or replace it: overwrite")
+                        f"folder, or replace it: {option('overwrite')}")
     return False
 
 

@@ -205,7 +205,8 @@ def _pick(table: Table, kind: str, given: dict[str, str] | None, extra: Sequence
     missing = [name for name in chosen if chosen[name] not in have and (name in needed or name in asked)]
     if missing:
         wanted = [f"{name} (looked for {chosen[name]!r})" if name in asked else name for name in missing]
-        advice = f"; name yours so: columns {{{missing[0]!r}: YOUR_COLUMN}}" if given is not None else ""
+        advice = (f"; name yours so: --columns {missing[0]}=YOURS (Python: columns={{{missing[0]!r}: 'YOURS'}})"
+                  if given is not None else "")
         raise UserError(f"{no_column(table.name, wanted, have)}{'' if header_hint(have) else advice}")
     frame = table.frame.select(pl.col(theirs).alias(name) for name, theirs in chosen.items() if theirs in have)
     return Table(frame, table.name, table.locate)

@@ -253,7 +253,8 @@ class Trainer:
         cases, wanted = self.dataset.cases("validation"), self.pace.validation_users
         if len(cases) == 0 and self.pace.validates:
             raise UserError("no user has an interaction to validate on (leave-one-out needs three of one user); give "
-                            "more data, or train without choosing an epoch: setting eval.validates = false")
+                            "more data, or train without choosing an epoch: setting eval.validates = false "
+                            "(laserrec fit DATA OUT --eval.no-validates)")
         return cases if wanted is None else cases.sample(wanted)
 
     def _chooses(self, phase: Phase) -> bool:

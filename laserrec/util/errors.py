@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 
 class UserError(Exception):
     """Wrong input or settings. The message says what is wrong, where, and what to do; the CLI prints only that."""
+
+
+def option(name: str, value: str | None = None) -> str:
+    """How a message names an option: as a flag of the command line, and as an argument in Python. value: None for a
+    switch."""
+    flag = "--" + name.replace("_", "-")
+    if value is None:
+        return f"{flag} (Python: {name}=True)"
+    quoted = json.dumps(value)
+    return f"{flag} {value if re.fullmatch('[a-z0-9-]+', value) else quoted} (Python: {name}={quoted})"
 
 
 @contextlib.contextmanager

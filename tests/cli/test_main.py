@@ -73,6 +73,9 @@ def test_the_help_shows_every_command(run):
     (["fit", "{tmp}/a", "{tmp}/b", "--train.lr"], "--train.lr needs a value; laserrec fit --help"),
     (["fit", "{tmp}/a", "{tmp}/b", "--train.lr", "fast"], "train.lr: Input should be a valid number, unable to parse "
                                                           "string as a number (given: 'fast'); laserrec fit --help"),
+    (["fit", "{tmp}/a", "{tmp}/b", "--eval.validates", "false"], "such argument: false (--eval.validates takes "
+     "no value, its opposite is --eval.no-validates); laserrec fit --help"),
+    (["batch", "{tmp}/a", "{tmp}/b", "{tmp}/c", "--exclude-seen", "true"], "true (--exclude-seen takes no value);"),
     (["frobnicate"], "distil, evaluate, inspect, recommend; laserrec --help shows what it takes"),
 ])
 def test_a_mistake_is_one_line_and_code_2(run, tmp_path, monkeypatch, arguments, message):

@@ -121,7 +121,7 @@ def test_one_history_and_a_file_of_histories(run, models, tmp_path):
      "users.csv:3, column timestamp: neither a number nor an ISO 8601 date (found 'yesterday'); mend it"),
     ("user_id,item_id\na,i1\n ,i2\n", "users.csv:3, column user_id: empty id (found ' '); mend it"),
     ("user_id;item_id\na;i1\n", "users.csv: histories: no column for user_id, item_id; there are: user_id;item_id. The "
-     "header looks separated by ';'; set separator \";\""),
+     "header looks separated by ';'; set --separator \";\" (Python: separator=\";\")"),
 ])
 def test_mistakes_in_a_file_of_histories(run, tmp_path, text, message):
     """Told before the model is opened, with the file and without advice that the command can't take."""

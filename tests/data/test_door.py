@@ -194,7 +194,7 @@ def test_what_is_no_exclusion_is_refused(exclude, message):
     (np.array(["a", "b"]), "one list of item ids"), (pd.Series(["a"]), "one list of item ids"),
     ("a", "not str"), (5, "not int"), (None, "not NoneType"), ({"a"}, "not set"),
     (FRAME.drop("item_id"), "no column for item_id; there are: user_id, other"),
-    (pl.DataFrame({"user_id;item_id": ["u;a"]}), "looks separated by ';'; set separator"),
+    (pl.DataFrame({"user_id;item_id": ["u;a"]}), "looks separated by ';'; set --separator"),
     (FRAME.with_columns(user_id=pl.Series(["a", None, "b"])), "row 2, column user_id: empty id"),
     ({"": ["a"]}, "user 1: empty id"), ({5: ["a"], "5": ["b"]}, "two users are called '5'"),
     (FRAME.with_columns(timestamp=pl.Series([[1], [2], [3]])), r"row 1, column timestamp: neither .*\(found \[1\]\)"),

@@ -97,14 +97,14 @@ def test_encodings(tmp_path, ending, encoding):
     path.write_bytes(gzip.compress(data) if ending.endswith(".gz") else data)
     assert read_frame(path, encoding=encoding)["item_id"].to_list() == ["ä", "b"]
     if encoding != "utf-8-sig":
-        wanted = 'UTF-16, by its first bytes; set encoding "utf-16"' if encoding == "utf-16" else 'encoding "cp1252"'
+        wanted = 'UTF-16, by its first bytes; set --encoding utf-16 ' if encoding == "utf-16" else '--encoding cp1252 '
         with pytest.raises(UserError, match=rf"x{ending}:\d: not UTF-8.*{wanted}"):
             read_frame(path)
 
 
 def test_utf16_without_its_mark_is_recognised(tmp_path):
     (tmp_path / "x.csv").write_bytes("user_id,item_id\nu,a\n".encode("utf-16-le"))
-    with pytest.raises(UserError, match=r"no column for item_id, user_id.*looks like UTF-16; set encoding"):
+    with pytest.raises(UserError, match=r"no column for item_id, user_id.*looks like UTF-16; set --encoding utf-16"):
         read_tables(tmp_path / "x.csv", tmp_path / "x.csv")
 
 
@@ -142,7 +142,7 @@ def test_separators(tmp_path, separator):
     assert read_frame(tmp_path / "x.csv", separator=separator)["item_id"].to_list() == ["ä", "b"]
     with pytest.raises(UserError) as error:
         read_tables(tmp_path / "x.csv", tmp_path / "items.csv")
-    assert f"The header looks separated by {separator!r}; set separator {json.dumps(separator)}" in str(error.value)
+    assert f"The header looks separated by {separator!r}; set --separator {json.dumps(separator)} (" in str(error.value)
 
 
 def test_decimal_commas_do_not_hide_the_separator(tmp_path):

@@ -109,7 +109,7 @@ def test_without_validation_the_last_epoch_is_kept(tmp_path):
     data = tiny.dataset([[i % 25, (i + 1) % 25] for i in range(30)], 25)
     data = Dataset(data.items, data.users, data.interactions.with_columns(split=data.interactions["split"].replace(
         {"test": "train", "validation": "train"})), data.meta)
-    with pytest.raises(UserError, match=r"no user has an interaction to validate on .* eval\.validates = false"):
+    with pytest.raises(UserError, match=r"eval\.validates = false .laserrec fit DATA OUT --eval\.no-validates"):
         sequence_trainer(tmp_path / "a", data=data)
     fit = sequence_trainer(tmp_path / "b", data=data, pace=Pace(progress=False, validates=False))
     log = fit.run()
