@@ -11,6 +11,7 @@ from rich.console import Console
 from laserrec.cli.options import ConfigFile, JsonFile, Preset, finish, say
 from laserrec.cli.options import settings as load
 from laserrec.cli.output import print_table
+from laserrec.config import load_config
 from laserrec.config.described import SECTIONS, Setting, described, matching
 
 Words = Annotated[str, Parameter(help="Sections, or parts of settings' names; without any, the sections are listed.")]
@@ -21,8 +22,8 @@ def settings(*words: Words, preset: Preset = "small", config: ConfigFile = None,
 
     Example: laserrec settings train dropout --preset paper
     """
-    tree = load(preset, config, None)
-    found = matching(words, tree) if words else [*described(tree)]
+    tree, usual = load(preset, config, None), load_config()
+    found = matching(words, tree, usual) if words else [*described(tree, usual)]
     finish([vars(setting) for setting in found], json_file)
     if words:
         say("\n\n".join(map(_entry, found)))

@@ -35,23 +35,23 @@ class Setting:
     """Type and bounds in words."""
     value: str
     default: str
-    """Where no preset, file or flag says otherwise."""
+    """Where no other preset, file or flag says otherwise."""
     description: str
 
 
-def described(config: Config) -> Iterator[Setting]:
-    """All settings with their values in `config`, section by section."""
+def described(config: Config, usual: Config) -> Iterator[Setting]:
+    """All settings with their values in `config`, section by section. usual: those of the default preset."""
     for section, model in SECTIONS.items():
-        values = getattr(config, section)
+        values, defaults = getattr(config, section), getattr(usual, section)
         for name, info in model.model_fields.items():
             yield Setting(f"{section}.{name}", flags(section, name, info), kind(info), in_words(getattr(values, name)),
-                          in_words(info.default), " ".join((info.description or "").split()))
+                          in_words(getattr(defaults, name)), " ".join((info.description or "").split()))
 
 
-def matching(words: Sequence[str], config: Config) -> list[Setting]:
+def matching(words: Sequence[str], config: Config, usual: Config) -> list[Setting]:
     """The settings of which one of `words` is the section, or a part of the name; as names or as flags. Raises
     UserError for a word that matches none."""
-    everything, wanted = list(described(config)), set[str]()
+    everything, wanted = list(described(config, usual)), set[str]()
     for word in words:
         plain = word.lstrip("-").replace("-", "_").lower()
         hits = {s.name for s in everything if plain in (s.name.split(".")[0], s.name)}

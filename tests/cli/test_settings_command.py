@@ -11,6 +11,14 @@ from laserrec.config import Config, load_config
 from laserrec.config.described import described
 
 
+def test_defaults_are_the_default_presets(run):
+    code, out, _ = run("settings", "train", "prompt", "id_model", "blend")
+    assert code == 0 and "(default:" not in out
+    usual, paper = load_config().prompt.max_item_tokens, load_config("paper").prompt.max_item_tokens
+    _, out, _ = run("settings", "max_item_tokens", "--preset", "paper")
+    assert f"--prompt.max-item-tokens {paper} (default: {usual})" in out and paper != usual
+
+
 def test_the_sections_are_listed(run):
     code, out, err = run("settings")
     assert code == 0 and not err
@@ -24,8 +32,8 @@ def test_values_come_from_preset_and_file(run, tmp_path):
                        "--json", numbers)
     usual = load_config("quickstart").id_model.seen_offset
     assert code == 0 and usual
-    assert "--train.lr 0.25 (default: 1e-4) Peak learning rate. Number, above 0." in out
-    assert "--id-model.seen-offset, --id-model.no-seen-offset true (default: false) Learn one number" in out
+    assert "--train.lr 0.25 (default: 1e-3) Peak learning rate. Number, above 0." in out
+    assert "--id-model.seen-offset, --id-model.no-seen-offset true Learn one number" in out
     assert [(one["name"], one["value"]) for one in json.loads(numbers.read_text())] == [
         ("id_model.seen_offset", "true"), ("train.lr", "0.25")]
 
@@ -45,7 +53,7 @@ def test_a_word_that_is_in_no_name(run):
 
 
 def test_every_setting_is_told_with_type_and_meaning():
-    everything = [*described(Config())]
+    everything = [*described(Config(), Config())]
     assert len({one.name for one in everything}) == len(everything) > 200
     assert all(one.description and one.kind and one.value == one.default for one in everything)
     kinds = {one.name: one.kind for one in everything}
