@@ -121,7 +121,8 @@ def collect(places: Places, map_method: str | None = None, device: str = "auto")
     dataset, note = Dataset.load(places.data), read_json(places.model / "model.json", "fit again")
     model = LaserRecommender.from_pretrained(places.model, device=device)
     if model.items["item_id"].to_list()[: dataset.n_items] != dataset.items["item_id"].to_list():
-        raise UserError(f"{places.model} has another catalogue than {places.data}; name its own data folder")
+        raise UserError(f"{places.model} has another catalogue than {places.data}; name its own: "
+                        "laserrec report RUN --data DATA")
     texts = _Texts([title or "untitled" for title in model.items["title"].to_list()],
                    *([text or None for text in model.items[name].to_list()] for name in ("category", "brand")))
     cases = dataset.cases("test")

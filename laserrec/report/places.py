@@ -35,9 +35,10 @@ def find(run: Path, data: Path | None = None, results: Path | None = None) -> Pl
         data = next((f / "data" for f in around if _sha256(f / "data") == trained_on is not None), None)
     elif trained_on is not None and _sha256(data) != trained_on:
         raise UserError(f"{data} is not the data folder that {model} was trained on"
-                        f" (sha256 {trained_on[:12]}); name that one")
+                        f" (sha256 {trained_on[:12]}); name that one: laserrec report RUN --data DATA")
     if data is None:
-        raise UserError(f"the data that {model} was trained on do not lie beside it; name its data folder")
+        raise UserError(f"the data that {model} was trained on do not lie beside it; name its data folder: "
+                        "laserrec report RUN --data DATA")
     if results is None:
         results = next((f for f in (model.parent / "results.json", model.parent.parent / "quality.json")
                         if f.is_file()), None)

@@ -60,7 +60,7 @@ def test_an_id_model_within_the_model_and_a_model_without_one(run_folder, tmp_pa
 def test_what_is_not_beside_the_model_is_named(run_folder, tmp_path):
     model = tmp_path / "far" / "away" / "model"
     shutil.copytree(run_folder / "model", model)
-    with pytest.raises(UserError, match="name its data folder"):
+    with pytest.raises(UserError, match="name its data folder: laserrec report RUN --data DATA"):
         find(model)
     other = tmp_path / "other"
     shutil.copytree(run_folder / "data", other)
@@ -70,7 +70,7 @@ def test_what_is_not_beside_the_model_is_named(run_folder, tmp_path):
     with pytest.raises(UserError, match="not the data folder that"):
         find(model, data=other)
     shutil.copytree(other, model.parent / "data")  # another's data beside the model are not taken
-    with pytest.raises(UserError, match="name its data folder"):
+    with pytest.raises(UserError, match="name its data folder: laserrec report RUN --data DATA"):
         find(model)
     with pytest.raises(UserError, match="no such file"):
         find(model, data=run_folder / "data", results=tmp_path / "none.json")
