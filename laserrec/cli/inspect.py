@@ -20,7 +20,7 @@ def inspect(data: Data, model: Model, *, split: Literal["validation", "test"] = 
     Each row changes one thing in the fitted model: the LLM's or the transformer's reading of the history, the prefix,
     the router, another user's ID states, the ID part, the text part, the neighbours, the seen offset, the history's
     order. Nothing is trained again. A network that ranks items anew is taken out first, and the parts are compared
-    with the model without it.
+    with the model without it. It was trained on validation users, where its own row tells too much.
 
     Examples:
       laserrec inspect runs/data runs/model

@@ -53,7 +53,7 @@ def evaluate(data: Data, models: list[str], *, split: Literal["validation", "tes
     from laserrec.evaluation.evaluate import save_ranks
     from laserrec.recommender.hub import is_repo
     from laserrec.recommender.results import record_result
-    from laserrec.recommender.scorers import check_scorer, load_scorer
+    from laserrec.recommender.scorers import check_scorer, flattered, load_scorer
     from laserrec.util.device import choose
     from laserrec.util.progress import Progress
 
@@ -73,6 +73,9 @@ def evaluate(data: Data, models: list[str], *, split: Literal["validation", "tes
             with Progress(f"evaluating {name}", len(dataset.cases(split)), not quiet) as bar:
                 result = run(name, scorer, dataset, split, k, batch_size, bar.advance)
             rows.append(result.row())
+            if flattered(scorer, split):
+                say(f"{name}: its ranking network was trained on validation users, so its figures tell too much here; "
+                    "laserrec fit told those for users that it was not trained on")
             if ranks is not None:
                 save_ranks(path := ranks / f"{file}-{split}.parquet", dataset, split, result.ranks)
                 rows[-1]["ranks"] = str(path)

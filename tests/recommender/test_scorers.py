@@ -12,7 +12,7 @@ from laserrec.data.dataset import Dataset
 from laserrec.evaluation.evaluate import evaluate
 from laserrec.methods.closed_form import ItemRegression, Popularity
 from laserrec.recommender.recommender import LaserRecommender
-from laserrec.recommender.scorers import load_scorer
+from laserrec.recommender.scorers import FirstItems, flattered, load_scorer
 from laserrec.util.device import CPU
 from laserrec.util.errors import UserError
 
@@ -108,3 +108,13 @@ def test_laser_scores_another_catalogue_by_texts_and_keeps_what_it_knows_of_shar
     with pytest.warns(UserWarning, match="another catalogue"):
         scorer, _ = load_scorer(str(tmp_path / "laser"), known, CPU)
     assert scorer.score(tiny.histories([0])).shape == (1, N)
+
+
+def test_a_model_with_a_network_is_flattered_on_validation(folder):
+    model = LaserRecommender.from_pretrained(folder)
+    scorer = FirstItems(model, N)
+    assert not flattered(scorer, "validation")
+    model.facts["training"]["parts"] = {"network": {"kept": True}}
+    assert flattered(scorer, "validation") and not flattered(scorer, "test")
+    model.facts["training"]["parts"] = {"network": {"kept": False}}
+    assert not flattered(scorer, "validation")
