@@ -127,8 +127,8 @@ def _tell_new_items(model: LaserRecommender, dataset: Dataset) -> int:
     if taken:
         say(f"{count:,} items without enough interactions can be recommended too, by their text")
     elif count:
-        say(f"{count:,} items without enough interactions are left out: {model.method} knows items by their "
-            "interactions alone")
+        say(f"{count:,} items without enough interactions are left out: {model.method} can't take items that it was "
+            "not fitted on")
     return count if taken else 0
 
 

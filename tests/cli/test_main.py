@@ -226,6 +226,7 @@ def test_names_that_no_file_can_have(run, tmp_path, name, message):
 @pytest.mark.parametrize("module", ["laserrec.cli.main", "cyclopts", "laserrec.config", "laserrec.presets"])
 def test_ctrl_c_while_the_commands_are_loaded_is_a_line(module):
     press = ("import os, runpy, signal, sys\n"
+             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
              "class Finder:\n"
              "    def find_spec(self, name, *more):\n"
              f"        if name == {module!r}:\n"
