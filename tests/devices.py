@@ -327,7 +327,9 @@ def pretended(name: str = "cuda:0") -> Iterator[Machine]:
         for module in ("cuda", "mps"):  # the device draws from the CPU's generator, and has the CPU's state
             for function, stand_in in (
                     ("synchronize", lambda device=None: machine._sync("synchronize")),
+                    ("manual_seed", lambda seed: None),
                     ("get_rng_state", lambda device=None: torch.default_generator.get_state()),
                     ("set_rng_state", lambda state, device=None: torch.default_generator.set_state(state))):
                 stack.enter_context(mock.patch(f"torch.{module}.{function}", stand_in))
+        stack.enter_context(mock.patch("torch.cuda.default_generators", (torch.default_generator,)))
         yield machine

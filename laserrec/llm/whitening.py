@@ -9,9 +9,10 @@ from torch import Tensor
 _LEAST_VARIANCE = 1e-9
 """Share of the largest direction's below which a direction's variance is none: to scale such a one up to unit variance
 would make large numbers of rounding errors, and larger ones of items that were not among the rows."""
-_LARGEST_SHARE = 0.4
-"""Of the number of rows, directions that are kept. With one for each row whitening puts all rows equally far apart, so
-that nothing is near; from a third to an eighth of them texts told most about the next item (dev/LOG.md)."""
+_LARGEST_SHARE, _FEWEST = 0.4, 8
+"""Of the number of rows, directions that are kept, and how many at least. With one for each row whitening puts all rows
+equally far apart, so that nothing is near; from a third to an eighth of them texts told most about the next item
+(dev/LOG.md)."""
 _ROUNDING = 1e-13
 """Of float32, squared: variance below this share of the mean's square is none, as where all texts are alike."""
 
@@ -25,8 +26,8 @@ def fit_whitening(
     PCA whitening; for text embeddings: Su et al. 2021, "Whitening Sentence Representations for Better Semantics and
     Faster Retrieval". depths: `outputs` holds so many equally wide parts side by side (the LLM's outputs behind several
     layers). Each is whitened on its own to `dims` dimensions, and their matrices stand one below another. Directions in
-    which the rows don't differ become zeros, and those behind two fifths of the number of rows. Rows with NaN in a part
-    tell nothing of it and are left out there.
+    which the rows don't differ become zeros, and those behind two fifths of the number of rows, 8 at least. Rows with
+    NaN in a part tell nothing of it and are left out there.
     """
     fitted = [_fit(part, dims) for part in outputs.chunk(depths, dim=1)]
     mean, matrix = (torch.cat(parts) for parts in zip(*fitted, strict=True))
@@ -52,7 +53,7 @@ def _fit(outputs: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
     values, vectors = values[-dims:].flip(0), vectors[:, -dims:].flip(1)
     least = torch.maximum(_LEAST_VARIANCE * values[0], _ROUNDING * mean.square().sum())
-    kept = torch.arange(len(values), device=x.device) < _LARGEST_SHARE * len(x)
+    kept = torch.arange(len(values), device=x.device) < max(_FEWEST, _LARGEST_SHARE * len(x))
     scale = torch.where((values > least) & kept, values.clamp(min=1e-300).rsqrt(), 0.0)
     # The sign of an eigenvector is arbitrary; fix it so that two machines agree.
     largest = vectors.abs().argmax(dim=0, keepdim=True)
