@@ -101,7 +101,8 @@ class HeadConfig(Section):
     """Initialise the suffix with the LLM's [EOS] embedding instead of at random (not in the paper)."""
     whiten_dims: int = Field(0, ge=0)
     """0: use the LLM's output as it is (paper). n: centre it and whiten it to n dimensions (PCA whitening, not in the
-    paper). Mean and covariance are computed once over all items, before training."""
+    paper). Mean and covariance are computed once over all items, before training. In a catalogue of fewer than 2.5 n
+    items, the directions behind two fifths of their number are zero."""
     projection: bool = False
     """Add a trained linear map after the whitening, initialised as the identity (not in the paper)."""
     dropout: float = Field(0.0, ge=0, lt=1)
