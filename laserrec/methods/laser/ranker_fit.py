@@ -59,7 +59,7 @@ def fit_ranker(candidates: Candidates, blend: Blend, inputs: Inputs, hidden: int
     The same for the same input.
     """
     ranker, examples = _prepared(candidates, blend, inputs, hidden)
-    best, among = _best(examples)
+    best, among = _best(examples, candidates.seen)
     cases = (candidates.found & among).nonzero()[:, 0]
     people, of = torch.unique(candidates.who, return_inverse=True)
     if len(torch.unique(of[cases])) < _FEWEST_USERS:
@@ -100,10 +100,12 @@ def _prepared(candidates: Candidates, blend: Blend, inputs: Inputs, hidden: int)
     return ranker, _Examples(ranker.standardised(features), candidates.scores(blend), candidates.real)
 
 
-def _best(examples: _Examples) -> tuple[_Examples, Bool[Tensor, "users"]]:
-    """Of each user the target and the best other items by the blend, and whether the target is as good as these."""
+def _best(examples: _Examples, seen: Bool[Tensor, "users candidates"]) -> tuple[_Examples, Bool[Tensor, "users"]]:
+    """Of each user the target, seen items and the best other ones by the blend, and whether the target is as good as
+    these. Seen ones always: where the blend puts them last, the network must have learnt to leave them there."""
     scores = examples.scores.masked_fill(~examples.real, -torch.inf)
-    others = scores[:, 1:].topk(min(_BEST, scores.shape[1] - 1), dim=1)
+    wanted = scores.masked_fill(seen & examples.real, torch.inf)[:, 1:]
+    others = wanted.topk(min(_BEST, wanted.shape[1]), dim=1)
     columns = torch.cat([torch.zeros_like(others.indices[:, :1]), 1 + others.indices], dim=1)
     features = examples.features.gather(1, columns[..., None].expand(-1, -1, examples.features.shape[-1]))
     few = _Examples(features, examples.scores.gather(1, columns), examples.real.gather(1, columns))
