@@ -256,8 +256,7 @@ class Neighbours(Inheriting, nn.Module):
         width = len(self.items) + (0 if self._parents is None else len(self._parents[0]))
         keys, place = torch.unique(users * width + items, return_inverse=True)
         total = torch.zeros(len(keys), device=boosts.device).index_add_(0, place, boosts)
-        there = histories.distinct()
-        kept = (total > 0) & ~torch.isin(keys, there.users * width + there.items)
+        kept = (total > 0) & ~torch.isin(keys, histories.users * width + histories.items)
         return AtPairs(Pairs(keys[kept] // width, keys[kept] % width), total[kept], self._join)
 
     def _as_known(self, pairs: Pairs, strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
