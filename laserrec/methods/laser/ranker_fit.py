@@ -22,8 +22,8 @@ _BATCH, _LR, _DECAY = 256, 1e-2, 0.1
 _WARMUP = 0.1
 _FEWEST_USERS = 300
 """Whose targets are among the items that are trained on. With fewer no network is trained."""
-_BEST = 150
-"""Items by the blend that a user is trained on, beside the target."""
+_BEST, _BEST_SEEN = 150, 50
+"""Items by the blend that a user is trained on, beside the target: unseen and seen ones."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,19 @@ def _prepared(candidates: Candidates, blend: Blend, inputs: Inputs, hidden: int)
 
 
 def _best(examples: _Examples, seen: Bool[Tensor, "users candidates"]) -> tuple[_Examples, Bool[Tensor, "users"]]:
-    """Of each user the target, seen items and the best other ones by the blend, and whether the target is as good as
-    these. Seen ones always: where the blend puts them last, the network must have learnt to leave them there."""
+    """Of each user the target, the best unseen items by the blend and the best seen ones, and whether the target is as
+    good as these unseen ones. Seen ones always: where the blend puts them last, the network must have learnt to leave
+    them there."""
     scores = examples.scores.masked_fill(~examples.real, -torch.inf)
-    wanted = scores.masked_fill(seen & examples.real, torch.inf)[:, 1:]
-    others = wanted.topk(min(_BEST, wanted.shape[1]), dim=1)
-    columns = torch.cat([torch.zeros_like(others.indices[:, :1]), 1 + others.indices], dim=1)
+    others, own = scores[:, 1:], seen[:, 1:]
+    longest = int((own & examples.real[:, 1:]).sum(dim=1).max())
+    unseen = others.masked_fill(own, -torch.inf).topk(min(_BEST, others.shape[1]), dim=1)
+    known = others.masked_fill(~own, -torch.inf).topk(min(_BEST_SEEN, longest), dim=1)
+    target = torch.zeros_like(unseen.indices[:, :1])
+    columns = torch.cat([target, 1 + unseen.indices, 1 + known.indices], dim=1)
+    real = torch.cat([examples.real[:, :1], unseen.values > -torch.inf, known.values > -torch.inf], dim=1)
     features = examples.features.gather(1, columns[..., None].expand(-1, -1, examples.features.shape[-1]))
-    few = _Examples(features, examples.scores.gather(1, columns), examples.real.gather(1, columns))
-    return few, scores[:, 0] >= others.values[:, -1]
+    return _Examples(features, examples.scores.gather(1, columns), real), scores[:, 0] >= unseen.values[:, -1]
 
 
 def _ranked(ranker: Ranker, examples: _Examples) -> Float[Tensor, "users candidates"]:

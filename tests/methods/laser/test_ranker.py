@@ -145,17 +145,33 @@ def test_it_reads_recency_and_the_newest_item(monkeypatch, told):
     assert more["network"] > (1.01 if told == "recency" else 1.05) * without["network"]  # targets are spread evenly
 
 
+def items_trained_on(found, blend):
+    """Per user the columns of the candidates that it is trained on, told by their features, and whether it is."""
+    _, examples = ranker_fit._prepared(found, blend, inputs(found, torch.rand(ITEMS)), 8)
+    few, among = ranker_fit._best(examples, found.seen)
+    same = (few.features[:, :, None] == examples.features[:, None]).all(dim=-1)
+    same &= few.real[..., None] & examples.real[:, None]
+    return [row.nonzero()[:, 1].tolist() for row in same], among.tolist(), examples.scores
+
+
 def test_it_is_trained_on_seen_items_wherever_the_blend_puts_them(monkeypatch):
-    """Behind all others here: it must have learnt to leave them there."""
+    """Behind all others here: it must have learnt to leave them there. They don't crowd out the best unseen ones."""
     monkeypatch.setattr(ranker_fit, "_BEST", 10)
-    found, popularity = crowded(3)
+    monkeypatch.setattr(ranker_fit, "_BEST_SEEN", 20)
+    found, _ = crowded(3)
     seen = torch.zeros_like(found.seen)
-    seen[:, 1:4] = True
-    found, blend = replace(found, seen=seen), Blend(0.9, None, 0.1, -9.0)
-    _, examples = ranker_fit._prepared(found, blend, inputs(found, popularity), 8)
-    few, _ = ranker_fit._best(examples, seen)
-    last = (few.scores < -5) & few.real
-    assert few.scores.shape == (USERS, 11) and torch.equal(last.sum(dim=1), (seen & found.real).sum(dim=1))
+    for user in range(USERS):
+        seen[user, 1:1 + user % 26] = True  # up to 25, so that some are left out
+    found = replace(found, seen=seen)
+    columns, among, scores = items_trained_on(found, Blend(0.9, None, 0.1, -9.0))
+    for user, own in enumerate(columns):
+        real = [column for column in range(1, scores.shape[1]) if found.real[user, column]]
+        best = sorted(real, key=lambda column: -float(scores[user, column]))
+        unseen = [column for column in best if not seen[user, column]][:10]
+        known = [column for column in best if seen[user, column]][:20]
+        assert sorted(own) == sorted([0, *unseen, *known])
+        assert among[user] == (len(unseen) < 10 or bool(scores[user, 0] >= scores[user, unseen[-1]]))
+    assert len(set(among)) == 2
 
 
 def test_what_no_user_differs_in_does_not_count(monkeypatch):
