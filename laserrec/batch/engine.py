@@ -96,6 +96,8 @@ class Plan:
     """Parts of this run's shard."""
     todo: list[Part]
     """Those of them that are missing."""
+    exclusions: Exclusions | None
+    """None where nothing is excluded."""
 
 
 def run(job: Job, shard: tuple[int, int] = (1, 1), progress: bool = True, model: LaserRecommender | None = None
@@ -110,7 +112,7 @@ def run(job: Job, shard: tuple[int, int] = (1, 1), progress: bool = True, model:
     """
 
     def here(work: Plan) -> AbstractContextManager[Iterator[None]]:
-        worker = Worker(job, work.source, work.manifest, model)
+        worker = Worker(job, work.source, work.manifest, model, work.exclusions)
         return nullcontext(worker.write(part) for part in work.todo)
 
     return complete(job, shard, progress, here)
@@ -120,8 +122,8 @@ def complete(job: Job, shard: tuple[int, int], progress: bool,
              working: Callable[[Plan], AbstractContextManager[Iterator[None]]]) -> dict[str, Any]:
     """As `run`. working: opens an iterator that writes a missing part with each step."""
     work = plan(job, shard)
-    if job.settings.exclude or job.exclude_file:
-        exclusions(job, known_items(job.model)).tell(work.source)
+    if work.exclusions is not None:
+        work.exclusions.tell(work.source)
     if work.todo:
         chunk = job.settings.chunk
         done = (work.own - len(work.todo)) * chunk
@@ -148,7 +150,9 @@ def plan(job: Job, shard: tuple[int, int] = (1, 1)) -> Plan:
     clean(job.out)
     own = [part for part in parts if part.number % shard[1] == shard[0] - 1]
     todo = [part for part in own if not part_file(job.out, part.number).is_file()]
-    return Plan(source, manifest, len(parts), len(own), todo)
+    excludes = job.settings.exclude or job.exclude_file
+    return Plan(source, manifest, len(parts), len(own), todo,
+                exclusions(job, known_items(job.model)) if excludes else None)
 
 
 def exclusions(job: Job, known: Mapping[str, int]) -> Exclusions:
@@ -204,19 +208,19 @@ def parts_in(out: Path) -> int:
 
 
 class Worker:
-    """A loaded model that writes parts of a job. Raises UserError for a model or an index that can't be loaded."""
+    """A loaded model that writes parts of a job. excluded: what the job excludes, read already. Raises UserError for a
+    model or an index that can't be loaded."""
 
-    def __init__(self, job: Job, source: Source, manifest: dict[str, Any], model: LaserRecommender | None = None):
+    def __init__(self, job: Job, source: Source, manifest: dict[str, Any], model: LaserRecommender | None = None,
+                 excluded: Exclusions | None = None):
         self.job, self.source, self._manifest = job, source, manifest
         if model is None:
             model = LaserRecommender.from_pretrained(job.model, job.backbone, device=job.device,
                                                      trust_remote_code=job.trust_remote_code)
             model.use_index(job.index)
         self.model = model
-        names, removed = model.items["item_id"].to_list(), model.removed
-        self.known = {name: row for row, name in enumerate(names) if row not in removed}
-        """Item id -> row, of items that can be recommended."""
-        self._exclusions = exclusions(job, self.known)
+        self.known = model.rows
+        self._exclusions = excluded or exclusions(job, self.known)
 
     def write(self, part: Part) -> None:
         """Recommend for a part's users; whole or not at all. Raises UserError for unknown items, if they shall stop

@@ -62,7 +62,7 @@ class LaserRecommender:
         # Rows of removed items stay: an item's number is its row, and the model counts on it.
         self._removed: list[int] = self.facts.pop("removed", [])
         gone = set(self._removed)
-        self._index = {name: row for row, name in enumerate(self._names) if row not in gone}
+        self._rows = {name: row for row, name in enumerate(self._names) if row not in gone}
         self._indexed: Indexed | None = None
 
     # -- make ---------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class LaserRecommender:
         alone("refitting")
         dataset = dataset_of(dataset)
         model = LaserRecommender(refit(self.fitted, dataset, folder, changes_of(changes), progress))
-        gone = [name for name in map(self._names.__getitem__, self._removed) if name not in self._index]
+        gone = [name for name in map(self._names.__getitem__, self._removed) if name not in self._rows]
         there = model.items.schema
         added = self.items[self.n_known :].filter(~pl.col("item").is_in(self._removed)).drop("item")
         added = added.select(name for name, kind in added.schema.items() if there.get(name) == kind)
@@ -236,7 +236,7 @@ class LaserRecommender:
             return self.embeddings.cpu().numpy().copy()
         names = item_ids_of(item_ids)
         self.dense_items(names, "item_ids")  # names what is unknown
-        return self.embeddings[torch.tensor([self._index[i] for i in names], dtype=torch.long)].cpu().numpy()
+        return self.embeddings[torch.tensor([self._rows[i] for i in names], dtype=torch.long)].cpu().numpy()
 
     def add_items(self, frame: Any, embeddings: Float[np.ndarray | Tensor, "new d_out"] | None = None,
                   exists: str = "error") -> int:
@@ -260,7 +260,7 @@ class LaserRecommender:
             new = new.with_columns(pl.Series("item", range(first, first + new.height), dtype=pl.Int32))
             self.items = pl.concat([self.items, new.select(self.items.columns)])
             self._names += ids
-            self._index |= {name: first + i for i, name in enumerate(ids)}
+            self._rows |= {name: first + i for i, name in enumerate(ids)}
             self._tell_blank(first)
             return new.height
 
@@ -281,10 +281,10 @@ class LaserRecommender:
             names = list(dict.fromkeys(item_ids_of(item_ids)))
             if missing := self.unknown_items(names):
                 raise UserError(f"remove_items: {len(missing)} unknown item ids, first {missing[:3]}; the catalogue's "
-                                f"are like {two_of(self._index)}. Nothing was removed; leave them out")
+                                f"are like {two_of(self._rows)}. Nothing was removed; leave them out")
             self._removed = [*self._removed, *self.dense_items(names, "remove_items").tolist()]
             for name in names:
-                del self._index[name]
+                del self._rows[name]
             return len(names)
 
     def use_index(self, index: Index | Path | str | None) -> None:
@@ -359,6 +359,11 @@ class LaserRecommender:
         return self._towers().items().detach()
 
     @property
+    def rows(self) -> Mapping[str, int]:
+        """Item id -> row, of the items that can be recommended."""
+        return self._rows
+
+    @property
     def removed(self) -> frozenset[int]:
         """Rows of items that were taken out of the catalogue."""
         return frozenset(self._removed)
@@ -368,11 +373,11 @@ class LaserRecommender:
         `what`."""
         if missing := self.unknown_items(item_ids):
             raise UserError(f"{what}: {len(missing)} unknown item ids, first {missing[:3]}; add them with add_items")
-        return np.array([self._index[i] for i in dict.fromkeys(item_ids)], dtype=np.int64)
+        return np.array([self._rows[i] for i in dict.fromkeys(item_ids)], dtype=np.int64)
 
     def unknown_items(self, item_ids: Sequence[str]) -> list[str]:
         """Those that are not in the catalogue."""
-        return [i for i in item_ids if i not in self._index]
+        return [i for i in item_ids if i not in self._rows]
 
     def item_ids(self, rows: np.ndarray) -> list[str]:
         """Item rows -> the caller's ids."""
@@ -415,14 +420,14 @@ class LaserRecommender:
         if not isinstance(histories, Mapping | list | tuple | np.ndarray):
             with self._held(tables=True):
                 pass  # refuses it in a forked process
-        return read_histories(histories, self._index, unknown, exclude)
+        return read_histories(histories, self._rows, unknown, exclude)
 
     def _new_items(self, frame: Any, exists: str) -> pl.DataFrame:
         """Cleaned, without those that are in the catalogue already."""
         if exists not in ("error", "skip"):
             raise UserError(f'exists is "error" or "skip", not {exists!r}')
         items = read_items(frame, catalogue=self.items)
-        known = [i for i in items["item_id"].to_list() if i in self._index]
+        known = [i for i in items["item_id"].to_list() if i in self._rows]
         if known and exists == "error":
             raise UserError(f"new items: {len(known)} ids are in the catalogue already, first {known[:3]}; leave them "
                             'out, or give exists="skip"')
