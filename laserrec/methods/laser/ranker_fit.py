@@ -75,9 +75,8 @@ def fit_ranker(candidates: Candidates, blend: Blend, inputs: Inputs, hidden: int
         _train(ranker, best, cases)
         bar.advance(1)
     with_network, without = with_network * candidates.found, candidates.ndcg(blend) * candidates.found
-    gain = with_network - without
     told = {"blend": round(float(without.mean()), 5), "network": round(float(with_network.mean()), 5),
-            "kept": not _worse(gain)}
+            "kept": not _worse(with_network - without)}
     return (ranker.requires_grad_(False) if told["kept"] else None), told
 
 
@@ -117,9 +116,11 @@ def _best(examples: _Examples, seen: Bool[Tensor, "users candidates"]) -> tuple[
 
 
 def _ranked(ranker: Ranker, examples: _Examples) -> Float[Tensor, "users candidates"]:
+    """Scores that are no numbers count as the worst, so that a network that diverged is not kept."""
     with torch.no_grad():
-        added = [ranker(some) for some in examples.features.split(_BATCH)]
-        return examples.scores + ranker.log_temperature.exp() * torch.cat(added)
+        added = torch.cat([ranker(some) for some in examples.features.split(_BATCH)])
+        scores = examples.scores + ranker.log_temperature.exp() * added
+        return scores.masked_fill(scores.isnan(), -torch.inf)
 
 
 def _train(ranker: Ranker, examples: _Examples, users: Int[Tensor, "some"]) -> None:

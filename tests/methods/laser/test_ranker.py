@@ -236,6 +236,13 @@ def test_it_is_not_kept_where_it_ranks_worse(monkeypatch):
     assert ranker is None and not told["kept"] and told["network"] < told["blend"]
 
 
+def test_one_that_diverged_is_not_kept(monkeypatch):
+    found, popularity = crowded(3)
+    monkeypatch.setattr(ranker_fit, "_train", lambda ranker, *_: ranker.direct.weight.data.fill_(torch.nan))
+    ranker, told = fit_ranker(found, START, inputs(found, popularity), hidden=8)
+    assert ranker is None and told["network"] < 0.1 * told["blend"]
+
+
 def test_few_users_train_none():
     found, popularity = planted(1, 0.3, 0.3, 0.5, users=100), torch.ones(ITEMS)
     assert fit_ranker(found, START, inputs(found, popularity), hidden=8) == (None, {})
