@@ -23,7 +23,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Laid on the preset, whose settings suit Laser, where a method is fitted alone; an ID model then knows IDs alone."""
 
-_LRUREC: dict[str, Any] = {"patience": 5, "eval_every": 2}
+_LRUREC: dict[str, Any] = {"seen_offset": True, "patience": 5, "eval_every": 2}
 _SASREC_LIKE: dict[str, Any] = {"seen_offset": True, **ID_MODELS["sasrec"]}
 """What helped SASRec on amazon-scientific and is given to rivals over sequences too, so that terms are equal."""
 
@@ -35,7 +35,8 @@ RIVAL_SIZES: dict[str, dict[str, Any]] = {
     "recformer": {"recformer": {"d_model": 128, "blocks": 2, "heads": 2, "window": 32, "max_items": 8,
                                 "max_tokens": 256, "attribute_tokens": 16, "lr": 1e-3, "pretrain_own": True,
                                 "pretrain_epochs": 10}},
-    "llm4rec": {"backbone": {"layers": 3}, "llm4rec": {"max_history": 20, "max_epochs": 20, "patience": 3}},
+    "llm4rec": {"backbone": {"layers": 3},
+                "llm4rec": {"seen_offset": True, "max_history": 20, "max_epochs": 20, "patience": 3}},
     "fdsa": {"fdsa": {"d_model": 128, "d_inner": 128, **_SASREC_LIKE}},
     "zesrec": {"zesrec": {"d_model": 128, "blocks": 1, **_SASREC_LIKE}},
     "kar": {"kar": {"own_experts": 2, "d_inner": 64, **_SASREC_LIKE}},

@@ -44,6 +44,8 @@ class LruRecConfig(RivalConfig):
     """Dropout on embeddings, recurrence and feed-forward."""
     max_history: int = Field(50, ge=2)
     """Number of most recent items that the model reads."""
+    seen_offset: bool = False
+    """Learn one number that is added to the logits of all items in the user's history (not published)."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's decoupled weight decay."""
     batch_size: int = Field(64, ge=1)
@@ -151,6 +153,8 @@ class LLM4RecConfig(RivalConfig):
 
     max_history: int = Field(50, ge=2)
     """Number of most recent items in the prompt."""
+    seen_offset: bool = False
+    """Learn one number that is added to the logits of all items in the user's history (not published)."""
     edges: bool = True
     """Add the graph's edges to the attention. False: tokens alone, as an ablation."""
     user_dropout: float = Field(0.5, ge=0, le=1)

@@ -131,8 +131,8 @@ class LlamaRec(nn.Module, TwoTower):
 
     @property
     def terms(self) -> Sequence[ScoreTerm]:
-        """The ranker, once it is trained."""
-        return [self] if bool(self.ranks) else []
+        """The retriever's, and the ranker once it is trained."""
+        return [*self.retriever.terms, self] if bool(self.ranks) else self.retriever.terms
 
     def users(self, histories: Histories) -> Float[Tensor, "users d_out"]:
         """The retriever's."""

@@ -28,7 +28,10 @@ from laserrec.llm.attention import rotary_tables
 from laserrec.llm.backbone import Backbone
 from laserrec.llm.decoder import NativeDecoder, Shape
 from laserrec.methods.protocol import Phase, Trainable, TwoTower
+from laserrec.methods.sequence import seen_offset
 from laserrec.methods.sequence_task import with_next_item
+from laserrec.methods.targets import Targets, next_item_targets, with_offset
+from laserrec.methods.terms import SeenOffset
 from laserrec.util.device import move
 from laserrec.util.errors import UserError
 
@@ -175,12 +178,18 @@ class LLM4Rec(nn.Module, TwoTower):
         self.register_buffer("known_rows", torch.zeros(0, dtype=torch.long))
         self.user = nn.Parameter(torch.zeros(1, decoder.shape.d_llm))
         """The users' tokens; the last row is an unknown user's."""
+        self.seen = seen_offset(config.seen_offset)
         self.to(backbone.device)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.item.device
+
+    @property
+    def terms(self) -> list[SeenOffset]:
+        """The learnt seen offset, if there is one."""
+        return [] if self.seen is None else [self.seen]
 
     def know(self, sequences: Histories) -> None:
         """Make the graph of the training sequences, fresh tokens of their users, and what tells the users again: two
@@ -247,9 +256,9 @@ class LLM4Rec(nn.Module, TwoTower):
 
 @dataclass(frozen=True)
 class UserBatch:
-    """Training sequences and their users."""
+    """What is predicted in training sequences, and their users."""
 
-    items: Int[Tensor, "batch seq"]
+    targets: Targets
     users: Int[Tensor, "batch"]
 
 
@@ -268,9 +277,10 @@ class UserExamples:
 
     def batch(self, index: Int[np.ndarray, "batch"]) -> UserBatch:
         """On the CPU; some users are made unknown ones."""
-        forgotten = torch.rand(len(index)) < self.model.config.user_dropout
-        users = self.users[index].masked_fill(forgotten, len(self.model.user) - 1)
-        return UserBatch(self.sequences.take(index).padded(self.model.n_items), users)
+        model = self.model
+        users = self.users[index].masked_fill(torch.rand(len(index)) < model.config.user_dropout, len(model.user) - 1)
+        items = self.sequences.take(index).padded(model.n_items)
+        return UserBatch(next_item_targets(items, model.n_items, model.seen is not None), users)
 
 
 class LLM4RecTask(Trainable):
@@ -281,7 +291,7 @@ class LLM4RecTask(Trainable):
         self.module, sequences = model, dataset.train_sequences
         model.know(sequences)
         self.users = with_next_item(sequences)
-        self.sequences = sequences.take(self.users).last(model.config.max_history)
+        self.sequences = sequences.take(self.users).last(model.config.max_history + 1)  # the last one is a target alone
 
     def decayed(self) -> Iterable[Tensor]:
         """Weights of the layers' maps."""
@@ -295,12 +305,12 @@ class LLM4RecTask(Trainable):
     def loss(self, batch: UserBatch, rows: Int[np.ndarray, "some"]) -> dict[str, Tensor]:
         """The rows' share of the mean over all targets of the batch."""
         model, some = self.module, torch.as_tensor(rows)
-        items, users = (move(x[some], model.device) for x in (batch.items, batch.users))
-        taken = (users != len(model.user) - 1)[:, None].expand(-1, items.shape[1] - 1)  # all of a training sequence
-        logits = model.states(items[:, :-1], users, taken) @ model.items().T
-        total = F.cross_entropy(logits.flatten(0, 1), items[:, 1:].flatten(), ignore_index=model.n_items,
-                                reduction="sum")
-        return {"loss": total / int((batch.items[:, 1:] != model.n_items).sum())}
+        part, users = batch.targets.rows(some).to(model.device), move(batch.users[some], model.device)
+        taken = (users != len(model.user) - 1)[:, None].expand_as(part.inputs)  # all of a training sequence
+        logits = model.states(part.inputs, users, taken).flatten(0, 1)[part.places] @ model.items().T
+        if model.seen is not None:
+            logits = with_offset(logits, part.seen, model.seen.offset)
+        return {"loss": F.cross_entropy(logits, part.items, reduction="sum") / len(batch.targets.places)}
 
 
 def phases(model: LLM4Rec, config: Config, dataset: Dataset) -> list[Phase]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from laserrec.config import IdModelConfig, LruRecConfig
+from laserrec.config import IdModelConfig, LruRecConfig, Softmax
 from laserrec.data.dataset import Dataset
 from laserrec.methods.protocol import Phase
 from laserrec.methods.sasrec import SASRec
@@ -76,7 +76,8 @@ class LRURec(SASRec):
 
     def __init__(self, config: LruRecConfig, n_items: int):
         super().__init__(IdModelConfig(d_id=config.d_id, blocks=1, heads=1, dropout=config.dropout, seed=config.seed,
-                                       max_history=config.max_history), n_items)
+                                       max_history=config.max_history, softmax=Softmax.FULL,
+                                       seen_offset=config.seen_offset), n_items)
         del self.position
         self.blocks = nn.ModuleList(LruBlock(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.d_id)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from laserrec.config import IdLoss, IdModelConfig, IdModelKind, Softmax
 from laserrec.data.histories import Histories
-from laserrec.methods.targets import Candidates, Targets
+from laserrec.methods.targets import Candidates, Targets, with_offset
 
 FULL_ITEMS = {kind: 3_000 if kind == IdModelKind.SASREC else 10_000 for kind in IdModelKind}
 """Items up to which `auto` means the full softmax. With 4,385 a SASRec is as good with the sampled one
@@ -60,7 +60,5 @@ def sampled_loss(logits: Float[Tensor, "targets candidates"], part: Targets, off
     correction[row, column] = 0.0  # the targets of a row's own sequence
     logits -= correction[row]
     if offset is not None:
-        seen = part.seen.among(candidates.items)
-        at = seen.users * len(candidates.items) + seen.items
-        logits = logits.flatten().index_add(0, at, offset.expand(len(at))).view_as(logits)
+        logits = with_offset(logits, part.seen.among(candidates.items), offset)
     return F.cross_entropy(logits, column, reduction="sum")

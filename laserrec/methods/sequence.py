@@ -19,7 +19,7 @@ from laserrec.config import IdLoss, IdModelConfig, ItemTable
 from laserrec.data.histories import Histories
 from laserrec.methods.protocol import TwoTower
 from laserrec.methods.sampled_softmax import Sampler, is_sampled, sampled_loss
-from laserrec.methods.targets import Targets, make_targets
+from laserrec.methods.targets import Targets, next_item_targets, with_offset
 from laserrec.methods.terms import SeenOffset
 from laserrec.util.device import move
 from laserrec.util.errors import UserError
@@ -134,14 +134,7 @@ class NextItemModel(nn.Module, TwoTower):
     def targets(self, items: Int[Tensor, "batch seq"]) -> Targets:
         """Training sequences (on the CPU) -> inputs and targets of one step. A causal model's: all positions that have
         a next item; a sequence's last item is a target only."""
-        targets = items[:, 1:]
-        inputs = items[:, :-1].masked_fill(targets == self.pad, self.pad)
-        place = torch.arange(inputs.shape[1])
-
-        def visible(row: Tensor, column: Tensor) -> Tensor:
-            return inputs[row].masked_fill(place > column[:, None], self.pad)
-
-        return make_targets(inputs, targets, visible, self.pad, self.seen is not None)
+        return next_item_targets(items, self.pad, self.seen is not None)
 
     def note_trained(self, items: Int[Tensor, "total"]) -> None:
         """Items of the training sequences, before the first epoch."""
@@ -181,8 +174,7 @@ class NextItemModel(nn.Module, TwoTower):
         part = part.to(self.device)
         logits = self.logits(self.states(part.inputs).flatten(0, 1)[part.places])
         if self.seen is not None:
-            at = part.seen.users * self.n_items + part.seen.items
-            logits = logits.flatten().index_add(0, at, self.seen.offset.expand(len(at))).view_as(logits)
+            logits = with_offset(logits, part.seen, self.seen.offset)
         return F.cross_entropy(logits, part.items, reduction="sum")
 
 

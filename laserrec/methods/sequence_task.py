@@ -47,7 +47,8 @@ class SequenceTask(Trainable):
 
     def begin_epoch(self, number: int) -> SequenceExamples:
         """The sequences as they are, but for the share that is read in a random order. Those that are longer than the
-        model reads are cut into windows, at other places in each epoch, so that all interactions are learnt from."""
+        model reads, and a target, are cut into windows, at other places in each epoch, so that all interactions are
+        learnt from."""
         self.module.train()
         config, sequences = self.module.config, self.sequences
         if config.shuffle:
@@ -56,7 +57,7 @@ class SequenceTask(Trainable):
             key = torch.where(mixed, torch.from_numpy(rng.random(len(mixed))), -sequences.ages.double())
             order = torch.from_numpy(np.lexsort((key.numpy(), sequences.users.numpy())))
             sequences = Histories(sequences.items[order], sequences.ends)
-        length = config.max_history
+        length = config.max_history + 1  # the last one is a target alone, or what BERT4Rec's mask stands for
         shift = np.random.default_rng((config.seed, number - 1, 2)).integers(0, length - 1, len(sequences))
         return SequenceExamples(sequences.windows(length, torch.from_numpy(shift)), self.module, self.sampler)
 

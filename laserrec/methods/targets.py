@@ -81,3 +81,23 @@ def make_targets(inputs: Tensor, targets: Tensor, visible: Callable[[Tensor, Ten
         keys = torch.unique(target * (pad + 1) + items[target, place])
         seen = Pairs(keys // (pad + 1), keys % (pad + 1))
     return Targets(inputs, row * inputs.shape[1] + column, targets[row, column], seen)
+
+
+def next_item_targets(items: Int[Tensor, "batch seq"], pad: int, offset: bool) -> Targets:
+    """A causal model's: all positions that have a next item; a sequence's last item is a target only. items: padded on
+    the right, on the CPU. offset: whether there is a seen offset."""
+    targets = items[:, 1:]
+    inputs = items[:, :-1].masked_fill(targets == pad, pad)
+    place = torch.arange(inputs.shape[1])
+
+    def visible(row: Tensor, column: Tensor) -> Tensor:
+        return inputs[row].masked_fill(place > column[:, None], pad)
+
+    return make_targets(inputs, targets, visible, pad, offset)
+
+
+def with_offset(logits: Float[Tensor, "targets items"], seen: Pairs, offset: Float[Tensor, ""]
+                ) -> Float[Tensor, "targets items"]:
+    """The offset added at these pairs (target, item)."""
+    at = seen.users * logits.shape[1] + seen.items
+    return logits.flatten().index_add(0, at, offset.expand(len(at))).view_as(logits)

@@ -98,6 +98,23 @@ def test_candidates_stand_first_in_the_llms_order_and_the_rest_keeps_the_retriev
     assert torch.equal(model.score(asked), retrieved) and not model.terms
 
 
+@pytest.mark.parametrize("ranks", [False, True])
+@torch.no_grad()
+def test_the_retrievers_seen_offset_is_a_term_too(llm, ranks):
+    """So that a retrieval by vectors, which applies the terms, finds what the model's own scores say."""
+    backbone, asked = llm(), tiny.histories([0, 1, 2], [5], [7, 8, 9, 10])
+    tree = config(backbone)
+    tree = tree.model_copy(update={"lrurec": tree.lrurec.model_copy(update={"seen_offset": True})})
+    model = LlamaRec(tree, N, tiny.items(N), backbone).eval()
+    model.ranks.fill_(ranks)
+    model.retriever.seen.offset.fill_(-1e3)
+    scores = model.users(asked) @ model.items().T
+    for term in model.terms:
+        scores = term.on(asked).to_all(scores)
+    assert torch.equal(scores, model.score(asked))
+    assert all(set(row.topk(3).indices.tolist()) == {0, 1, 2} for row in -scores[:1])
+
+
 @torch.no_grad()
 def test_logits_do_not_depend_on_the_batch_and_fewer_items_than_letters_are_fine(llm):
     model = make(llm())

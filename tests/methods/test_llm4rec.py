@@ -166,6 +166,25 @@ def test_the_loss_is_that_of_each_next_item_in_any_partition(llm):
     assert all(p.grad is not None and p.grad.any() for p in model.parameters()), "all of it is trained"
 
 
+@torch.no_grad()
+def test_a_learnt_seen_offset_is_in_the_loss_and_in_the_scores(llm):
+    plain, model = make(llm, user_dropout=0.0), make(llm, user_dropout=0.0, seen_offset=True)
+    tasks = [LLM4RecTask(one, tiny.dataset([[*row, 1, 2] for row in ROWS], N)) for one in (plain, model)]
+    model.load_state_dict(plain.state_dict() | {"seen.offset": torch.tensor(-3.0)})
+    want = []
+    for user, row in enumerate(ROWS):
+        for cut in range(1, len(row)):
+            states = plain.states(torch.tensor([row[:cut]]), torch.tensor([user]), torch.ones(1, cut).bool())
+            logits = states[0, -1] @ plain.items().T
+            for item in set(row[:cut]):
+                logits[item] -= 3
+            want.append(float(F.cross_entropy(logits, torch.tensor(row[cut]))))
+    loss = tasks[1].loss(tasks[1].begin_epoch(1).batch(np.arange(4)), np.arange(4))["loss"]
+    assert float(loss) == pytest.approx(np.mean(want), rel=1e-4)
+    gap = model.eval().score(tiny.histories([3, 4, 3])) - plain.eval().score(tiny.histories([3, 4, 3]))
+    assert gap.round(decimals=3).nonzero().tolist() == [[0, 3], [0, 4]]
+
+
 @pytest.mark.parametrize("edges", [True, False])
 def test_a_planted_order_is_learnt_and_new_users_are_served(llm, tmp_path, edges):
     data = tiny.planted(N, 60)

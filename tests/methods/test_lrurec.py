@@ -67,6 +67,17 @@ def test_a_planted_order_is_learnt(tmp_path):
     assert isinstance(fit.phase.task, SequenceTask) and fit.place.best > 0.9
 
 
+@torch.no_grad()
+def test_its_loss_is_over_all_items_with_the_seen_offset_where_one_is_learnt():
+    large = LRURec(LruRecConfig(d_id=4, seen_offset=True), 20_000)
+    assert large.sampler(tiny.histories([1, 2, 3])) is None and not large.item.sparse
+    plain, model = make(), make(seen_offset=True)
+    model.load_state_dict(plain.state_dict() | {"seen.offset": torch.tensor(-3.0)})
+    asked = tiny.histories([3, 4, 3], [9])
+    gap = model.score(asked) - plain.score(asked)
+    assert gap.nonzero().tolist() == [[0, 3], [0, 4], [1, 9]] and gap[0, 3] == pytest.approx(-3, abs=1e-4)
+
+
 def test_its_settings_are_those_of_the_authors():
     config = LruRecConfig()
     assert (config.d_id, config.blocks, config.dropout, config.weight_decay, config.lr) == (64, 2, 0.2, 0.01, 1e-3)

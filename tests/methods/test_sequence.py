@@ -285,8 +285,24 @@ def test_long_sequences_are_learnt_from_as_a_whole():
     first, second = epochs(make("sasrec", max_history=3), dataset, 2)
     want = sorted(pair for row in dataset.train_sequences.lists() for pair in pairwise(row))
     for epoch in (first, second):
-        assert max(map(len, epoch)) == 3 and sorted(pair for row in epoch for pair in pairwise(row)) == want
+        assert max(map(len, epoch)) == 4 and sorted(pair for row in epoch for pair in pairwise(row)) == want
     assert first != second and epochs(make("sasrec", max_history=3), dataset, 2) == [first, second]
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "bert4rec"])
+def test_all_positions_of_a_full_history_are_trained(kind):
+    """The newest state of a long history must not stand where nothing was learnt."""
+    model = make(kind, max_history=4)
+    task = SequenceTask(model, tiny.dataset([[i % N for i in range(start, start + 15)] for start in range(20)], N))
+    for epoch in range(1, 5):
+        examples = task.begin_epoch(epoch)
+        index = np.arange(len(examples.lengths))
+        task.loss(examples.batch(index), index)["loss"].backward()
+    read = []
+    model.position.register_forward_hook(lambda module, given, out: read.append(given[0].unique()))
+    model.eval().users(tiny.histories(list(range(9))))
+    trained = model.position.weight.grad.abs().sum(dim=1) > 0
+    assert trained[torch.cat(read).unique()].all()
 
 
 def test_shuffled_sequences_are_the_same_items_in_another_order_each_epoch():
