@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from laserrec.config import KARConfig
 from laserrec.data.prompt import item_line
 from laserrec.llm.text_features import TextFeatures
-from laserrec.methods.knowledge import LONGEST, Knowledge, read_knowledge
+from laserrec.methods.knowledge import LONGEST, NOTHING, Knowledge, read_knowledge
 from laserrec.methods.parts import CausalEncoder, ItemVectors, vectors_of_texts
 from laserrec.methods.sequence import NextItemModel, initialise, seen_offset
 
@@ -109,11 +109,12 @@ class KAR(NextItemModel):
 
     @staticmethod
     def fresh(config: Any, items: pl.DataFrame, features: TextFeatures) -> KAR:
-        """Over these items, untrained. Raises UserError where the folder of texts can't be read."""
+        """Over these items, untrained. Raises UserError where the folder of texts can't be read or none of it is about
+        these items, and warns where much of it is about others."""
         own: KARConfig = config.kar
-        knowledge = Knowledge({}, {}, "") if own.knowledge is None else read_knowledge(own.knowledge)
         row = {name: number for number, name in enumerate(items["item_id"])}
-        about = {begun: text for begun, text in knowledge.histories.items() if all(i in row for i in begun)}
+        knowledge = NOTHING if own.knowledge is None else read_knowledge(own.knowledge).about(row, own.knowledge)
+        about = knowledge.histories
         facts = _facts(items, knowledge, features)
         model = KAR(own, items.height, facts.shape[1], len(about)).to(features.device)
         if about:
@@ -144,7 +145,7 @@ class KAR(NextItemModel):
 
 def _facts(items: pl.DataFrame, knowledge: Knowledge, features: TextFeatures) -> Float[Tensor, "items d_text"]:
     """Vectors of the items' texts, with what was written about them behind."""
-    if not knowledge.items:
+    if not (knowledge.items or knowledge.histories):
         return features.vectors(items)  # which other methods read too
     rows = items.iter_rows(named=True)
     lines = [f"{item_line(row, features.prompt.attributes)}. {knowledge.items.get(row['item_id'], '')}".rstrip(". ")

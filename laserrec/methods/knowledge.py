@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ import torch
 
 from laserrec.config import BackboneConfig, PromptConfig
 from laserrec.data.dataset import Dataset
+from laserrec.data.losses import LOUD, LossWarning, mismatch
 from laserrec.data.prompt import item_line
 from laserrec.llm.weights import load_tokenizer, loading, source
 from laserrec.util.errors import UserError, reading
-from laserrec.util.io import write_text
+from laserrec.util.io import check_folder, write_text
 from laserrec.util.progress import Progress
 
 LONGEST = 10
@@ -53,6 +56,25 @@ class Knowledge:
     sha256: str
     """Over both files."""
 
+    def about(self, catalogue: Collection[str], folder: Path) -> Knowledge:
+        """Texts about these items and about histories of them alone. Raises UserError where there are none, and warns
+        where many are about others. folder: where they are from."""
+        items = {name: text for name, text in self.items.items() if name in catalogue}
+        histories = {begun: text for begun, text in self.histories.items() if all(name in catalogue for name in begun)}
+        there, left = len(self.items) + len(self.histories), len(items) + len(histories)
+        others = [name for name in chain(self.items, *self.histories) if name not in catalogue]
+        if there and not left:
+            raise UserError(f"{folder}: none of its {there:,} texts is about these items: "
+                            f"{mismatch(others, catalogue)} Give the texts of this data folder, or set kar.knowledge "
+                            "to none")
+        if there - left > LOUD * there:
+            warnings.warn(f"{folder}: {there - left:,} of {there:,} texts are about other items and are not used: "
+                          f"{mismatch(others, catalogue)}", LossWarning, stacklevel=2)
+        return replace(self, items=items, histories=histories)
+
+
+NOTHING = Knowledge({}, {}, "")
+
 
 def read_knowledge(folder: Path) -> Knowledge:
     """Raises UserError where there are no such files, and for a line that is not as it should be."""
@@ -73,7 +95,10 @@ def read_knowledge(folder: Path) -> Knowledge:
 def _lines(file: Path, key: str, kind: type) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         return
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    # Not splitlines, which also cuts at characters that may stand within a text. Editors may put a mark in front.
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -96,6 +121,7 @@ def write_knowledge(dataset: Dataset, folder: Path, backbone: BackboneConfig, pr
     items, histories: about so many, drawn in a fixed random order; None: about all. tokens: of each text, at most.
     Raises UserError where the LLM can't be loaded or the folder can't be written.
     """
+    check_folder(folder)
     lines = [item_line(row, prompt.attributes) for row in dataset.items.iter_rows(named=True)]
     ids = dataset.items["item_id"].to_list()
     begun = _beginnings(dataset)

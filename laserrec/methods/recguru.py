@@ -5,7 +5,7 @@ and a recommender that reads the history and the user vector.
 Phase "autoencoder": a transformer reads the sequence, its last state is the user's vector, a decoder writes the
 sequence again from it (sampled cross-entropy). With a second data folder, both domains share encoder and decoder, and a
 discriminator learns to tell the domains by the user vectors while the encoder learns to mislead it. Phase
-"recommender": a decoder over the items bought so far predicts the next one (BPR); the encoder's vectors stay fixed.
+"recommender": a decoder over the items bought so far predicts the next one (BPR); the encoder's weights stay fixed.
 
 The encoder is causal here, so that every prefix of a sequence has a user vector and every position is a target; the
 paper's sees the whole sequence. Its loss on users of both domains is left out: no user is in two of our data sets.

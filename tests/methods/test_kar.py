@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from laserrec.config import KARConfig
+from laserrec.data.losses import LossWarning
 from laserrec.methods.all import METHODS, Given
 from laserrec.methods.kar import KAR, HybridExperts, _key, _longer, expert
 from laserrec.methods.parts import ItemVectors
+from laserrec.util.errors import UserError
 
 SMALL = KARConfig(**{**tiny.RIVALS["kar"], "d_model": 8, "dropout": 0.0})
 N = 12
@@ -95,6 +97,33 @@ def test_texts_of_a_folder_are_what_it_reads(folder):
     assert made.keys.tolist() == [_key([0, 1])]
     assert planted_texts.learnt("kar", blank, seeds=1, knowledge=str(folder)) > 0.9
     assert planted_texts.learnt("kar", blank, seeds=1) < 0.4
+
+
+def test_texts_about_other_items_are_told(folder):
+    config = tiny.config("x", kar=tiny.RIVALS["kar"] | {"knowledge": str(folder)})
+    ours = planted_texts.items()
+
+    def made(items):
+        return METHODS["kar"].make(Given(config, items, planted_texts.N, planted_texts.Texts()))
+
+    half = pl.when(pl.col("item") < planted_texts.N // 2).then("item_id").otherwise(pl.lit("x") + pl.col("item_id"))
+    with pytest.warns(LossWarning, match=r"21 of 42 texts are about other items and are not used: ids have"):
+        assert made(ours.with_columns(item_id=half)).keys.tolist() == [_key([0, 1])]
+    with pytest.raises(UserError, match=r"none of its \d+ texts is about these items: .*letters before the number"):
+        made(ours.with_columns(item_id=pl.lit("x") + pl.col("item_id")))
+
+
+def test_texts_of_histories_alone_beside_vectors_of_the_items_own(folder, monkeypatch):
+    """All texts are read alike, so the items' own vectors stay out."""
+    (folder / "items.jsonl").unlink()
+    known = (folder / "histories.jsonl").read_text().splitlines()[0]
+    (folder / "histories.jsonl").write_text(known)
+    config = tiny.config("x", kar=tiny.RIVALS["kar"] | {"knowledge": str(folder)})
+    features = planted_texts.Texts()
+    wide = features.vectors(planted_texts.items()).repeat(1, 2)
+    monkeypatch.setattr(features, "vectors", lambda items: wide)
+    model = METHODS["kar"].make(Given(config, planted_texts.items(), planted_texts.N, features))
+    assert len(model.keys) == 1 and model.users(tiny.histories([0, 1, 2])).isfinite().all()
 
 
 def test_other_texts_are_another_fit(folder):

@@ -67,6 +67,21 @@ def test_it_goes_on_where_it_was_stopped_and_adds_to_what_is_there(write, tmp_pa
     assert write(items=8, histories=3)[1].prompts == [] and more.sha256 != found.sha256
 
 
+def test_files_that_editors_wrote(tmp_path):
+    """With a byte order mark, blank lines, other line ends and characters at which some programs break lines."""
+    lines = ['\ufeff{"item_id": "a", "text": "one\u2028two\u0085three"}', "", '{"item_id": "b", "text": "four"}', " "]
+    (tmp_path / "items.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert read_knowledge(tmp_path).items == {"a": "one\u2028two\u0085three", "b": "four"}
+
+
+def test_a_folder_that_can_not_be_written_is_told_before_the_llm_is_loaded(write, tmp_path):
+    (tmp_path / "k").write_text("a file")
+    told = Told()
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        write(told, items=2, histories=2)
+    assert not told.prompts
+
+
 @pytest.mark.parametrize(("name", "line", "said"), [
     ("items.jsonl", "{", "is no JSON"), ("items.jsonl", '{"item_id": 3, "text": "x"}', "needs item_id"),
     ("items.jsonl", '{"item_id": "3"}', "and text"), ("histories.jsonl", '{"history": [], "text": "x"}', "1 to 10"),
