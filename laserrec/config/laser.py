@@ -267,6 +267,8 @@ class BlendConfig(Section):
     """Hidden units of a network that ranks items anew by the parts of their scores, trained on validation users; 0:
     none. It is not kept where it makes the ranking worse, beyond chance, for users that it was not trained on. None
     above 100,000 items, and without blend.trials."""
+    network_users: int = Field(12_000, ge=1)
+    """Validation users that the network is trained on, drawn at random if there are more."""
     users: int = Field(4000, ge=1)
     """Validation users that the choice is made on, drawn at random if there are more."""
 

@@ -11,9 +11,9 @@ def validated(training: Mapping[str, Any]) -> dict[str, Any]:
     Where its parts were weighed after the training, NDCG@10 of what came of that; where a network ranks items anew, for
     users that it was not trained on."""
     if parts := training.get("parts"):
-        network = parts.get("network", {})
-        return {"ndcg@10": network["network"] if network.get("kept") else parts["ndcg@10"]["chosen"],
-                "users": parts["users"]}
+        if (network := parts.get("network", {})).get("kept"):
+            return {"ndcg@10": network["network"], "users": network.get("users", parts["users"])}
+        return {"ndcg@10": parts["ndcg@10"]["chosen"], "users": parts["users"]}
     return {name.removeprefix("validation_"): value for name, value in training.get("kept", {}).items()
             if name.startswith("validation_")}
 

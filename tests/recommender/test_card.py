@@ -69,7 +69,7 @@ PARTS = {"users": 9, "ndcg@10": {"given": 0.1, "chosen": 0.23456}}
 
 @pytest.mark.parametrize(("network", "want"), [
     ({}, 0.2346), ({"network": {"blend": 0.23, "network": 0.2, "kept": False}}, 0.2346),
-    ({"network": {"blend": 0.23456, "network": 0.34567, "kept": True}}, 0.3457)])
+    ({"network": {"users": 9000, "blend": 0.23456, "network": 0.34567, "kept": True}}, 0.3457)])
 def test_its_validation_metric_is_of_the_model_as_it_was_saved(fitted, note, network, want):
     """With its parts weighed, and by users that no part of it was trained on."""
     note["training"]["parts"] = {**PARTS, **network}
@@ -77,11 +77,11 @@ def test_its_validation_metric_is_of_the_model_as_it_was_saved(fitted, note, net
     note["results"] = [measured, {"split": "test", "ndcg@10": 0.8, "users": 99}]
     text = card_text(note, "tools", ["i1", "i2"])
     if want == 0.3457:  # the network was trained on the users of the other measurement
-        assert "| validation | 0.3457 | 9 |" in text and "0.9000" not in text
+        assert "| validation | 0.3457 | 9,000 |" in text and "0.9000" not in text
     else:
         assert "| validation | 0.9000 | 99 |" in text
     note["results"] = []
-    assert f"| validation | {want} | 9 |" in card_text(note, "tools", ["i1", "i2"])
+    assert f"| validation | {want} | {'9,000' if want == 0.3457 else 9} |" in card_text(note, "tools", ["i1", "i2"])
 
 
 def test_its_example_runs(fitted, model, monkeypatch, llm_folder):

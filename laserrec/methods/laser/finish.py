@@ -53,19 +53,24 @@ def choose_blend(task: LaserTask, progress: bool = False) -> tuple[Config, dict[
               "ndcg@10": parts.report(chosen, config.blend.trials)}
     config = _apply(task, chosen)
     if config.blend.network and dataset.n_items <= _RANKED_ITEMS:
-        task.module.ranker, told = _ranker(task, cases.histories, chosen, config.blend.network, progress)
+        task.module.ranker, told = _ranker(task, chosen, config.blend, progress)
         report |= {"network": told} if told else {}
     return config, report
 
 
-def _ranker(task: LaserTask, histories: Histories, chosen: _Choice, hidden: int, progress: bool
+def _ranker(task: LaserTask, chosen: _Choice, settings: BlendConfig, progress: bool
             ) -> tuple[Ranker | None, dict[str, Any]]:
     """Of several processes the first one trains it."""
-    device = task.module.device
+    device, hidden = task.module.device, settings.network
+    cases = task.dataset.cases("validation").sample(settings.network_users)
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        inputs = _inputs(task, histories, chosen.candidates.items)
-        ranker, told = fit_ranker(chosen.candidates, chosen.blend, inputs, hidden, progress)
+        candidates = chosen.candidates
+        if len(cases) != len(candidates.lengths):  # else they are the same users
+            candidates = _Parts(task, cases, progress, "reading users for the network").candidates(chosen.neighbours)
+            task.module.set_id_share(chosen.blend.id_share)
+        inputs = _inputs(task, cases.histories, candidates.items)
+        ranker, told = fit_ranker(candidates, chosen.blend, inputs, hidden, progress)
         return ({} if ranker is None else dict(ranker.state_dict())), told
 
     weights, told = task.world.from_main(make)
@@ -106,7 +111,7 @@ class _Choice:
 class _Parts:
     """A fitted Laser's parts for some validation users."""
 
-    def __init__(self, task: LaserTask, cases: Cases, progress: bool):
+    def __init__(self, task: LaserTask, cases: Cases, progress: bool, title: str = "weighing the parts"):
         self.task, self.cases, self.progress = task, cases, progress
         self.laser, self.config = task.module, task.module.config
         self.has_ids = self.laser.ids.model is not None
@@ -117,7 +122,7 @@ class _Parts:
         self.item_text = self.laser.vectors[:, : self.laser.d_text].any(dim=1)
         self.lent = ~self.laser.ids.knows(items) & self.has_ids
         self.grid = full_grid(self.has_ids, self.laser.neighbours is not None, self.laser.seen is not None)
-        with Progress("weighing the parts", len(cases), progress) as bar:
+        with Progress(title, len(cases), progress) as bar:
             self.users = self._users(cases.histories, bar.advance)
         self.background = self._cosines(self._users(task.scale_histories()))
 

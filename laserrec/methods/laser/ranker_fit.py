@@ -50,7 +50,8 @@ class _Examples:
 
 def fit_ranker(candidates: Candidates, blend: Blend, inputs: Inputs, hidden: int, progress: bool = False
                ) -> tuple[Ranker | None, dict[str, Any]]:
-    """A ranker behind `blend`, and {blend, network}: NDCG@10 of both on users that the network was not trained on.
+    """A ranker behind `blend`, and {users, blend, network, kept}: NDCG@10 of both on users that the network was not
+    trained on.
 
     It minimises the cross-entropy of the softmax over the blend's best items for a user, for those whose target is
     among them. Judged by cross-fitting: trained on two thirds of the users, it ranks for the others. None where it is
@@ -75,7 +76,8 @@ def fit_ranker(candidates: Candidates, blend: Blend, inputs: Inputs, hidden: int
         _train(ranker, best, cases)
         bar.advance(1)
     with_network, without = with_network * candidates.found, candidates.ndcg(blend) * candidates.found
-    told = {"blend": round(float(without.mean()), 5), "network": round(float(with_network.mean()), 5),
+    told = {"users": len(people), "blend": round(float(without.mean()), 5),
+            "network": round(float(with_network.mean()), 5),
             "kept": not _worse(with_network - without)}
     return (ranker.requires_grad_(False) if told["kept"] else None), told
 

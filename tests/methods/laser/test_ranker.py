@@ -255,12 +255,13 @@ def test_the_model_reads_what_the_network_was_trained_on(llm, monkeypatch, missi
     kept, ranked, taken, fit = [], ranker_fit._ranked, [], finish.fit_ranker
     monkeypatch.setattr(ranker_fit, "_ranked", lambda ranker, own: kept.append(own) or ranked(ranker, own))
     monkeypatch.setattr(finish, "fit_ranker", lambda found, *own: taken.append(found) or fit(found, *own))
-    blend = {**SMALL["blend"], "network": 4}
+    blend = {**SMALL["blend"], "network": 4, "users": 60}
     task = started(llm, **{**SMALL, "blend": blend}) if missing == "nothing" else started_without(llm, missing,
                                                                                               blend=blend)
-    choose_blend(task)
+    _, report = choose_blend(task)
     laser, (candidates,) = task.module, taken
     cases = DATA.cases("validation").sample(4000)
+    assert report["users"] == 60 < report["network"]["users"] == len(cases), "the network learns from more users"
     want = ranked(laser.ranker, kept[0])
     torch.testing.assert_close(laser.score(cases.histories).gather(1, candidates.items), want, atol=2e-4, rtol=1e-3)
 
