@@ -186,23 +186,29 @@ class _Parts:
         trained by gradient is better on validation than on test, and a closed form hardly is: beside the former,
         validation would choose a regression that serves it."""
         self.text, self.fits, self.work = self.task.text_vectors(), count, _WORK
+        with Progress("trying regressions", count, self.progress) as self.bar:
+            for name, rungs in _LADDERS.items():
+                if name != "text_weight" or self.text.any():
+                    neighbours, candidates = self._climbed(neighbours, candidates, name, rungs)
+        return neighbours, candidates
+
+    def _climbed(self, neighbours: Neighbours, candidates: Candidates, name: str, rungs: tuple[float, ...]
+                 ) -> tuple[Neighbours, Candidates]:
+        """With the best rung of one setting."""
         alone = replace(self._start(), share=_ALONE)
         ndcg = candidates.ndcg(alone).mean()
-        for name, rungs in _LADDERS.items():
-            if name == "text_weight" and not self.text.any():
-                continue
-            for ladder in _both_ways(rungs, getattr(neighbours.config, name)):
-                gained = False
-                for value in ladder:
-                    other = self._refitted(neighbours, neighbours.config.model_copy(update={name: value}))
-                    if other is None:
-                        break
-                    own = self.candidates(other)
-                    if (found := own.ndcg(alone).mean()) <= ndcg:
-                        break
-                    neighbours, candidates, ndcg, gained = other, own, found, True
-                if gained:
+        for ladder in _both_ways(rungs, getattr(neighbours.config, name)):
+            gained = False
+            for value in ladder:
+                other = self._refitted(neighbours, neighbours.config.model_copy(update={name: value}))
+                if other is None:
                     break
+                own = self.candidates(other)
+                if (found := own.ndcg(alone).mean()) <= ndcg:
+                    break
+                neighbours, candidates, ndcg, gained = other, own, found, True
+            if gained:
+                break
         return neighbours, candidates
 
     def _refitted(self, own: Neighbours, config: NeighboursConfig) -> Neighbours | None:
@@ -217,6 +223,7 @@ class _Parts:
             return None
         self.fits, self.work = self.fits - 1, self.work - work
         other.fit(self.task.dataset.train_sequences, self.text)
+        self.bar.advance(1)
         return other
 
     # -- what each part gives -----------------------------------------------------------------------------------
