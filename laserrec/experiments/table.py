@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 
 from laserrec.config import Config, IdModelKind, merge, seeds
+from laserrec.config.rivals import FOLDERS
 from laserrec.data.dataset import Dataset
 from laserrec.evaluation.evaluate import Scorer, evaluate, save_ranks
 from laserrec.evaluation.significance import bootstrap_interval, read_ranks, user_ndcg
@@ -226,14 +227,17 @@ class Table:
     # -- what tells one result from another ---------------------------------------------------------------------
 
     def fingerprint(self, name: str, seed: int | None = None) -> str:
-        """Of all that a row's result depends on: data, method, settings, the LLM, the weights in its folder, the rows
-        it is made of, and the way of measuring."""
+        """Of all that a row's result depends on: data, method, settings, the LLM, what the method reads beside these,
+        the weights in its folder, the rows it is made of, and the way of measuring."""
         row, config, folder = self.rows[name], self._settings(name, seed), self.folder(name, seed)
-        reads = row.method and find_method(row.method).reads_text(config)
+        method = find_method(row.method) if row.method else None
+        reads_text = method is not None and method.reads_text(config)
         parts = {"data": self.dataset.fingerprint, "row": [row.name, row.method], "measured": self.measured_by,
-                 "settings": config.model_dump(mode="json"), "llm": self.features.sha256 if reads else None,
+                 "settings": _without_folders(config), "llm": self.features.sha256 if reads_text else None,
                  "weights": model_identity(folder) if (folder / "model.json").is_file() else None,
                  "of": [self.fingerprint(part, seed) for part in row.of]}
+        if method is not None and (read := method.reads(config)):
+            parts["reads"] = read
         if self.starts is not None:
             parts["start"] = self.starts.fingerprint(name, seed)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -242,6 +246,14 @@ class Table:
         row = self.rows[name]
         own = {} if seed is None or not row.seeded else seeds(seed)
         return Config.model_validate(merge(merge(self.config.model_dump(), row.settings), own))
+
+
+def _without_folders(config: Config) -> dict[str, Any]:
+    """As JSON, as if no folder were named: what folders hold is told apart, and where they are changes nothing."""
+    tree, default = config.model_dump(mode="json"), Config().model_dump(mode="json")
+    for section, names in FOLDERS.items():
+        tree[section] |= {name: default[section][name] for name in names}
+    return tree
 
 
 def _texts_of(config: Config) -> tuple[str, tuple[str, ...]]:

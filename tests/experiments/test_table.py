@@ -112,6 +112,21 @@ def test_another_language_model_is_another_row(make, llm_folder):
     assert again.fingerprint("nearest") != one.fingerprint("nearest")
 
 
+def test_what_a_folder_holds_counts_and_not_where_it_is(make, tmp_path):
+    def prints(folder):
+        table = make(rows=[Row("KAR", "text", "kar", {"kar": {"knowledge": folder}}), ROWS[0]])
+        return table.fingerprint("KAR")
+
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "items.jsonl").write_text('{"item_id": "i1", "text": "A saw."}\n')
+    first = prints(folder)
+    assert prints(folder.rename(tmp_path / "moved")) == first
+    (tmp_path / "moved" / "items.jsonl").write_text('{"item_id": "i1", "text": "A hammer."}\n')
+    assert len({first, prints(tmp_path / "moved"), prints(None)}) == 3
+    assert make(kar={"knowledge": folder}).fingerprint("SASRec") == make().fingerprint("SASRec")
+
+
 def test_what_is_measured_counts(make):
     one, other = make(), make()
     other.measured_by = {"histories": "1"}
