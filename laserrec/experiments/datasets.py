@@ -91,7 +91,7 @@ def _one(name: str, dataset: Dataset, out: Path, config: Config, seeds: Sequence
     for rival in (rival for rival in RIVALS if rival.name in models):
         tuned[rival.name] = best = tune(rival.method, rival.start, rival.choices, trials, dataset, config, features,
                                         place, out / "trials.jsonl", progress)
-        rows.append(Row(rival.name, rival.kind, rival.method, best.settings, rival.seeded))
+        rows.append(Row(rival.name, rival.kind, rival.method, best.settings, rival.seeded, tuned=True))
     table = Table(rows, dataset, config, out, place, progress, features)
     for model, best in tuned.items():
         if best.folder is not None:

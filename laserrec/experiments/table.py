@@ -1,8 +1,9 @@
 """One table of models: fit each row, rank the test split once, keep the result under a fingerprint.
 
 Everything lies in one folder: NAME/ is a row's model, NAME.json its result and NAME.parquet the users' ranks; those of
-seed n are in seed-n/. A table can be stopped anywhere; the same call goes on. A result is used again only if its
-fingerprint is the same: that of data, settings, language model, fitted weights and way of measuring.
+seed n are in seed-n/. Where calls may want one row with other settings, they stand apart as NAME-DIGEST. A table can be
+stopped anywhere; the same call goes on. A result is used again only if its fingerprint is the same: that of data,
+settings, language model, fitted weights and way of measuring.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from laserrec.evaluation.significance import bootstrap_interval, read_ranks, use
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import find_method
 from laserrec.recommender.fitting import Fitted, fit, fit_fingerprint, fit_id_model
-from laserrec.recommender.folder import model_identity
+from laserrec.recommender.folder import model_identity, read_note
 from laserrec.recommender.id_choice import candidates
 from laserrec.recommender.results import record_result
 from laserrec.util.errors import UserError
@@ -71,6 +72,8 @@ class Row:
     """(place, *fitted models) -> what is measured, and the seconds that it took to make beyond their training."""
     folder: str = ""
     """Name of its folder, if not made from `name`."""
+    tuned: bool = False
+    """Its settings were searched for, and a longer search may find others."""
 
     @property
     def slug(self) -> str:
@@ -161,9 +164,8 @@ class Table:
     def take(self, name: str, seed: int | None, key: str, folder: Path) -> None:
         """Move a model of a row that was fitted elsewhere to its place, if there is none yet and `key`, its fit's
         fingerprint, is that of the row's."""
-        row, own = self.rows[name], self.folder(name, seed)
-        method, settings = find_method(row.method), self._settings(name, seed)
-        if not own.exists() and key == fit_fingerprint(row.method, method, settings, self.dataset, self.features, None):
+        own = self.folder(name, seed)
+        if not own.exists() and key == self._fit_fingerprint(name, seed):
             own.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(own)
 
@@ -220,9 +222,20 @@ class Table:
         return (self.out if seed is None else self.out / f"seed-{seed}") / f"id-model-{config.id_model.kind}-{digest}"
 
     def folder(self, name: str, seed: int | None = None) -> Path:
-        """Of a row's model."""
+        """Of a row's model. A digest of data and settings ends its name where another call may want others: tuned ones,
+        and what a method reads in other folders. A model of these very settings is found without the digest too."""
         row = self.rows[name]
-        return (self.out / f"seed-{seed}" if row.seeded and seed is not None else self.out) / row.slug
+        plain = (self.out / f"seed-{seed}" if row.seeded and seed is not None else self.out) / row.slug
+        if not row.tuned and row.method not in FOLDERS:
+            return plain
+        key = self._fit_fingerprint(name, seed)
+        there = (plain / "model.json").is_file() and read_note(plain).get("fingerprint") == key
+        return plain if there else plain.with_name(f"{plain.name}-{key[:8]}")
+
+    def _fit_fingerprint(self, name: str, seed: int | None) -> str:
+        """Of the fit of a row that has no ID model below."""
+        method, settings = self.rows[name].method, self._settings(name, seed)
+        return fit_fingerprint(method, find_method(method), settings, self.dataset, self.features, None)
 
     # -- what tells one result from another ---------------------------------------------------------------------
 

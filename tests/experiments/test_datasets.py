@@ -130,6 +130,16 @@ def test_missing_data_sets_are_named(root, small, tmp_path):
         reproduce(root, [], tmp_path / "out", Config(), [0], 1, progress=False, device="cpu")
 
 
+def test_a_longer_search_may_find_other_settings(root, small, tmp_path):
+    def rows(trials):
+        return reproduce(root, ["hats"], tmp_path / "out", small, [0], trials, progress=False, device="cpu",
+                         models=["ease"])
+
+    one, more = rows(1), rows(9)
+    assert one[0]["settings"] != more[0]["settings"] and one[0]["ndcg@10"] != more[0]["ndcg@10"]
+    assert rows(1) == one
+
+
 def test_some_of_the_models(root, small, tmp_path):
     rows = reproduce(root, ["hats"], tmp_path / "out", small, [0], 1, progress=False, device="cpu",
                      models=["popularity", "ease"])

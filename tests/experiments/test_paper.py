@@ -92,6 +92,18 @@ def test_some_of_the_rows_are_fitted_and_the_others_kept(setup, monkeypatch):
         reproduce("two", setup, range(1), models=["lasr"])
 
 
+def test_a_second_data_set_may_come_later(setup, tmp_path, monkeypatch):
+    """RecGURU then learns from both, which is another model."""
+    monkeypatch.setitem(EXPERIMENTS, "two", lambda: Experiment("two", "One row", (
+        Row("RecGURU", "id", "recguru", {"recguru": {"max_epochs": 1}}),)))
+    raw = from_frames(*tiny.planted_tables(15, 30))
+    prepare(raw.interactions, raw.items, tiny.config("none", data={"min_user_interactions": 2}).data, tmp_path / "more")
+    both = Setup({**setup.data, "more": tmp_path / "more"}, setup.bases, setup.out, progress=False)
+    one, two = reproduce("two", setup, [0])["rows"], reproduce("two", both, [0])["rows"]
+    assert [row["data"] for row in two] == ["walks", "more"] and two[0]["fingerprint"] != one[0]["fingerprint"]
+    assert reproduce("two", setup, [0])["rows"][0] == one[0]
+
+
 def test_processes_give_what_one_gives(setup, tmp_path):
     one = reproduce("table5", setup, range(1))
     other = Setup(setup.data, setup.bases, tmp_path / "other", progress=False)

@@ -82,6 +82,29 @@ def test_other_settings_never_show_the_old_row(make):
         make(rows=others).result("SASRec")
 
 
+def test_other_tuned_settings_are_a_model_beside_the_old_one(make, ranked):
+    """The old one is found by its settings alone, whatever its folder is called."""
+    def row(epochs):
+        return [Row("SASRec", "id", "sasrec", {"id_model": {**SASREC["id_model"], "max_epochs": epochs}}, tuned=True)]
+
+    plain = make(rows=ROWS).folder("SASRec")
+    first = make(rows=row(1)).result("SASRec")
+    make(rows=row(1)).folder("SASRec").rename(plain)
+    assert make(rows=row(1)).folder("SASRec") == plain and make(rows=row(2)).folder("SASRec") != plain
+    other = make(rows=row(2)).result("SASRec")
+    assert other["fingerprint"] != first["fingerprint"] and read_note(plain)["config"]["id_model"]["max_epochs"] == 1
+    assert make(rows=row(2)).result("SASRec") == other and len(ranked) == 2
+
+
+def test_other_texts_are_a_model_beside_the_old_one(make, tmp_path):
+    def result(text):
+        (tmp_path / "items.jsonl").write_text(f'{{"item_id": "i1", "text": "{text}"}}\n')
+        return make(rows=[Row("KAR", "text", "kar", {"kar": {"knowledge": tmp_path, "max_epochs": 1}})]).result("KAR")
+
+    first = result("A saw.")
+    assert result("A hammer.")["fingerprint"] != first["fingerprint"] and result("A saw.") == first
+
+
 def test_other_data_never_show_the_old_row(make):
     make().result("popularity")
     with pytest.raises(UserError, match="other data"):

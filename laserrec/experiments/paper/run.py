@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -135,8 +135,7 @@ def _with_other(row: Row, others: Sequence[str]) -> Row:
     """RecGURU learns from two data sets, if there is a second one."""
     if row.method != "recguru" or not others:
         return row
-    settings = merge(row.settings, {"recguru": {"other": others[0]}})
-    return Row(row.name, row.kind, row.method, settings, row.seeded, row.of, row.make, row.folder)
+    return replace(row, settings=merge(row.settings, {"recguru": {"other": others[0]}}))
 
 
 def _ruled_out(row: Row, base: Config) -> str | None:
