@@ -1,6 +1,7 @@
 """`laserrec reproduce`: what goes to the experiments, and what is printed and written of the outcome."""
 
 import json
+import sys
 
 import pytest
 import tiny
@@ -105,6 +106,21 @@ def test_the_papers_statistics(data, tmp_path, monkeypatch, capsys):
     assert "11,041" in said and "written:" in said
     rows = json.loads((tmp_path / "t.json").read_text())["rows"]
     assert [row["published"] for row in rows] == [False, True, True, True] and rows[0]["items"] == 15
+
+
+def test_all_tables_go_on_without_what_one_of_them_needs(data, tmp_path, monkeypatch, capsys):
+    from laserrec.experiments.paper import run as paper
+
+    asked = []
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(paper, "reproduce", lambda name, *given: asked.append((name, capsys.readouterr().out)) or {
+        "experiment": name, "title": name, "split": "test", "rows": [], "missing": []})
+    run("all", tmp_path / "out", "--data", data, "--device", "cpu", "--quiet", "--json", tmp_path / "all.json")
+    assert [name for name, _ in asked] == ["table2", "table4", "table5", "table6", "table7", "figure4"]
+    assert "not measured: table3: counting LoRA and prefix tuning needs peft" in asked[0][1]  # before the long work
+    told = {each["experiment"]: each for each in json.loads((tmp_path / "all.json").read_text())}
+    assert len(told) == 8 and told["table3"]["rows"] == [] and "needs peft" in told["table3"]["missing"][0]["why"]
+    assert not (tmp_path / "out" / "table3.json").exists()
 
 
 @pytest.mark.parametrize("name", ["table1", "table3", "all"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def table3() -> list[dict[str, Any]]:
     LoRA, prefix tuning (keys and values of every layer), and Bi-Tuning as the paper counts it (the tokens that the LLM
     reads) and as a whole (all that Laser trains). Then the paper's own rows, in which the LLM's size and the share are
     None. Raises UserError without the extra `rivals`."""
+    check_peft()
     rows = []
     for name, make, config in _models():
         llm = _on_meta(make)
@@ -65,6 +67,15 @@ def table3() -> list[dict[str, Any]]:
         rows.append(_row(name, "Bi-Tuning: all that is trained (M-Former, router, suffix)", whole, total))
     return rows + [{"llm": llm, "tuning": tuning, "trained": trained, "llm_parameters": None, "share_percent": None,
                     "published": True} for (llm, tuning), trained in PUBLISHED_PARAMETERS.items()]
+
+
+def check_peft() -> None:
+    """Raises UserError without the extra `rivals`, which Table 3 needs."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it; what it warns of isn't used here
+    try:
+        import_module("peft")
+    except ImportError:
+        raise UserError("counting LoRA and prefix tuning needs peft: pip install 'laserrec[rivals]'") from None
 
 
 def _row(llm: str, tuning: str, trained: int, total: int) -> dict[str, Any]:
@@ -102,11 +113,8 @@ def _count(model: torch.nn.Module, trained_only: bool = False) -> int:
 
 def _adapted(make: Callable[[], Any], how: str) -> int:
     """Trained parameters as peft counts them."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it; what it warns of isn't used here
-    try:
-        from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
-    except ImportError:
-        raise UserError("counting LoRA and prefix tuning needs peft: pip install 'laserrec[rivals]'") from None
+    from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
+
     llm = _on_meta(make)
     fused = llm.config.model_type == "gpt2"  # one matrix for query, key and value
     kind: Any = LoraConfig(r=_LORA_RANK, lora_alpha=32, target_modules=["c_attn"] if fused else ["q_proj", "v_proj"],
