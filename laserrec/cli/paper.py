@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,16 +41,18 @@ def _command(name: str, title: str) -> Callable[..., None]:
                 ) -> None:
         if models is not None and name in _WITHOUT_MODELS:
             raise UserError(f"models can't be chosen for {name}; leave --models out")
+        _check_numbers(seeds, budget, workers)
+        until = _until(budget)
 
         def one(each: str) -> dict[str, Any]:
-            return _one(each, out, data, models, bases, seeds, budget, workers, device, config, quiet, flags)
+            return _one(each, out, data, models, bases, seeds, until, workers, device, config, quiet, flags)
 
         if name != "all":
             finish(one(name), json_file)
             return
         told = _every(one)
         if data is not None and len(data) > 1:
-            told.append(_transfer(out, data, bases, seeds, budget, device, config, quiet, flags))
+            told.append(_transfer(out, data, bases, seeds, until, device, config, quiet, flags))
         finish(told, json_file)
 
     command.__name__ = name
@@ -72,7 +75,7 @@ def _command(name: str, title: str) -> Callable[..., None]:
     seeds
         Seeds 0, 1, ... of every model in which something is random.
     budget
-        Minutes after which nothing new is begun.
+        Minutes after which nothing new is begun{', for all tables together' if name == 'all' else ''}.
     workers
         Processes that fit side by side.
     """
@@ -124,11 +127,12 @@ def figure3(out: Path = Path("runs/paper"), *, data: Names = None, sources: Name
     budget
         Minutes after which nothing new is begun.
     """
-    finish(_transfer(out, data, bases, seeds, budget, device, config, quiet, flags, sources, models, percents),
+    _check_numbers(seeds, budget)
+    finish(_transfer(out, data, bases, seeds, _until(budget), device, config, quiet, flags, sources, models, percents),
            json_file)
 
 
-def _transfer(out: Path, data: list[str] | None, bases: list[str] | None, seeds: int, budget: float | None,
+def _transfer(out: Path, data: list[str] | None, bases: list[str] | None, seeds: int, until: float | None,
               device: str, file: Path | None, quiet: bool, flags: Any, sources: list[str] | None = None,
               models: list[str] | None = None, percents: list[float] | None = None) -> dict[str, Any]:
     from laserrec.config import load_config
@@ -139,12 +143,10 @@ def _transfer(out: Path, data: list[str] | None, bases: list[str] | None, seeds:
     from laserrec.experiments.paper.transfer import NAME, PERCENTS, reproduce
     from laserrec.util.io import write_json
 
-    _check_numbers(seeds, budget)
     folders = _folders(data or ["amazon-scientific", "amazon-office-2014"], out)
     trees = {base: load_config(base, file, given(flags)) for base in bases or ["small"]}
     setup = Setup(folders, trees, out, device, not quiet)
-    found = reproduce(setup, range(seeds), percents or PERCENTS, models, sources,
-                      None if budget is None else 60 * budget)
+    found = reproduce(setup, range(seeds), percents or PERCENTS, models, sources, until)
     result: dict[str, Any] = {"machine": describe(), **found}
     write_json(out / f"{NAME}.json", result)
     k = next(iter(trees.values())).eval.k
@@ -167,8 +169,13 @@ def _check_numbers(seeds: int, budget: float | None, workers: int = 1) -> None:
         raise UserError(f"budget is {budget} minutes; it must be above 0")
 
 
+def _until(budget: float | None) -> float | None:
+    """time.monotonic when so many minutes are over."""
+    return None if budget is None else time.monotonic() + 60 * budget
+
+
 def _one(name: str, out: Path, data: list[str] | None, models: list[str] | None, bases: list[str] | None, seeds: int,
-         budget: float | None, workers: int, device: str, file: Path | None, quiet: bool, flags: Any) -> dict[str, Any]:
+         until: float | None, workers: int, device: str, file: Path | None, quiet: bool, flags: Any) -> dict[str, Any]:
     from laserrec.config import load_config
     from laserrec.experiments.machine import describe
     from laserrec.experiments.paper import counts
@@ -177,7 +184,6 @@ def _one(name: str, out: Path, data: list[str] | None, models: list[str] | None,
     from laserrec.experiments.paper.spec import EXPERIMENTS
     from laserrec.util.io import write_json
 
-    _check_numbers(seeds, budget, workers)
     if name == "table3":
         return _counted(name, out, counts.table3(), {
             "llm": "LLM", "tuning": "tuning", "trained": "trained", "share_percent": "% of all",
@@ -189,7 +195,7 @@ def _one(name: str, out: Path, data: list[str] | None, models: list[str] | None,
             "mean_history": "per user", "density": "density", "published": "paper's"}, folded="data")
     wanted = bases or EXPERIMENTS[name]().bases
     setup = Setup(folders, {base: load_config(base, file, given(flags)) for base in wanted}, out, device, not quiet)
-    found_now = reproduce(name, setup, range(seeds), None if budget is None else 60 * budget, workers, models)
+    found_now = reproduce(name, setup, range(seeds), until, workers, models)
     result: dict[str, Any] = {"machine": describe(), **found_now}
     write_json(out / f"{name}.json", result)
     k = next(iter(setup.bases.values())).eval.k

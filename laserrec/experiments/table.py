@@ -150,15 +150,16 @@ class Table:
 
     # -- models -------------------------------------------------------------------------------------------------
 
-    def prepare(self, asked: Iterable[tuple[str, int | None]]) -> None:
+    def prepare(self, asked: Iterable[tuple[str, int | None]], late: Callable[[], bool] = lambda: False) -> None:
         """Make what several rows share: the reading of the items' texts, and the ID models below Laser. Afterwards
-        several processes can fit these rows side by side."""
+        several processes can fit these rows side by side. Nothing is begun once `late` is true."""
         for name, seed in asked:
             row, config, below = self.rows[name], self._settings(name, seed), self._below(name, seed)
-            if below is not None:
+            if below is not None and not late():
                 self._fit_below(config, below)
                 self._fitted.clear()
-            if row.method and find_method(row.method).reads_text(config) and self._same_texts(config):
+            reads = row.method and find_method(row.method).reads_text(config) and self._same_texts(config)
+            if reads and not late():
                 self.features.means(self.dataset.items)
 
     def take(self, name: str, seed: int | None, key: str, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 import tiny
@@ -18,10 +19,14 @@ LINE = {"kind": "id", "best": "EASE", "recall@10_ratio": 1.21, "ndcg@10_ratio": 
 
 @pytest.fixture
 def data(tmp_path):
-    raw = from_frames(*tiny.planted_tables(15, 40))
-    config = tiny.config("none", data={"min_user_interactions": 2, "min_item_interactions": 1}).data
-    prepare(raw.interactions, raw.items, config, tmp_path / "data")
+    prepare(*bought(40), tmp_path / "data")
     return tmp_path / "data"
+
+
+def bought(users):
+    raw = from_frames(*tiny.planted_tables(15, users))
+    config = tiny.config("none", data={"min_user_interactions": 2, "min_item_interactions": 1}).data
+    return raw.interactions, raw.items, config
 
 
 def run(*words):
@@ -78,7 +83,7 @@ def test_a_table_of_the_paper(data, tmp_path, monkeypatch, capsys):
     from laserrec.experiments.paper import run as paper
 
     monkeypatch.setenv("COLUMNS", "200")
-    asked = []
+    asked, began = [], time.monotonic()
     row = {"data": "data", "base": "small", "model": "w/o prefix", "kind": "laser", "seed": 0, "recall@10": 0.25,
            "ndcg@10": 0.125, "mrr": 0.1, "train_seconds": 3.0, "published": {"Scientific": (0.3, 0.2, 0.1)}}
     result = {"experiment": "table4", "title": "Laser without its parts", "split": "test", "rows": [row],
@@ -87,8 +92,9 @@ def test_a_table_of_the_paper(data, tmp_path, monkeypatch, capsys):
     run("table4", tmp_path / "out", "--data", data, "--bases", "small", "--seeds", 2, "--budget", 1.5, "--workers", 3,
         "--models", "KAR", "w/o prefix", "--train.lr", "0.5", "--device", "cpu", "--quiet",
         "--json", tmp_path / "t.json")
-    name, setup, seeds, budget, workers, models = asked[0]
-    assert (name, list(seeds), budget, workers, models) == ("table4", [0, 1], 90, 3, ["KAR", "w/o prefix"])
+    name, setup, seeds, until, workers, models = asked[0]
+    assert (name, list(seeds), workers, models) == ("table4", [0, 1], 3, ["KAR", "w/o prefix"])
+    assert began + 90 <= until <= time.monotonic() + 90
     assert setup.data == {"data": data} and list(setup.bases) == ["small"] and setup.bases["small"].train.lr == 0.5
     assert setup.out == tmp_path / "out" and setup.device == "cpu" and not setup.progress
     said = capsys.readouterr().out
@@ -108,13 +114,32 @@ def test_the_papers_statistics(data, tmp_path, monkeypatch, capsys):
     assert [row["published"] for row in rows] == [False, True, True, True] and rows[0]["items"] == 15
 
 
+def nothing(name):
+    return {"experiment": name, "title": name, "split": "test", "rows": [], "missing": []}
+
+
+def test_one_budget_serves_all_tables(data, tmp_path, monkeypatch):
+    from laserrec.experiments.paper import run as paper
+    from laserrec.experiments.paper import transfer
+
+    prepare(*bought(30), tmp_path / "more")
+    for counted in ("table3", "check_peft"):
+        monkeypatch.setattr(f"laserrec.experiments.paper.counts.{counted}", list)
+    ends = []
+    monkeypatch.setattr(paper, "reproduce", lambda name, setup, seeds, until, *rest: ends.append(until) or
+                        nothing(name))
+    monkeypatch.setattr(transfer, "reproduce", lambda *given: ends.append(given[-1]) or nothing("figure3"))
+    run("all", tmp_path / "out", "--data", data, tmp_path / "more", "--budget", 5, "--device", "cpu", "--quiet")
+    assert len(ends) == 7 and len(set(ends)) == 1 and ends[0] > time.monotonic()
+
+
 def test_all_tables_go_on_without_what_one_of_them_needs(data, tmp_path, monkeypatch, capsys):
     from laserrec.experiments.paper import run as paper
 
     asked = []
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.setattr(paper, "reproduce", lambda name, *given: asked.append((name, capsys.readouterr().out)) or {
-        "experiment": name, "title": name, "split": "test", "rows": [], "missing": []})
+    monkeypatch.setattr(paper, "reproduce", lambda name, *given: asked.append((name, capsys.readouterr().out)) or
+                        nothing(name))
     run("all", tmp_path / "out", "--data", data, "--device", "cpu", "--quiet", "--json", tmp_path / "all.json")
     assert [name for name, _ in asked] == ["table2", "table4", "table5", "table6", "table7", "figure4"]
     assert "not measured: table3: counting LoRA and prefix tuning needs peft" in asked[0][1]  # before the long work

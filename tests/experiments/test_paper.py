@@ -66,7 +66,7 @@ def two_rows() -> Experiment:
 
 def test_rows_are_measured_once_and_a_budget_leaves_the_rest(setup, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "two", two_rows)
-    nothing = reproduce("two", setup, range(2), budget_seconds=-1)
+    nothing = reproduce("two", setup, range(2), until=0.0)
     assert nothing["rows"] == [] and len(nothing["missing"]) == 4
     result = reproduce("two", setup, range(2))
     assert [(row["model"], row["seed"]) for row in result["rows"]] == [("popularity", None), ("Laser", 0), ("Laser", 1)]
@@ -112,6 +112,17 @@ def test_processes_give_what_one_gives(setup, tmp_path):
     assert [(row["model"], row["ndcg@10"], row["mrr"]) for row in one["rows"]] == [
         (row["model"], row["ndcg@10"], row["mrr"]) for row in several["rows"]]
     assert len(list((tmp_path / "other").rglob("id-model-*/model.json"))) == 1
+
+
+def test_no_process_begins_anything_when_the_time_is_over(setup, monkeypatch):
+    """The first thing that is shared ends after the deadline: nothing is made after it."""
+    made, over = [], iter([False, *[True] * 99])
+    monkeypatch.setattr(run, "late", lambda until: next(over))
+    monkeypatch.setattr("laserrec.experiments.table.fit_id_model", lambda *given: made.append(given[2].name))
+    monkeypatch.setattr("laserrec.experiments.table.TextFeatures.means", lambda *given: made.append("texts"))
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("it begins processes"))
+    result = reproduce("table5", setup, range(2), until=0.0, workers=2)
+    assert len(made) == 1 and made[0].startswith("id-model") and len(result["missing"]) == 6 and not result["rows"]
 
 
 def test_table_7_ranks_the_validation_split(setup):

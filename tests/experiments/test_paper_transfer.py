@@ -116,10 +116,10 @@ def test_what_was_learnt_in_one_shop_helps_in_the_other(setup, rivals, monkeypat
 
 
 def test_a_budget_leaves_the_rest_and_the_next_call_goes_on(setup, rivals):
-    nothing = transfer.reproduce(setup, [0], [0, 10], ["zesrec"], ["here"], budget_seconds=-1)
+    nothing = transfer.reproduce(setup, [0], [0, 10], ["zesrec"], ["here"], until=0.0)
     assert nothing["rows"] == [] and [row["percent"] for row in nothing["missing"]] == [0, 10, 10]
     first = transfer.reproduce(setup, [0], [0], ["zesrec"], ["here"])
-    both = transfer.reproduce(setup, [0], [0, 10], ["zesrec"], ["here"], budget_seconds=-1)
+    both = transfer.reproduce(setup, [0], [0, 10], ["zesrec"], ["here"], until=0.0)
     assert both["rows"] == first["rows"] and len(both["missing"]) == 2
     assert "budget" in curves.markdown(both)
 

@@ -42,19 +42,18 @@ Job = tuple[str, str, str, int | None]
 """Data set, base, row, seed."""
 
 
-def reproduce(name: str, setup: Setup, seeds: Sequence[int], budget_seconds: float | None = None, workers: int = 1,
+def reproduce(name: str, setup: Setup, seeds: Sequence[int], until: float | None = None, workers: int = 1,
               models: Sequence[str] | None = None) -> dict[str, Any]:
     """Fit and measure what is not there yet, and collect. {experiment, title, split, rows, missing}: each row is
     {data, base, model, kind, seed, recall@k, ndcg@k, mrr, train_seconds, seconds, published, fingerprint}; missing:
     rows that the settings of a base rule out, with the reason, or that the budget left undone. Written to
     OUT/NAME.json after each row.
 
-    budget_seconds: after this time nothing new is begun; the same call goes on. workers: processes; what several rows
-    share (item texts, ID models) is made first, in this one. Raises UserError for an unknown name.
+    until: from this time.monotonic on nothing new is begun; the same call goes on. workers: processes; what several
+    rows share (item texts, ID models) is made first, in this one. Raises UserError for an unknown name.
     """
     if name not in EXPERIMENTS:
         raise UserError(f"there is no {name!r}; there are: {', '.join(EXPERIMENTS)}")
-    until = None if budget_seconds is None else time.monotonic() + budget_seconds
     experiment, found = EXPERIMENTS[name](), _Found(name, setup)
     jobs: list[Job] = []
     for data, base in ((data, base) for data in setup.data for base in setup.bases):
@@ -85,7 +84,7 @@ def _run(name: str, setup: Setup, jobs: Sequence[Job], until: float | None, work
     experiment = EXPERIMENTS[name]()
     tables: dict[tuple[str, str], Table] = {}
     for job in jobs if workers == 1 else ():
-        if _late(until):
+        if late(until):
             return
         data, base, row, seed = job
         if (data, base) not in tables:
@@ -94,7 +93,10 @@ def _run(name: str, setup: Setup, jobs: Sequence[Job], until: float | None, work
     if workers > 1 and jobs:
         for data, base in dict.fromkeys(job[:2] for job in jobs):
             own = [job for job in jobs if job[:2] == (data, base)]
-            _table(experiment, setup, data, base).prepare([(row, seed) for _, _, row, seed in own])
+            shared = _table(experiment, setup, data, base)
+            shared.prepare([(row, seed) for _, _, row, seed in own], partial(late, until))
+        if late(until):
+            return
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             quiet = Setup(setup.data, setup.bases, setup.out, setup.device, progress=False)
             waiting = {pool.submit(_job, name, quiet, job, until, workers): job for job in jobs}
@@ -103,13 +105,14 @@ def _run(name: str, setup: Setup, jobs: Sequence[Job], until: float | None, work
                     yield waiting[future], measured
 
 
-def _late(until: float | None) -> bool:
+def late(until: float | None) -> bool:
+    """Whether this time.monotonic is over; None never is."""
     return until is not None and time.monotonic() > until
 
 
 def _job(name: str, setup: Setup, job: Job, until: float | None, workers: int) -> Measured | None:
     """One row in a process of its own; None where the time is over. time.monotonic is the machine's, for all."""
-    if _late(until):
+    if late(until):
         return None
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     data, base, row, seed = job

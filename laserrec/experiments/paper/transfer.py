@@ -8,7 +8,6 @@ the target is known but its items' texts. All of the target's test users are ran
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -19,7 +18,7 @@ import polars as pl
 
 from laserrec.data.dataset import Dataset
 from laserrec.evaluation.evaluate import Scorer
-from laserrec.experiments.paper.run import Setup
+from laserrec.experiments.paper.run import Setup, late
 from laserrec.experiments.paper.spec import transferred
 from laserrec.experiments.table import Place, Row, Table, chosen, rank
 from laserrec.llm.text_features import TextFeatures
@@ -49,15 +48,15 @@ def few_users(dataset: Dataset, percent: float, seed: int) -> Dataset:
 
 def reproduce(setup: Setup, seeds: Sequence[int], percents: Sequence[float] = PERCENTS,
               models: Sequence[str] | None = None, sources: Sequence[str] | None = None,
-              budget_seconds: float | None = None) -> dict[str, Any]:
+              until: float | None = None) -> dict[str, Any]:
     """Fit and measure what is not there yet, and collect. {experiment, title, split, rows, missing}: each row is
     {source, target, base, model, kind, seed, percent, start: "transfer" or "nothing", training_users, recall@k, ndcg@k,
     mrr, train_seconds (without the source's), seconds, fingerprint}; missing: what the budget left undone. Written to
     OUT/figure3.json after each row.
 
     models: rows to measure (see `chosen`); None: all. sources: data sets from which models go to all others; None: from
-    each. budget_seconds: after this time nothing new is begun; the same call goes on. Raises UserError for fewer than
-    two data sets, and for shares and names that make no sense.
+    each. until: from this time.monotonic on nothing new is begun; the same call goes on. Raises UserError for fewer
+    than two data sets, and for shares and names that make no sense.
     """
     if len(setup.data) < 2:
         raise UserError(f"{NAME} takes models from one data set to another; give two or more")
@@ -65,14 +64,13 @@ def reproduce(setup: Setup, seeds: Sequence[int], percents: Sequence[float] = PE
         raise UserError(f"source {unknown[0]!r} is none of the data sets: {', '.join(setup.data)}")
     if wrong := [percent for percent in percents if not 0 <= percent <= 100]:
         raise UserError(f"a share of {wrong[0]:g}% of the training users makes no sense; give 0 to 100")
-    until = None if budget_seconds is None else time.monotonic() + budget_seconds
     result: dict[str, Any] = {"experiment": NAME, "title": TITLE, "split": "test", "rows": [], "missing": []}
     rows = transferred()
     asked = chosen([row.name for row in rows], models, NAME)
     rows = [row for row in rows if row.name in asked]
     for point, table in _points(setup, seeds, sorted(set(percents)), rows, sources or list(setup.data)):
         told, found = point.told(table), table.kept(point.row.name, point.seed)
-        if found is None and until is not None and time.monotonic() > until:
+        if found is None and late(until):
             result["missing"].append({**told, "why": "the budget was used up"})
             continue
         found = found or table.result(point.row.name, point.seed)
