@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from concurrent.futures import Executor, Future
 
 import pytest
 import tiny
@@ -112,6 +113,28 @@ def test_processes_give_what_one_gives(setup, tmp_path):
     assert [(row["model"], row["ndcg@10"], row["mrr"]) for row in one["rows"]] == [
         (row["model"], row["ndcg@10"], row["mrr"]) for row in several["rows"]]
     assert len(list((tmp_path / "other").rglob("id-model-*/model.json"))) == 1
+
+
+def test_processes_share_the_threads_evenly_however_many_jobs_each_has(setup, monkeypatch):
+    """Here one process that is this one."""
+    class Pool(Executor):
+        def __init__(self, workers, mp_context=None, initializer=lambda: None, initargs=()):
+            initializer(*initargs)
+
+        def submit(self, work, *given):
+            done = Future()
+            done.set_result(work(*given))
+            return done
+
+    threads = [8]
+    monkeypatch.setattr(run.torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(run.torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(run, "ProcessPoolExecutor", Pool)
+    monkeypatch.setitem(EXPERIMENTS, "two", two_rows)
+    bases = {name: setup.bases["tiny"] for name in ("one", "other", "third")}
+    several = Setup(setup.data, bases, setup.out, progress=False)
+    assert len(reproduce("two", several, range(1), workers=2, models=["popularity"])["rows"]) == 3
+    assert threads == [8, 4]
 
 
 def test_no_process_begins_anything_when_the_time_is_over(setup, monkeypatch):

@@ -97,9 +97,10 @@ def _run(name: str, setup: Setup, jobs: Sequence[Job], until: float | None, work
             shared.prepare([(row, seed) for _, _, row, seed in own], partial(late, until))
         if late(until):
             return
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        threads = max(1, torch.get_num_threads() // workers)
+        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
             quiet = Setup(setup.data, setup.bases, setup.out, setup.device, progress=False)
-            waiting = {pool.submit(_job, name, quiet, job, until, workers): job for job in jobs}
+            waiting = {pool.submit(_job, name, quiet, job, until): job for job in jobs}
             for future in as_completed(waiting):
                 if (measured := future.result()) is not None:
                     yield waiting[future], measured
@@ -110,11 +111,10 @@ def late(until: float | None) -> bool:
     return until is not None and time.monotonic() > until
 
 
-def _job(name: str, setup: Setup, job: Job, until: float | None, workers: int) -> Measured | None:
+def _job(name: str, setup: Setup, job: Job, until: float | None) -> Measured | None:
     """One row in a process of its own; None where the time is over. time.monotonic is the machine's, for all."""
     if late(until):
         return None
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     data, base, row, seed = job
     return _table(EXPERIMENTS[name](), setup, data, base).result(row, seed)
 
