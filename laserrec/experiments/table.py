@@ -130,7 +130,7 @@ class Table:
         parts = ((name,) if row.method else ()) + row.of
         models = [self.fitted(part, seed) for part in parts]
         file.parent.mkdir(parents=True, exist_ok=True)
-        scorer, seconds = row.make(Place(self.dataset, self._settings(name, seed), folder, self.progress), *models)
+        scorer, seconds = row.make(Place(self.dataset, self.settings(name, seed), folder, self.progress), *models)
         used = {place for part in parts for place in (self.folder(part, seed), self._below(part, seed)) if place}
         seconds += sum(self._fitted[place].facts["training"]["seconds"] for place in used)
         kept = {**self.measure(self, name, scorer, file), "kind": row.kind, "seed": seed if row.seeded else None,
@@ -154,7 +154,7 @@ class Table:
         """Make what several rows share: the reading of the items' texts, and the ID models below Laser. Afterwards
         several processes can fit these rows side by side. Nothing is begun once `late` is true."""
         for name, seed in asked:
-            row, config, below = self.rows[name], self._settings(name, seed), self._below(name, seed)
+            row, config, below = self.rows[name], self.settings(name, seed), self._below(name, seed)
             if below is not None and not late():
                 self._fit_below(config, below)
                 self._fitted.clear()
@@ -173,7 +173,7 @@ class Table:
     def fitted(self, name: str, seed: int | None = None) -> Fitted:
         """A row's model, fitted now or read from its folder. Raises UserError where the folder holds another one."""
         start = None if self.starts is None else self.starts.fitted(name, seed)
-        return self._fit(self.rows[name].method, self._settings(name, seed), self.folder(name, seed),
+        return self._fit(self.rows[name].method, self.settings(name, seed), self.folder(name, seed),
                          self._below(name, seed), start)
 
     def _fit(self, method: str, config: Config, folder: Path, below: Path | None = None,
@@ -201,13 +201,13 @@ class Table:
 
     def _below(self, name: str, seed: int | None) -> Path | None:
         """The folder of the ID model below a Laser. Often that is a row of the table too, and is trained once."""
-        config = self._settings(name, seed)
+        config = self.settings(name, seed)
         if self.rows[name].method != "laser" or config.id_model.kind == IdModelKind.NONE:
             return None
         if self.starts is not None:
             return None  # it starts from the one below another Laser
         for other, row in self.rows.items() if len(candidates(config)) == 1 else ():
-            if row.method == config.id_model.kind.value and self._settings(other, seed).id_model == config.id_model:
+            if row.method == config.id_model.kind.value and self.settings(other, seed).id_model == config.id_model:
                 return self.folder(other, seed)
         return self._shared_id_model(config, seed)
 
@@ -235,7 +235,7 @@ class Table:
 
     def _fit_fingerprint(self, name: str, seed: int | None) -> str:
         """Of the fit of a row that has no ID model below."""
-        method, settings = self.rows[name].method, self._settings(name, seed)
+        method, settings = self.rows[name].method, self.settings(name, seed)
         return fit_fingerprint(method, find_method(method), settings, self.dataset, self.features, None)
 
     # -- what tells one result from another ---------------------------------------------------------------------
@@ -243,7 +243,7 @@ class Table:
     def fingerprint(self, name: str, seed: int | None = None) -> str:
         """Of all that a row's result depends on: data, method, settings, the LLM, what the method reads beside these,
         the weights in its folder, the rows it is made of, and the way of measuring."""
-        row, config, folder = self.rows[name], self._settings(name, seed), self.folder(name, seed)
+        row, config, folder = self.rows[name], self.settings(name, seed), self.folder(name, seed)
         method = find_method(row.method) if row.method else None
         reads_text = method is not None and method.reads_text(config)
         parts = {"data": self.dataset.fingerprint, "row": [row.name, row.method], "measured": self.measured_by,
@@ -256,7 +256,8 @@ class Table:
             parts["start"] = self.starts.fingerprint(name, seed)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _settings(self, name: str, seed: int | None) -> Config:
+    def settings(self, name: str, seed: int | None = None) -> Config:
+        """Of a row."""
         row = self.rows[name]
         own = {} if seed is None or not row.seeded else seeds(seed)
         return Config.model_validate(merge(merge(self.config.model_dump(), row.settings), own))

@@ -4,22 +4,25 @@ import json
 import math
 import sys
 from concurrent.futures import Executor, Future
+from pathlib import Path
 
 import pytest
 import tiny
 
-from laserrec.config import load_config
+from laserrec.config import Config, load_config, merge
 from laserrec.data.dataset import Dataset
 from laserrec.data.prepare import prepare
 from laserrec.data.raw import from_frames
 from laserrec.evaluation.evaluate import evaluate
 from laserrec.experiments.paper import counts, run, show
 from laserrec.experiments.paper.run import Setup, reproduce
-from laserrec.experiments.paper.spec import EXPERIMENTS, Experiment, published_of, table7_rows
+from laserrec.experiments.paper.spec import EXPERIMENTS, Experiment, published_of, shown_name, table7_rows
 from laserrec.experiments.table import Row
 from laserrec.methods.all import METHODS
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.util.errors import UserError
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "paper"
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,39 @@ def test_table_7_keeps_the_papers_proportions():
         {"experts": 4, "queries": 8}, {"experts": 2, "queries": 8}, {"experts": 6, "queries": 8},
         {"experts": 4, "queries": 4}, {"experts": 4, "queries": 12}]
     assert published_of(EXPERIMENTS["table7"](), table7_rows(4, 8)[4].name) == {"Scientific": (.0975, .0692, .0644)}
+
+
+NAMES = {"KAR, item texts": {}, "KAR": {"kar": {"knowledge": "texts"}}, "RecGURU, one domain": {},
+         "RecGURU": {"recguru": {"other": "office"}}, "RECFORMER, pre-trained on the same sequences": {},
+         "RECFORMER, not pre-trained": {"recformer": {"pretrain_own": False}},
+         "RECFORMER": {"recformer": {"pretrain_on": ["office"], "pretrain_own": True}}, "FDSA": {}, "Laser": {}}
+
+
+@pytest.mark.parametrize(("shown", "settings"), NAMES.items())
+def test_names_tell_what_a_row_leaves_out_of_the_published_method(shown, settings):
+    experiment = EXPERIMENTS["table2"]()
+    row = next(row for row in experiment.rows if row.name == shown.partition(", ")[0])
+    config = Config.model_validate(merge(merge(load_config("small").model_dump(), row.settings), settings))
+    assert shown_name(row, config) == shown
+    figures = {} if shown.endswith("not pre-trained") else experiment.published
+    assert published_of(experiment, shown) == {data: table[row.name] for data, table in figures.items()}
+
+
+def test_results_have_these_names(setup, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "two", lambda: Experiment("two", "Two rows", (
+        Row("KAR", "text", "kar"), Row("Laser", "laser", "laser")), {"Paper": {"KAR": (.3, .2, .1)}}))
+    nothing = reproduce("two", setup, [0], until=0.0)
+    assert [row["model"] for row in nothing["missing"]] == ["KAR, item texts", "Laser"]
+    row = reproduce("two", setup, [0], models=["kar"])["rows"][0]
+    assert row["model"] == "KAR, item texts" and row["published"] == {"Paper": (.3, .2, .1)}
+
+
+def test_published_results_are_shown():
+    """Those that come with the source tree, whatever rows their files have."""
+    for name in (*EXPERIMENTS,):
+        result = json.loads((RESULTS / f"{name}.json").read_text())
+        text = show.markdown({"missing": [], **result})
+        assert all(f"| {row['model']} |" in text for row in result["rows"])
 
 
 def two_rows() -> Experiment:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from laserrec.config import Config, merge
 from laserrec.data.dataset import Dataset
-from laserrec.experiments.paper.spec import EXPERIMENTS, Experiment, published_of, table7_rows
+from laserrec.experiments.paper.spec import EXPERIMENTS, Experiment, published_of, shown_name, table7_rows
 from laserrec.experiments.table import Measured, Row, Table, chosen, rank
 from laserrec.util.device import choose
 from laserrec.util.errors import UserError
@@ -54,29 +54,17 @@ def reproduce(name: str, setup: Setup, seeds: Sequence[int], until: float | None
     """
     if name not in EXPERIMENTS:
         raise UserError(f"there is no {name!r}; there are: {', '.join(EXPERIMENTS)}")
-    experiment, found = EXPERIMENTS[name](), _Found(name, setup)
-    jobs: list[Job] = []
-    for data, base in ((data, base) for data in setup.data for base in setup.bases):
-        table = _table(experiment, setup, data, base)
-        rows = _wanted(experiment, setup.bases[base])
-        asked = chosen([row.name for row in rows], models, name)
-        for row in rows:
-            if (why := _ruled_out(row, setup.bases[base])) is not None:
-                found.missing.append({"data": data, "base": base, "model": row.name, "why": why})
-                continue
-            wanted: Sequence[int | None] = seeds if row.seeded else [None]
-            for seed in wanted:
-                if (kept := table.kept(row.name, seed)) is not None:
-                    found.add((data, base, row.name, seed), kept, experiment)
-                elif row.name in asked:
-                    jobs.append((data, base, row.name, seed))
+    found = _Found(EXPERIMENTS[name](), setup)
+    jobs = [job for data in setup.data for base in setup.bases for job in found.find(data, base, seeds, models)]
+    found.write()
     done = set()
     for job, measured in _run(name, setup, jobs, until, workers):
-        found.add(job, measured, experiment)
+        found.add(job, measured)
+        found.write()
         done.add(job)
-    found.missing += [{"data": data, "base": base, "model": row, "seed": seed, "why": "the budget was used up"}
-                      for data, base, row, seed in jobs if (data, base, row, seed) not in done]
-    return found.result(experiment)
+    found.missing += [{"data": job[0], "base": job[1], "model": found.shown[job[:3]], "seed": job[3],
+                       "why": "the budget was used up"} for job in jobs if job not in done]
+    return found.result()
 
 
 def _run(name: str, setup: Setup, jobs: Sequence[Job], until: float | None, workers: int
@@ -151,30 +139,47 @@ def _ruled_out(row: Row, base: Config) -> str | None:
 
 
 class _Found:
-    """Rows so far, on disk after each."""
+    """Rows so far."""
 
-    def __init__(self, name: str, setup: Setup):
-        self.name, self.setup = name, setup
+    def __init__(self, experiment: Experiment, setup: Setup):
+        self.experiment, self.setup = experiment, setup
         self.rows: list[dict[str, Any]] = []
         self.missing: list[dict[str, Any]] = []
+        self.shown: dict[tuple[str, str, str], str] = {}
+        """Data set, base and row -> the row's name in the result."""
 
-    def add(self, job: Job, measured: Measured, experiment: Experiment) -> None:
-        data, base, row, _ = job
+    def find(self, data: str, base: str, seeds: Sequence[int], models: Sequence[str] | None) -> list[Job]:
+        """Add what was measured of a data set and base before; returns what is left to measure."""
+        table, jobs = _table(self.experiment, self.setup, data, base), []
+        asked = chosen([*table.rows], models, self.experiment.name)
+        for name, row in table.rows.items():
+            if (why := _ruled_out(row, table.config)) is not None:
+                self.missing.append({"data": data, "base": base, "model": name, "why": why})
+                continue
+            self.shown[data, base, name] = shown_name(row, table.settings(name))
+            wanted: Sequence[int | None] = seeds if row.seeded else [None]
+            for seed in wanted:
+                if (kept := table.kept(name, seed)) is not None:
+                    self.add((data, base, name, seed), kept)
+                elif name in asked:
+                    jobs.append((data, base, name, seed))
+        return jobs
+
+    def add(self, job: Job, measured: Measured) -> None:
         own = {key: value for key, value in measured.items() if key not in ("model", "ranks", "split", "users")}
-        self.rows.append({"data": data, "base": base, "model": row, **own, "published": published_of(experiment, row)})
-        write_json(self.setup.out / f"{self.name}.json", self.result(experiment))
+        shown = self.shown[job[:3]]
+        self.rows.append({"data": job[0], "base": job[1], "model": shown, **own,
+                          "published": published_of(self.experiment, shown)})
 
-    def result(self, experiment: Experiment) -> dict[str, Any]:
-        return {"experiment": self.name, "title": experiment.title, "split": experiment.split,
-                "rows": sorted(self.rows, key=self._place(experiment)), "missing": self.missing}
+    def write(self) -> None:
+        write_json(self.setup.out / f"{self.experiment.name}.json", self.result())
 
-    def _place(self, experiment: Experiment) -> Any:
-        names = [row.name for row in experiment.rows]
+    def result(self) -> dict[str, Any]:
+        return {"experiment": self.experiment.name, "title": self.experiment.title, "split": self.experiment.split,
+                "rows": sorted(self.rows, key=self._place), "missing": self.missing}
+
+    def _place(self, row: dict[str, Any]) -> tuple[int, int, int, str, int]:
+        names = [own.name for own in self.experiment.rows]
+        at = next((n for n, name in enumerate(names) if f"{row['model']}, ".startswith(f"{name}, ")), len(names))
         data, bases = list(self.setup.data), list(self.setup.bases)
-
-        def key(row: dict[str, Any]) -> tuple[int, int, int, str, int]:
-            at = names.index(row["model"]) if row["model"] in names else len(names)
-            return data.index(row["data"]), bases.index(row["base"]), at, row["model"], row["seed"] or 0
-
-        return key
-
+        return data.index(row["data"]), bases.index(row["base"]), at, row["model"], row["seed"] or 0

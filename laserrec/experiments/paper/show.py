@@ -15,7 +15,7 @@ Rows = Sequence[Mapping[str, Any]]
 def groups(rows: Rows, k: int) -> list[dict[str, Any]]:
     """Per data set, base and model: mean and standard deviation over seeds of recall@k, ndcg@k and mrr, the number of
     seeds, the mean seconds of training, and the published figures."""
-    published = {row["model"]: row["published"] for row in rows}
+    published = {row["model"]: row.get("published", {}) for row in rows}
     lines = over_seeds(rows, ("data", "base", "model"), (f"recall@{k}", f"ndcg@{k}", "mrr", "train_seconds"))
     return [{**line, "published": published[line["model"]]} for line in lines]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from laserrec.config import merge
+from laserrec.config import Config, merge
 from laserrec.experiments.quality import closed_forms, id_settings
 from laserrec.experiments.table import Row
 from laserrec.methods.all import METHODS
@@ -127,7 +127,24 @@ def transferred() -> tuple[Row, ...]:
             Row("text SASRec", "text", "sasrec", id_settings("sasrec", items="text")))
 
 
-def published_of(experiment: Experiment, row: str) -> dict[str, Figures]:
-    """Data set of the paper -> its figures for this row, where it gives any."""
+_ITEM_TEXTS, _ONE_DOMAIN, _ON_ITS_OWN = "item texts", "one domain", "pre-trained on the same sequences"
+
+
+def shown_name(row: Row, config: Config) -> str:
+    """A row's name in the tables, with what its settings leave out of the published method. config: the row's."""
+    if row.method == "kar" and config.kar.knowledge is None:
+        return f"{row.name}, {_ITEM_TEXTS}"
+    if row.method == "recguru" and config.recguru.other is None:
+        return f"{row.name}, {_ONE_DOMAIN}"
+    if row.method == "recformer" and not config.recformer.pretrain_on:
+        return f"{row.name}, {_ON_ITS_OWN if config.recformer.pretrain_own else 'not pre-trained'}"
+    return row.name
+
+
+def published_of(experiment: Experiment, shown: str) -> dict[str, Figures]:
+    """Data set of the paper -> its figures for the row of this name in the tables, where it gives any. Its RECFORMER is
+    pre-trained: one that is not stands alone."""
+    plain, _, without = shown.rpartition(", ")
+    row = plain if without in (_ITEM_TEXTS, _ONE_DOMAIN, _ON_ITS_OWN) else shown
     return {data: figures for data, table in experiment.published.items()
             for name, figures in table.items() if row == name or (name.startswith("(") and row.endswith(name))}
