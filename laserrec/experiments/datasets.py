@@ -66,9 +66,12 @@ def reproduce(root: Path, names: Sequence[str], out: Path, config: Config, seeds
     written to OUT/datasets.json after each data set. names: of folders in ROOT; none: all of them.
 
     trials: most settings that each rival is tried with on validation. models: names of rows; None: all of them. Raises
-    UserError for a missing data set or an unknown model.
+    UserError for a missing data set, an unknown model, and rivals without validation.
     """
     models = chosen((LASER, *(rival.name for rival in RIVALS)), models, "this table")
+    if not config.eval.validates and models != [LASER]:
+        raise UserError("rivals are tuned on the validation split, and eval.validates is false; leave "
+                        "--eval.no-validates out, or fit Laser alone (--models laser)")
     there = sorted(file.parent.name for file in root.glob(f"*/{INTERACTIONS}"))
     if missing := [name for name in names if name not in there]:
         raise UserError(f"no data set {missing[0]!r} in {root}; there are: {', '.join(there) or 'none'}")

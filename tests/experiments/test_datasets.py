@@ -130,6 +130,15 @@ def test_missing_data_sets_are_named(root, small, tmp_path):
         reproduce(root, [], tmp_path / "out", Config(), [0], 1, progress=False, device="cpu")
 
 
+def test_no_rival_is_tuned_without_validation(root, small, tmp_path):
+    blind = small.model_copy(update={"eval": small.eval.model_copy(update={"validates": False})})
+    with pytest.raises(UserError, match=r"rivals are tuned on the validation split.* leave --eval\.no-validates out"):
+        reproduce(root, ["hats"], tmp_path / "out", blind, [0], 1, progress=False, device="cpu", models=["ease"])
+    assert not (tmp_path / "out").exists()
+    rows = reproduce(root, ["hats"], tmp_path / "out", blind, [0], 1, progress=False, device="cpu", models=["laser"])
+    assert [row["model"] for row in rows] == [LASER]
+
+
 def test_a_longer_search_may_find_other_settings(root, small, tmp_path):
     def rows(trials):
         return reproduce(root, ["hats"], tmp_path / "out", small, [0], trials, progress=False, device="cpu",
