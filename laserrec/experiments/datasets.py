@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from pydantic import ValidationError
 
 from laserrec.config import Config
 from laserrec.data.dataset import Dataset
 from laserrec.data.prepare import prepare_source
 from laserrec.experiments.quality import LASER, id_settings
-from laserrec.experiments.table import Measured, Row, Table, chosen
+from laserrec.experiments.table import Measured, Row, Table, chosen, earlier
 from laserrec.experiments.tuning import Choices, Tuned, tune
 from laserrec.llm.text_features import TextFeatures
 from laserrec.presets import EASE, EASE_TEXT
@@ -63,7 +64,8 @@ RIVALS = (
 def reproduce(root: Path, names: Sequence[str], out: Path, config: Config, seeds: Sequence[int], trials: int,
               progress: bool = True, device: str = "auto", models: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """All rows: {data, model, kind, seed, recall@k, ndcg@k, mrr, exclude_seen, train_seconds, trials, settings}, also
-    written to OUT/datasets.json after each data set. names: of folders in ROOT; none: all of them.
+    written to OUT/datasets.json after each data set. What stands there of other data sets stays, and of those of this
+    call what was measured with the same settings. names: of folders in ROOT; none: all of them.
 
     trials: most settings that each rival is tried with on validation. models: names of rows; None: all of them. Raises
     UserError for a missing data set, an unknown model, and rivals without validation.
@@ -78,29 +80,56 @@ def reproduce(root: Path, names: Sequence[str], out: Path, config: Config, seeds
     if not there:
         raise UserError(f"{root} holds no data sets; each is a folder with {INTERACTIONS} and {ITEMS}")
     found: list[dict[str, Any]] = []
+    before = earlier(out / "datasets.json", ("data", "model", "kind", "seed", "trials", "settings", "mrr",
+                                             f"recall@{config.eval.k}", f"ndcg@{config.eval.k}"))
     for name in names or there:
         prepare_source([root / name / INTERACTIONS, root / name / ITEMS], out / name / "data", config.data)
+        own, before = ([row for row in before if (row["data"] == name) is same] for same in (True, False))
         found += _one(name, Dataset.load(out / name / "data"), out / name, config, seeds, trials, progress, device,
-                      models)
-        write_json(out / "datasets.json", found)
-    return found
+                      models, own)
+        write_json(out / "datasets.json", [*found, *before])
+    return [*found, *before]
 
 
 def _one(name: str, dataset: Dataset, out: Path, config: Config, seeds: Sequence[int], trials: int, progress: bool,
-         device: str, models: Sequence[str]) -> list[dict[str, Any]]:
+         device: str, models: Sequence[str], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     place = choose(device)
     features = TextFeatures(config.backbone, config.prompt, place, out / "data" / "text_features", progress)
-    rows, tuned = [Row(LASER, "laser", "laser")] if LASER in models else [], {LASER: Tuned({}, 0.0, 0, 0.0)}
+    rows, tuned = [_row(LASER, {})] if LASER in models else [], {LASER: Tuned({}, 0.0, 0, 0.0)}
     for rival in (rival for rival in RIVALS if rival.name in models):
         tuned[rival.name] = best = tune(rival.method, rival.start, rival.choices, trials, dataset, config, features,
                                         place, out / "trials.jsonl", progress)
-        rows.append(Row(rival.name, rival.kind, rival.method, best.settings, rival.seeded, tuned=True))
+        rows.append(_row(rival.name, best.settings))
     table = Table(rows, dataset, config, out, place, progress, features)
     for model, best in tuned.items():
         if best.folder is not None:
             table.take(model, seeds[0], best.key, best.folder)
     shutil.rmtree(out / "trials", ignore_errors=True)
-    return [_line(name, row, tuned[row["model"]], config.eval.k) for row in table.results(seeds)]
+    lines = [_line(name, row, tuned[row["model"]], config.eval.k) for row in table.results(seeds)]
+    there = {(line["model"], line["seed"]) for line in lines}
+    return lines + [line for line in before if (line["model"], line["seed"]) not in there and _stays(line, table)]
+
+
+def _row(model: str, settings: dict[str, Any]) -> Row:
+    if model == LASER:
+        return Row(LASER, "laser", "laser")
+    rival = next(rival for rival in RIVALS if rival.name == model)
+    return Row(rival.name, rival.kind, rival.method, settings, rival.seeded, tuned=True)
+
+
+def _stays(line: dict[str, Any], table: Table) -> bool:
+    """Whether a line of an earlier call, of a model or seed that this one wasn't asked for, was measured with the same
+    settings; those of a model that this call tunes must be what it found."""
+    model, seed = line["model"], line["seed"]
+    if model not in (LASER, *(rival.name for rival in RIVALS)):
+        return True
+    own = Table([_row(model, line["settings"])], table.dataset, table.config, table.out, table.device, table.progress,
+                table.features)
+    try:
+        same = model not in table.rows or table.settings(model) == own.settings(model)
+    except ValidationError:  # settings of another version
+        return False
+    return same and own.kept(model, seed) is not None
 
 
 def _line(data: str, row: Measured, tuned: Tuned, k: int) -> dict[str, Any]:

@@ -292,6 +292,14 @@ def rank(table: Table, name: str, scorer: Scorer, file: Path, split: str = "test
     return {**result.row(), "ranks": ranks.relative_to(table.out).as_posix()}
 
 
+def earlier(file: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a result file, or of {"rows": [...]}, that have these keys; none where there is no file. Raises UserError
+    for a damaged one."""
+    found = read_json(file, "delete it and run the same command again") if file.is_file() else []
+    rows = found.get("rows") if isinstance(found, dict) else found
+    return [row for row in rows if isinstance(row, dict) and row.keys() >= {*keys}] if isinstance(rows, list) else []
+
+
 # -- several seeds ------------------------------------------------------------------------------------------------
 
 def over_seeds(rows: Sequence[Mapping[str, Any]], by: Sequence[str], numbers: Sequence[str]) -> list[dict[str, Any]]:

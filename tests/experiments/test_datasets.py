@@ -7,7 +7,7 @@ import shutil
 import pytest
 import tiny
 
-from laserrec.config import Config
+from laserrec.config import Config, merge
 from laserrec.experiments import datasets, tuning
 from laserrec.experiments.datasets import RIVALS, means, reproduce
 from laserrec.experiments.quality import LASER
@@ -128,6 +128,27 @@ def test_missing_data_sets_are_named(root, small, tmp_path):
     shutil.rmtree(root)
     with pytest.raises(UserError, match=r"holds no data sets; each is a folder with interactions\.csv\.gz"):
         reproduce(root, [], tmp_path / "out", Config(), [0], 1, progress=False, device="cpu")
+
+
+def test_a_smaller_call_leaves_what_was_measured(root, small, tmp_path):
+    def rows(names, seeds, trials, models, config=small):
+        return reproduce(root, names, tmp_path / "out", config, seeds, trials, progress=False, device="cpu",
+                         models=models)
+
+    def places(lines):
+        return [(line["data"], line["model"], line["seed"]) for line in lines]
+
+    first = rows([], [0, 1], 1, ["ease", "popularity", "sasrec"])
+    assert len(first) == 2 * 4
+    again = rows(["hats"], [0], 1, ["sasrec"])
+    assert len(again) == 8 and all(line in again for line in first)
+    assert json.loads((tmp_path / "out" / "datasets.json").read_text()) == again
+    more = rows(["hats"], [0], 2, ["sasrec"])  # two epochs are better: the other seed's one epoch isn't shown as theirs
+    assert more[0]["settings"]["id_model"]["max_epochs"] == 2
+    assert set(places(more)) == set(places(first)) - {("hats", "SASRec", 1)}
+    other = Config.model_validate(merge(small.model_dump(), {"eval": {"batch_size": 7}}))
+    assert places(rows(["hats"], [0], 1, ["ease"], other)) == [
+        ("hats", "EASE", None), *[place for place in places(first) if place[0] == "shoes"]]
 
 
 def test_no_rival_is_tuned_without_validation(root, small, tmp_path):

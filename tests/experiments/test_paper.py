@@ -101,6 +101,11 @@ def two_rows() -> Experiment:
         Row("impossible", "laser", "laser", {"prompt": {"layout": "none"}})), {"Paper": {"Laser": (.3, .2, .1)}})
 
 
+def closed_forms() -> Experiment:
+    return Experiment("two", "Two rows", (Row("popularity", "id", "popularity", seeded=False),
+                                          Row("EASE", "id", "ease")))
+
+
 def test_rows_are_measured_once_and_a_budget_leaves_the_rest(setup, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "two", two_rows)
     nothing = reproduce("two", setup, range(2), until=0.0)
@@ -129,6 +134,48 @@ def test_some_of_the_rows_are_fitted_and_the_others_kept(setup, monkeypatch):
         reproduce("two", setup, range(1), models=["lasr"])
 
 
+def test_a_smaller_call_leaves_what_was_measured(setup, tmp_path, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "two", closed_forms)
+    bases = {name: setup.bases["tiny"] for name in ("one", "other")}
+    more = Setup({"more": setup.data["walks"], **setup.data}, bases, setup.out, progress=False)
+    rows = reproduce("two", more, range(2))["rows"]
+    assert len(rows) == 2 * 2 * 3
+    fewer = Setup(setup.data, {"other": bases["other"]}, setup.out, progress=False)
+    again = reproduce("two", fewer, [1], models=["popularity"])
+    by_place = {(row["data"], row["base"], row["model"], row["seed"]): row for row in rows}
+    assert again["rows"] == json.loads((setup.out / "two.json").read_text())["rows"]
+    assert {(row["data"], row["base"], row["model"], row["seed"]): row for row in again["rows"]} == by_place
+    assert "| EASE |" in show.markdown(again)
+
+
+def test_what_has_other_settings_does_not_stay(setup, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "two", closed_forms)
+    reproduce("two", setup, range(2))
+    base = Config.model_validate(merge(setup.bases["tiny"].model_dump(), {"eval": {"batch_size": 7}}))
+    other = Setup(setup.data, {"tiny": base}, setup.out, progress=False)
+    rows = reproduce("two", other, [0], models=["EASE"])["rows"]
+    assert [(row["model"], row["seed"]) for row in rows] == [("EASE", 0)]
+
+
+def test_rows_of_the_published_file_stay(setup):
+    setup.out.mkdir()
+    (setup.out / "table2.json").write_text((RESULTS / "table2.json").read_text())
+    published = json.loads((RESULTS / "table2.json").read_text())["rows"]
+    result = reproduce("table2", setup, [0], models=["EASE"])
+    assert [row["model"] for row in result["rows"] if row["data"] == "walks"] == ["EASE"]
+    assert all(row in result["rows"] for row in published) and len(result["rows"]) == len(published) + 1
+    (setup.out / "table2.json").write_text("{")
+    with pytest.raises(UserError, match=r"table2\.json is damaged.*; delete it and run the same command again"):
+        reproduce("table2", setup, [0], models=["EASE"])
+
+
+def test_a_row_with_a_new_name_stands_there_once(setup, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "two", lambda: Experiment("two", "Row", (Row("KAR", "text", "kar"),)))
+    rows = reproduce("two", setup, [0])["rows"]
+    (setup.out / "two.json").write_text(json.dumps({"rows": [{**rows[0], "model": "KAR"}]}))
+    assert reproduce("two", setup, [1], until=0.0)["rows"] == rows
+
+
 def test_a_second_data_set_may_come_later(setup, tmp_path, monkeypatch):
     """RecGURU then learns from both, which is another model."""
     monkeypatch.setitem(EXPERIMENTS, "two", lambda: Experiment("two", "One row", (
@@ -137,8 +184,9 @@ def test_a_second_data_set_may_come_later(setup, tmp_path, monkeypatch):
     prepare(raw.interactions, raw.items, tiny.config("none", data={"min_user_interactions": 2}).data, tmp_path / "more")
     both = Setup({**setup.data, "more": tmp_path / "more"}, setup.bases, setup.out, progress=False)
     one, two = reproduce("two", setup, [0])["rows"], reproduce("two", both, [0])["rows"]
-    assert [row["data"] for row in two] == ["walks", "more"] and two[0]["fingerprint"] != one[0]["fingerprint"]
-    assert reproduce("two", setup, [0])["rows"][0] == one[0]
+    assert [(row["data"], row["model"]) for row in two] == [
+        ("walks", "RecGURU"), ("walks", "RecGURU, one domain"), ("more", "RecGURU")]
+    assert [two[1]] == one and reproduce("two", setup, [0])["rows"] == two
 
 
 def test_processes_give_what_one_gives(setup, tmp_path):

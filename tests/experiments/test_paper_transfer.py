@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from laserrec.cli.reproduce import reproduce_app
+from laserrec.config import Config, merge
 from laserrec.data.dataset import Dataset
 from laserrec.data.prepare import prepare
 from laserrec.data.raw import from_frames
@@ -122,6 +123,20 @@ def test_a_budget_leaves_the_rest_and_the_next_call_goes_on(setup, rivals):
     both = transfer.reproduce(setup, [0], [0, 10], ["zesrec"], ["here"], until=0.0)
     assert both["rows"] == first["rows"] and len(both["missing"]) == 2
     assert "budget" in curves.markdown(both)
+
+
+def test_a_smaller_call_leaves_what_was_measured_with_the_same_settings(setup, rivals):
+    first = transfer.reproduce(setup, [0], [0, 10], ["zesrec"], ["here"])["rows"]
+    both = transfer.reproduce(setup, [1], [0], ["zesrec"], ["there"])
+    assert len(first) == 3 and len(both["rows"]) == 4 and both["missing"] == []
+    assert all(row in both["rows"] for row in first)
+    assert json.loads((setup.out / "figure3.json").read_text())["rows"] == both["rows"]
+    base = Config.model_validate(merge(setup.bases["tiny"].model_dump(), {"eval": {"batch_size": 7}}))
+    other = Setup(setup.data, {"other": base}, setup.out, "cpu", progress=False)
+    assert transfer.reproduce(other, [0], [0], ["zesrec"], ["here"], until=0.0)["rows"] == both["rows"]
+    other = Setup(setup.data, {"tiny": base}, setup.out, "cpu", progress=False)
+    changed = transfer.reproduce(other, [0], [0], ["zesrec"], ["here"])["rows"]
+    assert [(row["source"], row["seed"], row["percent"]) for row in changed] == [("here", 0, 0)]
 
 
 def test_another_source_model_is_another_result(setup, rivals, tmp_path):

@@ -4,7 +4,7 @@ in several processes if asked to."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from laserrec.config import Config, merge
 from laserrec.data.dataset import Dataset
 from laserrec.experiments.paper.spec import EXPERIMENTS, Experiment, published_of, shown_name, table7_rows
-from laserrec.experiments.table import Measured, Row, Table, chosen, rank
+from laserrec.experiments.table import Measured, Row, Table, chosen, earlier, rank
 from laserrec.util.device import choose
 from laserrec.util.errors import UserError
 from laserrec.util.io import write_json
@@ -46,8 +46,9 @@ def reproduce(name: str, setup: Setup, seeds: Sequence[int], until: float | None
               models: Sequence[str] | None = None) -> dict[str, Any]:
     """Fit and measure what is not there yet, and collect. {experiment, title, split, rows, missing}: each row is
     {data, base, model, kind, seed, recall@k, ndcg@k, mrr, train_seconds, seconds, published, fingerprint}; missing:
-    rows that the settings of a base rule out, with the reason, or that the budget left undone. Written to
-    OUT/NAME.json after each row.
+    rows of this call that the settings of a base rule out, with the reason, or that the budget left undone. Written to
+    OUT/NAME.json after each row. What stands there of other data sets and bases stays, and of those of this call what
+    was measured with the same settings.
 
     until: from this time.monotonic on nothing new is begun; the same call goes on. workers: processes; what several
     rows share (item texts, ID models) is made first, in this one. Raises UserError for an unknown name.
@@ -147,21 +148,31 @@ class _Found:
         self.missing: list[dict[str, Any]] = []
         self.shown: dict[tuple[str, str, str], str] = {}
         """Data set, base and row -> the row's name in the result."""
+        k = next(iter(setup.bases.values())).eval.k
+        numbers = (f"recall@{k}", f"ndcg@{k}", "mrr", "train_seconds")
+        self.earlier = earlier(self.file, ("data", "base", "model", "seed", *numbers))
+
+    @property
+    def file(self) -> Path:
+        return self.setup.out / f"{self.experiment.name}.json"
 
     def find(self, data: str, base: str, seeds: Sequence[int], models: Sequence[str] | None) -> list[Job]:
         """Add what was measured of a data set and base before; returns what is left to measure."""
         table, jobs = _table(self.experiment, self.setup, data, base), []
         asked = chosen([*table.rows], models, self.experiment.name)
+        before = [row["seed"] for row in self.earlier
+                  if (row["data"], row["base"]) == (data, base) and row["seed"] is not None]
         for name, row in table.rows.items():
             if (why := _ruled_out(row, table.config)) is not None:
+                self.shown[data, base, name] = name
                 self.missing.append({"data": data, "base": base, "model": name, "why": why})
                 continue
             self.shown[data, base, name] = shown_name(row, table.settings(name))
             wanted: Sequence[int | None] = seeds if row.seeded else [None]
-            for seed in wanted:
+            for seed in dict.fromkeys([*wanted, *(before if row.seeded else ())]):
                 if (kept := table.kept(name, seed)) is not None:
                     self.add((data, base, name, seed), kept)
-                elif name in asked:
+                elif name in asked and seed in wanted:
                     jobs.append((data, base, name, seed))
         return jobs
 
@@ -172,14 +183,28 @@ class _Found:
                           "published": published_of(self.experiment, shown)})
 
     def write(self) -> None:
-        write_json(self.setup.out / f"{self.experiment.name}.json", self.result())
+        write_json(self.file, self.result())
 
     def result(self) -> dict[str, Any]:
+        rows = [*self.rows, *self._others()]
         return {"experiment": self.experiment.name, "title": self.experiment.title, "split": self.experiment.split,
-                "rows": sorted(self.rows, key=self._place), "missing": self.missing}
+                "rows": sorted(rows, key=self._place(rows)), "missing": self.missing}
 
-    def _place(self, row: dict[str, Any]) -> tuple[int, int, int, str, int]:
+    def _others(self) -> list[dict[str, Any]]:
+        """Rows of the file that this call can't measure: of other data sets and bases, and under names that no row has
+        with these settings. A row that has got another name is known by its fingerprint."""
+        mine = {(data, base, shown) for (data, base, _), shown in self.shown.items()}
+        prints = {(row["data"], row["base"], row["fingerprint"]) for row in self.rows}
+        return [row for row in self.earlier if (row["data"], row["base"], row["model"]) not in mine
+                and (row["data"], row["base"], row.get("fingerprint")) not in prints]
+
+    def _place(self, rows: Sequence[dict[str, Any]]) -> Callable[[dict[str, Any]], tuple[int, int, int, str, int]]:
         names = [own.name for own in self.experiment.rows]
-        at = next((n for n, name in enumerate(names) if f"{row['model']}, ".startswith(f"{name}, ")), len(names))
-        data, bases = list(self.setup.data), list(self.setup.bases)
-        return data.index(row["data"]), bases.index(row["base"]), at, row["model"], row["seed"] or 0
+        data, bases = ([*dict.fromkeys([*given, *(row[key] for row in rows)])]
+                       for key, given in (("data", self.setup.data), ("base", self.setup.bases)))
+
+        def key(row: dict[str, Any]) -> tuple[int, int, int, str, int]:
+            at = next((n for n, name in enumerate(names) if f"{row['model']}, ".startswith(f"{name}, ")), len(names))
+            return data.index(row["data"]), bases.index(row["base"]), at, row["model"], row["seed"] or 0
+
+        return key

@@ -8,7 +8,7 @@ the target is known but its items' texts. All of the target's test users are ran
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -20,7 +20,7 @@ from laserrec.data.dataset import Dataset
 from laserrec.evaluation.evaluate import Scorer
 from laserrec.experiments.paper.run import Setup, late
 from laserrec.experiments.paper.spec import transferred
-from laserrec.experiments.table import Place, Row, Table, chosen, rank
+from laserrec.experiments.table import Place, Row, Table, chosen, earlier, rank
 from laserrec.llm.text_features import TextFeatures
 from laserrec.recommender.fitting import open_folder
 from laserrec.recommender.scorers import zero_shot
@@ -52,7 +52,8 @@ def reproduce(setup: Setup, seeds: Sequence[int], percents: Sequence[float] = PE
     """Fit and measure what is not there yet, and collect. {experiment, title, split, rows, missing}: each row is
     {source, target, base, model, kind, seed, percent, start: "transfer" or "nothing", training_users, recall@k, ndcg@k,
     mrr, train_seconds (without the source's), seconds, fingerprint}; missing: what the budget left undone. Written to
-    OUT/figure3.json after each row.
+    OUT/figure3.json after each row. What stands there of other data sets and bases stays, and of those of this call
+    what was measured with the same settings.
 
     models: rows to measure (see `chosen`); None: all. sources: data sets from which models go to all others; None: from
     each. until: from this time.monotonic on nothing new is begun; the same call goes on. Raises UserError for fewer
@@ -65,19 +66,41 @@ def reproduce(setup: Setup, seeds: Sequence[int], percents: Sequence[float] = PE
     if wrong := [percent for percent in percents if not 0 <= percent <= 100]:
         raise UserError(f"a share of {wrong[0]:g}% of the training users makes no sense; give 0 to 100")
     result: dict[str, Any] = {"experiment": NAME, "title": TITLE, "split": "test", "rows": [], "missing": []}
-    rows = transferred()
-    asked = chosen([row.name for row in rows], models, NAME)
-    rows = [row for row in rows if row.name in asked]
-    for point, table in _points(setup, seeds, sorted(set(percents)), rows, sources or list(setup.data)):
-        told, found = point.told(table), table.kept(point.row.name, point.seed)
+    names = chosen([row.name for row in transferred()], models, NAME)
+    left = _earlier(setup)
+
+    def asked(point: _Point) -> bool:
+        return (point.row.name in names and point.source in (sources or setup.data) and point.seed in seeds
+                and point.percent in percents)
+
+    rows: list[dict[str, Any]] = []
+    for point, table in _points(setup, lambda point: asked(point) or point.key in left,
+                                {*seeds, *(key[4] for key in left)}, {*percents, *(key[5] for key in left)}):
+        found = table.kept(point.row.name, point.seed)
+        left.pop(point.key, None)
+        if found is None and not asked(point):
+            continue
         if found is None and late(until):
-            result["missing"].append({**told, "why": "the budget was used up"})
+            result["missing"].append({**point.told(table), "why": "the budget was used up"})
             continue
         found = found or table.result(point.row.name, point.seed)
-        result["rows"].append({**{key: value for key, value in found.items() if key not in ("split", "users", "ranks")},
-                               **told})
+        rows.append({**{key: value for key, value in found.items() if key not in ("split", "users", "ranks")},
+                     **point.told(table)})
+        result["rows"] = [*rows, *left.values()]
         write_json(setup.out / f"{NAME}.json", result)
+    result["rows"] = [*rows, *left.values()]
     return result
+
+
+_Key = tuple[str, str, str, str, int, float, str]
+_KEY = ("source", "target", "base", "model", "seed", "percent", "start")
+
+
+def _earlier(setup: Setup) -> dict[_Key, dict[str, Any]]:
+    """Rows of the file that earlier calls wrote."""
+    k = next(iter(setup.bases.values())).eval.k
+    rows = earlier(setup.out / f"{NAME}.json", (*_KEY, f"recall@{k}", f"ndcg@{k}"))
+    return {tuple(row[name] for name in _KEY): row for row in rows}
 
 
 @dataclass(frozen=True)
@@ -90,22 +113,28 @@ class _Point:
     percent: float
     transfer: bool
 
+    @property
+    def key(self) -> _Key:
+        start = "transfer" if self.transfer else "nothing"
+        return self.source, self.target, self.base, self.row.name, self.seed, self.percent, start
+
     def told(self, table: Table) -> dict[str, Any]:
         users = len(table.dataset.train_users) if self.percent else 0
-        return {"source": self.source, "target": self.target, "base": self.base, "model": self.row.name,
-                "seed": self.seed, "percent": self.percent, "start": "transfer" if self.transfer else "nothing",
-                "training_users": users}
+        return {**dict(zip(_KEY, self.key, strict=True)), "training_users": users}
 
 
-def _points(setup: Setup, seeds: Sequence[int], percents: Sequence[float], rows: Sequence[Row], sources: Sequence[str]
+def _points(setup: Setup, wanted: Callable[[_Point], bool], seeds: Collection[int], percents: Collection[float]
             ) -> Iterator[tuple[_Point, Table]]:
-    """All, and the table that each is a row of. A source's model is in memory for its own points alone."""
+    """Those that are wanted, and the table that each is a row of. A source's model is in memory for its own points
+    alone."""
     tables = _Tables(setup)
-    for base, source, row, seed in itertools.product(setup.bases, sources, rows, seeds):
+    for base, source, row, seed in itertools.product(setup.bases, setup.data, transferred(), sorted(seeds)):
         starts = tables.whole(source, base, row)
         targets = [name for name in setup.data if name != source]
-        for target, percent, transfer in itertools.product(targets, percents, (True, False)):
+        for target, percent, transfer in itertools.product(targets, sorted(percents), (True, False)):
             point = _Point(source, target, base, row, seed, percent, transfer)
+            if not wanted(point):
+                continue
             if percent and transfer:
                 yield point, tables.part(point, starts)
             elif percent:
