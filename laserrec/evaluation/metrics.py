@@ -52,7 +52,8 @@ def ranks_without(
 
 @dataclass(frozen=True)
 class Metrics:
-    """Recall@k, NDCG@k and MRR, averaged over users. MRR uses the full ranking, without a cut-off."""
+    """Recall@k, NDCG@k and MRR, averaged over cases: one a user, or, after a temporal split, one an interaction. MRR
+    uses the full ranking, without a cut-off."""
 
     k: int
     recall: float
@@ -61,6 +62,7 @@ class Metrics:
     """NDCG@k: mean of 1 / log2(1 + rank) where rank <= k, else 0. With one relevant item the ideal DCG is 1."""
     mrr: float
     users: int
+    """Number of cases."""
 
     @staticmethod
     def from_ranks(ranks: np.ndarray, k: int = 10) -> Metrics:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from laserrec.data.dataset import Cases, Dataset
 from laserrec.data.histories import Histories
@@ -64,7 +64,7 @@ def inspect(model: LaserRecommender, dataset: Dataset, split: str = "validation"
             ranks = rank_cases(scorer, asked, model.batch_size, dataset.n_items, advance).plain
         ndcg = user_ndcg(ranks, k)
         base = ndcg if base is None else base
-        rows.append(_row(name, ranks, base if name == SHUFFLED else parts, k))
+        rows.append(_row(name, ranks, base if name == SHUFFLED else parts, cases.users, k))
         parts = ndcg if name in (AS_FITTED, NO_RANKER) else parts
     return rows, _shuffle_cosine(model, cases)
 
@@ -81,13 +81,14 @@ def _changes(model: LaserRecommender, dataset: Dataset
     yield SHUFFLED, nullcontext
 
 
-def _row(name: str, ranks: Float[np.ndarray, "cases"], base: Float[np.ndarray, "cases"] | None, k: int) -> Part:
+def _row(name: str, ranks: Float[np.ndarray, "cases"], base: Float[np.ndarray, "cases"] | None,
+         users: Int[np.ndarray, "cases"], k: int) -> Part:
     metrics = Metrics.from_ranks(ranks, k)
     row: Part = {"part": name, f"recall@{k}": metrics.recall, f"ndcg@{k}": metrics.ndcg}
     if base is None:
         return row
     difference = user_ndcg(ranks, k) - base
-    low, high = bootstrap_interval(difference)
+    low, high = bootstrap_interval(difference, users)
     gain = 100 * (float(base.mean()) / metrics.ndcg - 1) if metrics.ndcg else None
     return {**row, "difference": float(difference.mean()), "low": low, "high": high, "gain_percent": gain}
 

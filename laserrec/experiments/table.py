@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from laserrec.config import Config, IdModelKind, merge, seeds
 from laserrec.config.rivals import FOLDERS
 from laserrec.data.dataset import Dataset
 from laserrec.evaluation.evaluate import Scorer, evaluate, save_ranks
-from laserrec.evaluation.significance import bootstrap_interval, read_ranks, user_ndcg
+from laserrec.evaluation.significance import bootstrap_interval, read_ranks, read_users, user_ndcg
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import find_method
 from laserrec.recommender.fitting import Fitted, fit, fit_fingerprint, fit_id_model
@@ -311,35 +311,37 @@ def over_seeds(rows: Sequence[Mapping[str, Any]], by: Sequence[str], numbers: Se
 
 
 def summarise(rows: Sequence[Measured], out: Path, k: int = 10) -> list[dict[str, Any]]:
-    """Per model: mean and standard deviation over seeds, and the paired difference of the users' NDCG to the best model
+    """Per model: mean and standard deviation over seeds, and the paired difference of the cases' NDCG to the best model
     of kind id with its 95% bootstrap interval (users resampled, seeds averaged first)."""
+    users = read_users(out / rows[0]["ranks"])
     gains, table = _gains(rows, out, k), over_seeds(rows, ("model", "kind"), (f"recall@{k}", f"ndcg@{k}", "mrr"))
     best = _best(table, "id", k)["model"]
-    return [{**row, "against": best, **_difference(gains[row["model"]] - gains[best], k)} for row in table]
+    return [{**row, "against": best, **_difference(gains[row["model"]] - gains[best], users, k)} for row in table]
 
 
 def compare(name: str, rows: Sequence[Measured], out: Path, k: int = 10) -> list[dict[str, Any]]:
     """One model beside the best model of kind id and the best of kind text, by NDCG: how many times as high its means
-    over seeds are, and the paired difference of the users' NDCG with its 95% bootstrap interval."""
+    over seeds are, and the paired difference of the cases' NDCG with its 95% bootstrap interval (users resampled)."""
+    users = read_users(out / rows[0]["ranks"])
     gains, table = _gains(rows, out, k), summarise(rows, out, k)
     own = next(row for row in table if row["model"] == name)
     bests = {kind: _best(table, kind, k) for kind in ("id", "text")}
     return [{"kind": kind, "best": best["model"],
              **{f"{metric}_ratio": own[metric] / best[metric] for metric in (f"recall@{k}", f"ndcg@{k}")},
-             **_difference(gains[name] - gains[best["model"]], k)} for kind, best in bests.items()]
+             **_difference(gains[name] - gains[best["model"]], users, k)} for kind, best in bests.items()]
 
 
 def _best(table: Sequence[dict[str, Any]], kind: str, k: int) -> dict[str, Any]:
     return max((row for row in table if row["kind"] == kind), key=lambda row: row[f"ndcg@{k}"])
 
 
-def _difference(difference: Float[np.ndarray, "users"], k: int) -> dict[str, float]:
-    low, high = bootstrap_interval(difference)
+def _difference(difference: Float[np.ndarray, "cases"], users: Int[np.ndarray, "cases"], k: int) -> dict[str, float]:
+    low, high = bootstrap_interval(difference, users)
     return {f"ndcg@{k}_difference": float(difference.mean()), "low": low, "high": high}
 
 
-def _gains(rows: Sequence[Measured], out: Path, k: int) -> dict[str, Float[np.ndarray, "users"]]:
-    """NDCG@k of each user, averaged over seeds."""
+def _gains(rows: Sequence[Measured], out: Path, k: int) -> dict[str, Float[np.ndarray, "cases"]]:
+    """NDCG@k of each case, averaged over seeds."""
     files = {row["model"]: [] for row in rows}
     for row in rows:
         files[row["model"]].append(user_ndcg(read_ranks(out / row["ranks"]), k))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from laserrec.data.histories import Histories, Pairs
 from laserrec.evaluation.metrics import Metrics, mean_ranks, ranks_without
+from laserrec.evaluation.significance import bootstrap_interval
 from laserrec.util.errors import UserError
 
 
@@ -82,3 +83,21 @@ def test_a_tie_across_the_cut_counts_by_its_mean_rank():
 def test_no_ranks_is_an_error():
     with pytest.raises(UserError, match="no case to evaluate"):
         Metrics.from_ranks(np.zeros(0))
+
+
+def test_an_interval_is_over_users_however_many_cases_each_has():
+    """Three equal cases of a user tell no more than one does."""
+    difference = np.random.default_rng(1).normal(0.1, 1.0, 50)
+    once = bootstrap_interval(difference)
+    users = np.random.default_rng(2).permutation(50)
+    assert bootstrap_interval(difference, users) == once
+    assert bootstrap_interval(np.tile(difference, 3), np.tile(users, 3)) == pytest.approx(once)
+    low, high = bootstrap_interval(np.tile(difference, 3))
+    assert high - low < 0.7 * (once[1] - once[0])
+
+
+def test_an_interval_is_of_the_mean_over_cases():
+    """A user of nine cases counts nine times in each draw."""
+    difference, users = np.array([*[1.0] * 9, 0.0, 0.0, 0.0]), np.array([5] * 9 + [1, 2, 3])
+    low, high = bootstrap_interval(difference, users)
+    assert low == 0.0 and high == pytest.approx(27 / 28)  # three draws of four

@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 import tiny
 import torch
 
 from laserrec.evaluation.evaluate import evaluate, rank_cases
-from laserrec.evaluation.significance import user_ndcg
+from laserrec.evaluation.significance import bootstrap_interval, user_ndcg
 from laserrec.experiments.inspect import AS_FITTED, SHUFFLED, inspect, shuffled
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.util.errors import UserError
@@ -71,6 +72,19 @@ def test_some_users(sasrec):
     ranks = evaluate("m", sasrec, DATA, "test").ranks.plain
     chosen = np.sort(np.random.default_rng(0).choice(len(ranks), 7, replace=False))
     assert rows[0]["ndcg@10"] == pytest.approx(user_ndcg(ranks[chosen]).mean())
+
+
+def test_intervals_are_over_users_and_not_over_their_cases(sasrec):
+    """Each user's last three interactions as cases: as after a temporal split."""
+    position, count = pl.col("position"), pl.len().over("user")
+    split = pl.when(position >= count - 3).then(pl.lit("validation")).otherwise(pl.lit("train"))
+    data = replace(DATA, interactions=DATA.interactions.with_columns(split=split))
+    mixed = inspect(sasrec, data)[0][1]
+    cases = data.cases("validation")
+    ranks = [user_ndcg(rank_cases(sasrec, replace(cases, histories=histories), 64, data.n_items).plain)
+             for histories in (shuffled(cases.histories), cases.histories)]
+    assert len(cases) > len(set(cases.users.tolist()))
+    assert (mixed["low"], mixed["high"]) == bootstrap_interval(ranks[0] - ranks[1], cases.users)
 
 
 def test_other_data(sasrec):

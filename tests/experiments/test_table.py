@@ -1,6 +1,7 @@
 """A result is found again only for the same data, settings, weights and way of measuring; a stopped table goes on."""
 
 import numpy as np
+import polars as pl
 import pytest
 import tiny
 
@@ -269,6 +270,22 @@ def test_means_spreads_and_paired_differences(tmp_path):
     lines = compare("Laser", rows, tmp_path)
     assert [(line["kind"], line["best"]) for line in lines] == [("id", "strong"), ("text", "text")]
     assert lines[1]["ndcg@10_ratio"] == pytest.approx(laser["ndcg@10"] / summary["text"]["ndcg@10"])
+
+
+def test_intervals_are_over_users_and_not_over_their_cases(tmp_path):
+    """As after a temporal split, where a user has a case for each interaction."""
+    ranks = {"EASE": np.tile([1.0, 20.0, 3.0, 40.0], 5), "Laser": np.tile([2.0, 1.0], 10)}
+    users = pl.Series([f"u{user}" for user in range(20)])
+
+    def line(cases):
+        for name, own in ranks.items():
+            frame = pl.DataFrame({"user_id": pl.concat([users] * cases), "rank": np.tile(own, cases)})
+            frame.write_parquet(tmp_path / f"{name}-{cases}.parquet")
+        rows = [{"model": name, "kind": kind, "seed": 0, "recall@10": .5, "ndcg@10": .5, "mrr": .5,
+                 "ranks": f"{name}-{cases}.parquet"} for name, kind in (("EASE", "id"), ("Laser", "laser"))]
+        return summarise(rows, tmp_path)[1]
+
+    assert line(3) == pytest.approx(line(1)) and line(1)["low"] < line(1)["ndcg@10_difference"]
 
 
 def test_names_make_folders():
