@@ -72,8 +72,8 @@ def reproduce(root: Path, names: Sequence[str], out: Path, config: Config, seeds
     """
     models = chosen((LASER, *(rival.name for rival in RIVALS)), models, "this table")
     if not config.eval.validates and models != [LASER]:
-        raise UserError("rivals are tuned on the validation split, and eval.validates is false; leave "
-                        "--eval.no-validates out, or fit Laser alone (--models laser)")
+        raise UserError("rivals are tuned on the validation split, and eval.validates is false; set it to true, or fit "
+                        f"{LASER} alone")
     there = sorted(file.parent.name for file in root.glob(f"*/{INTERACTIONS}"))
     if missing := [name for name in names if name not in there]:
         raise UserError(f"no data set {missing[0]!r} in {root}; there are: {', '.join(there) or 'none'}")
@@ -84,7 +84,8 @@ def reproduce(root: Path, names: Sequence[str], out: Path, config: Config, seeds
                                              f"recall@{config.eval.k}", f"ndcg@{config.eval.k}"))
     for name in names or there:
         prepare_source([root / name / INTERACTIONS, root / name / ITEMS], out / name / "data", config.data)
-        own, before = ([row for row in before if (row["data"] == name) is same] for same in (True, False))
+        own = [row for row in before if row["data"] == name]
+        before = [row for row in before if row["data"] != name]
         found += _one(name, Dataset.load(out / name / "data"), out / name, config, seeds, trials, progress, device,
                       models, own)
         write_json(out / "datasets.json", [*found, *before])

@@ -153,7 +153,7 @@ def test_a_smaller_call_leaves_what_was_measured(root, small, tmp_path):
 
 def test_no_rival_is_tuned_without_validation(root, small, tmp_path):
     blind = small.model_copy(update={"eval": small.eval.model_copy(update={"validates": False})})
-    with pytest.raises(UserError, match=r"rivals are tuned on the validation split.* leave --eval\.no-validates out"):
+    with pytest.raises(UserError, match=r"eval\.validates is false; set it to true, or fit Laser alone"):
         reproduce(root, ["hats"], tmp_path / "out", blind, [0], 1, progress=False, device="cpu", models=["ease"])
     assert not (tmp_path / "out").exists()
     rows = reproduce(root, ["hats"], tmp_path / "out", blind, [0], 1, progress=False, device="cpu", models=["laser"])
