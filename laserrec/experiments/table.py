@@ -257,7 +257,7 @@ class Table:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def settings(self, name: str, seed: int | None = None) -> Config:
-        """Of a row."""
+        """A row's, with this seed."""
         row = self.rows[name]
         own = {} if seed is None or not row.seeded else seeds(seed)
         return Config.model_validate(merge(merge(self.config.model_dump(), row.settings), own))
