@@ -155,9 +155,11 @@ _TAGS = ("a|abbr|b|big|br|center|code|dd|div|dl|dt|em|font|form|h[1-6]|hr|i|ifra
          "noscript|ol|option|p|pre|s|script|section|select|small|span|strike|strong|style|sub|sup|table|tbody|td|th|"
          "thead|tr|tt|u|ul")
 _BLOCK = re.compile(r"<(style|script)\b.*?(?:</\1\s*>|$)", re.IGNORECASE | re.DOTALL)
-_IMAGE = re.compile(r"<img\b[^<>]*?\balt=\"([^\"<>]*)\"[^<>]*>", re.IGNORECASE)
+_IMAGE = re.compile(r"<img\b[^<>]*>", re.IGNORECASE)
+_ALT = re.compile(r"\balt=\"([^\"]*)\"", re.IGNORECASE)
 _TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>", re.IGNORECASE)
 _OPEN_TAG = re.compile(rf"<(?:{_TAGS})\s[^<>]*$", re.IGNORECASE)
+_ZEROS, _NO_CHARACTER = re.compile("&#0+(?=[0-9])"), re.compile("&#[0-9]{8,};?")
 _PAGE_CODE = r"aPageStart|getTime\(\)|P\.when\("
 _MARKED = f"[&<]|{_PAGE_CODE}"
 
@@ -241,10 +243,18 @@ def _sound(text: str) -> str:
 
 
 def _without_markup(text: str) -> str:
-    text = html.unescape(text)
-    text = _OPEN_TAG.sub(" ", _TAG.sub(" ", _IMAGE.sub(r"\1", _BLOCK.sub(" ", text))))
+    """Each step takes time in proportion to the text, whatever stands in it."""
+    # html.unescape can't read a number of thousands of digits.
+    text = html.unescape(_NO_CHARACTER.sub("\ufffd", _ZEROS.sub("&#", text)))
+    text = _OPEN_TAG.sub(" ", _TAG.sub(" ", _IMAGE.sub(_alt, _BLOCK.sub(" ", text))))
     # A script cut out above took its code along; what still looks like code is the text itself.
     return "" if re.search(_PAGE_CODE, text) else text
+
+
+def _alt(image: re.Match[str]) -> str:
+    """An image's alt text; the image itself where it has none."""
+    found = _ALT.search(image[0])
+    return image[0] if found is None else found[1]
 
 
 # -- columns of Python values -------------------------------------------------------------------------------------
@@ -347,7 +357,7 @@ def _as_mixed(column: pl.Series, lists: bool) -> pl.Series:
 # -- times --------------------------------------------------------------------------------------------------------
 
 _DATE = re.compile(r"^(\d{4})([-/])(\d{1,2})\2(\d{1,2})(?!\d)")
-_ZONE = re.compile(r"\s+(?:UTC|GMT|([+-]\d\d:?\d\d))$")
+_ZONE = re.compile(r"(?<!\s)\s+(?:UTC|GMT|([+-]\d\d:?\d\d))$")
 _EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 _UNITS = {"seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}
 """Since 1970, from 1973 on: what lies within a factor of 100 above, up to 2286, looks like it."""

@@ -32,10 +32,8 @@ _NewId = Annotated[str, StringConstraints(max_length=MAX_ID), BeforeValidator(cl
                    _described({"type": "string", "minLength": 1, "maxLength": MAX_ID}, _NUMBER)]
 _TEXT = {"type": "string", "maxLength": MAX_TEXT}
 _OTHER_TEXTS = ({"type": "array"}, {"type": "object"}, _NUMBER, {"type": "boolean"})
-_Title = Annotated[str, StringConstraints(max_length=MAX_TEXT), BeforeValidator(clean_title),
-                   _described({**_TEXT, "minLength": 1}, *_OTHER_TEXTS)]
-_Text = Annotated[str | None, Field(max_length=MAX_TEXT), BeforeValidator(clean_text),
-                  _described(_TEXT, *_OTHER_TEXTS, {"type": "null"})]
+_Title = Annotated[str, BeforeValidator(clean_title), _described({**_TEXT, "minLength": 1}, *_OTHER_TEXTS)]
+_Text = Annotated[str | None, BeforeValidator(clean_text), _described(_TEXT, *_OTHER_TEXTS, {"type": "null"})]
 _Path = Annotated[str, Field(min_length=1, max_length=MAX_PATH, pattern=r"^[^\x00]+$")] | None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from laserrec.data import clean
+from laserrec.server.settings import MAX_TEXT
 from laserrec.util.errors import UserError
 
 
@@ -17,12 +18,15 @@ def clean_id(value: Any) -> str:
 
 
 def clean_text(value: Any) -> str | None:
-    """One line without markup, of any JSON value; None if nothing is left. Raises ValueError for lists in lists without
-    end."""
+    """One line without markup, of any JSON value; None if nothing is left. Raises ValueError for more than MAX_TEXT
+    characters, markup included, and for lists in lists without end."""
     try:
-        return clean.text(value)
+        plain = clean.flat(value)
     except RecursionError:
         raise ValueError("lists in lists, too deep to read") from None
+    if plain is not None and len(plain) > MAX_TEXT:
+        raise ValueError(f"a text of {len(plain):,} characters; send at most {MAX_TEXT:,}")
+    return clean.text(plain)
 
 
 def clean_title(value: Any) -> str:

@@ -146,6 +146,20 @@ def test_texts(value, expected):
         assert texts(pl.Series("title", ["plain", value, None])).to_list() == ["plain", expected, None]
 
 
+@pytest.mark.parametrize("part", ['<img ', '<img alt="" ', 'alt="', "<a ", "<script ", "</script ", "&#", "&#0", "&#9",
+                                  "&", "\t", "aPageStart", "<style>", '<img alt="x>'])
+@pytest.mark.parametrize("first", ["", "<img ", "<script>", "<a ", "&#"])
+def test_no_text_takes_more_than_time_in_proportion_to_its_length(first, part):
+    start = time.thread_time()
+    text(first + part * 40_000)
+    assert time.thread_time() - start < 1
+
+
+def test_an_image_leaves_its_first_alt_text_and_a_number_of_no_character_a_sign():
+    assert text('<img src="a" alt="red" alt="blue"> saw <img src="b">') == "red saw"
+    assert text(f"&#0065;&#{'0' * 5_000}66;&#{'9' * 5_000};&#1114112;C") == "AB\ufffd\ufffdC"
+
+
 def test_numbers_are_written_as_they_were_given():
     values = [27.74, 1e-7, 1e16, 0.1 + 0.2, 3.0, None, float("inf"), -0.0]
     wide, narrow = (pl.Series(values, dtype=kind) for kind in (pl.Float64, pl.Float32))
@@ -229,6 +243,8 @@ def test_dates_become_utc_milliseconds(monkeypatch):
         expected, expected, expected + 500, None]
     assert times_of("2020/01/01 12:00", "2020/1/1 12:00:00 UTC", "2020-1-1T12:00:00 GMT", "2020-01-01 14:00:00 +0200",
                     "1/1/2020 12:00", "2020/1-1", "2020/13/1") == [expected] * 4 + [None] * 3
+    start = time.thread_time()
+    assert times_of(f"2020/01/01{' ' * 50_000}x") == [None] and time.thread_time() - start < 1
     assert times_of(moment) == [expected]
     assert times_of(date(2020, 1, 1)) == [1577836800000]
     monkeypatch.undo()

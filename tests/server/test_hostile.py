@@ -87,6 +87,14 @@ def test_large_bodies_neither_hold_the_loop_nor_come_back(shared, what):
     assert time.process_time() - start < 1.5  # 6.7 s when each unknown field was an error of its own
 
 
+@pytest.mark.parametrize("text", ["x" * 2_001, ["x" * 1_000] * 3, '<img alt="' + 'alt="" ' * 100_000, "<b></b>" * 300])
+@pytest.mark.parametrize("field", ["title", "brand"])
+def test_long_texts_are_refused_before_they_are_cleaned(shared, monkeypatch, field, text):
+    monkeypatch.setattr("laserrec.data.clean.html", None)
+    answer = shared("POST", "/v1/items", json={"items": [{"item_id": "long", "title": "saw"} | {field: text}]})
+    assert answer.status_code == 422 and "send at most 2,000" in answer.json()["detail"]
+
+
 def test_a_form_from_another_site_changes_nothing(shared):
     body = b'{"items": [{"item_id": "evil", "title": "x"}]}'
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
