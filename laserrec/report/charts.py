@@ -23,6 +23,8 @@ _LEGEND_COLUMNS = 4
 _DOTTED = 60
 """A line of at most so many points shows them as dots, each with its number on hover."""
 _SVG = "http://www.w3.org/2000/svg"
+_SHORT = {"{http://www.w3.org/1999/xlink}href": "href"}
+"""Attributes that HTML knows without their namespace."""
 _VARIABLES = {f"#0000{place:02x}": f"var(--c{place})" for place in range(1, 10)} | {
     "#00000a": "var(--text)", "#00000b": "var(--soft)", "#00000c": "var(--grid)", "#00000d": "var(--card)"}
 """Stand-ins that matplotlib draws with -> the style sheet's colours."""
@@ -155,9 +157,13 @@ def _inline(figure: Figure, spoken: str, points: dict[str, list[str]]) -> str:
         warnings.simplefilter("ignore")  # letters that matplotlib's own font lacks: the reader's browser has them
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     ET.register_namespace("", _SVG)
-    root = ET.fromstring(buffer.getvalue().replace("xlink:href", "href"))
+    root = ET.fromstring(buffer.getvalue())
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": spoken}
     root.remove(root[0])  # <defs> with a style for every element of the page
+    for element in root.iter():
+        element.attrib = {_SHORT.get(name, name): value for name, value in element.attrib.items()}
+        if "style" in element.attrib:
+            element.attrib["style"] = _styled(element.attrib["style"])
     used = {name for e in root.iter() for value in e.attrib.values() for name in re.findall(r"#([mp]\w+)", value)}
     for element in list(root.iter()):
         element.tail = None
@@ -165,15 +171,19 @@ def _inline(figure: Figure, spoken: str, points: dict[str, list[str]]) -> str:
             element.text = None
         if "rotate(-0" in element.get("transform", ""):
             del element.attrib["transform"]
-        if "style" in element.attrib:
-            element.attrib["style"] = re.sub(r" font-family: [^;]*;", "", element.attrib["style"])
         name = element.get("id")
         if name in points:
             element.set("class", name)
             _add_titles(element, points[name])
         if name not in used:
             element.attrib.pop("id", None)
-    return re.sub("#0000[0-9a-f]{2}", lambda found: _VARIABLES[found[0]], ET.tostring(root, encoding="unicode"))
+    return ET.tostring(root, encoding="unicode")
+
+
+def _styled(style: str) -> str:
+    """With the page's own letters and colours. Of styles alone: a text may look like a colour."""
+    style = re.sub(r" font-family: [^;]*;", "", style)
+    return re.sub("#0000[0-9a-f]{2}", lambda found: _VARIABLES[found[0]], style)
 
 
 def _add_titles(group: ET.Element, titles: Sequence[str]) -> None:

@@ -7,14 +7,15 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
-from evil import EVIL, EVIL_BRAND, EVIL_CATEGORY
+from evil import EVIL, EVIL_BRAND, EVIL_CATEGORY, LIKE_DRAWING
 
 from laserrec import LaserRecommender
 from laserrec.config import StudentConfig
 from laserrec.data.dataset import Dataset
 from laserrec.recommender.distil import distil
-from laserrec.report.charts import Mark, Series, line_chart, number
+from laserrec.report.charts import Mark, Series, line_chart, number, scatter
 from laserrec.report.collect import collect
 from laserrec.report.curves import Training, charts, thinned, validation_charts
 from laserrec.report.page import render
@@ -130,9 +131,15 @@ def test_a_line_has_gaps_marks_and_its_words():
     assert "NaN" not in line_chart("T", [Series("", [1, 1], [5, 5])], "x", "y").svg
 
 
-@pytest.mark.parametrize("name", [EVIL, "$x$ $", "日本 \u202e emoji 🚀", "a & b"])
+@pytest.mark.parametrize("name", [EVIL, "$x$ $", "日本 \u202e emoji 🚀", "a & b", LIKE_DRAWING])
 def test_any_text_can_stand_in_a_chart(name):
-    assert name in Page(line_chart("T", [Series(name, [0, 1], [1, 2])], name, name, [Mark(0, name)]).svg).texts
+    lines = Page(line_chart(name, [Series(name, [0, 1], [1, 2])], name, name, [Mark(0, name)]).svg)
+    assert lines.texts.count(name) == 4 and f"{name} 1" in lines.texts  # the line, both axes, the mark; a point
+    points = Page(scatter("T", name, np.arange(3.0), np.arange(3.0), np.arange(3), [name] * 3).svg)
+    assert points.texts.count(name) == 3
+    for page in (lines, points):
+        assert name in page.tags[0][1]["aria-label"] and any(n == "use" and "href" in a for n, a in page.tags)
+        assert not re.search(r"#0000\w\w", " ".join(a.get("style", "") for _, a in page.tags))
 
 
 def test_charts_of_one_page_share_no_id():
