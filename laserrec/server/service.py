@@ -65,10 +65,8 @@ class Service:
         check_folder(state_folder)
         with locked(state_folder, "a server"):  # before the model, which takes long to load
             loader = Loader(state_folder, limits, device, backbone, trust_remote_code)
-            served = loader.load(folder, index, name or folder.name)
-            if served.stale:
-                served.state.write(served.kept)
-            service = cls(loader, served)
+            # No name here for what is served: it would keep the first model for as long as the server runs.
+            service = cls(loader, _written(loader.load(folder, index, name or folder.name)))
             service.worker.start()
             try:
                 yield service
@@ -225,6 +223,13 @@ class Service:
             self.model.remove_items(item_ids)
             self.listing.remove(item_ids)
             self.served.cache.clear()
+
+
+def _written(served: Served) -> Served:
+    """With its changes on disk."""
+    if served.stale:
+        served.state.write(served.kept)
+    return served
 
 
 async def wait(future: Future, timeout_seconds: float) -> Any:

@@ -132,16 +132,20 @@ class Worker:
 
     def _run(self) -> None:
         while self._await_work():
-            start = time.monotonic()
-            if self._changes:
-                self._step()
-            stepped = time.monotonic() - start
-            batch = self._next_batch()
-            live = [job for job in batch if job.future.set_running_or_notify_cancel()]  # others gave up meanwhile
-            if live:
-                self._answer_batch(live)
-                self._learn_pace(len(live), stepped + time.monotonic() - self._began)
-            self._running = 0
+            self._turn()  # by itself, so that a thread that waits holds no request, and no model with it
+
+    def _turn(self) -> None:
+        """A step of a change and a batch of requests, of what there is."""
+        start = time.monotonic()
+        if self._changes:
+            self._step()
+        stepped = time.monotonic() - start
+        batch = self._next_batch()
+        live = [job for job in batch if job.future.set_running_or_notify_cancel()]  # others gave up meanwhile
+        if live:
+            self._answer_batch(live)
+            self._learn_pace(len(live), stepped + time.monotonic() - self._began)
+        self._running = 0
 
     def _await_work(self) -> bool:
         """False when the worker was closed and everything is done."""

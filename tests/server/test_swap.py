@@ -1,10 +1,12 @@
 """Another model without a restart: requests under way, items that callers added, and folders that can't be loaded."""
 
+import gc
 import os
 import shutil
 import signal
 import threading
 import time
+import weakref
 
 import polars as pl
 import pytest
@@ -92,6 +94,24 @@ def test_while_it_loads_the_one_before_serves(client, newer, monkeypatch):
     gate.set()
     assert change.future.result(60) == 1 and adding.future.result(60) == 1
     assert client("GET", "/v1/items/new 1/a").status_code == 200 and len(client.service.listing) == 15
+
+
+def test_of_a_model_that_no_longer_serves_nothing_stays_in_memory(client, newer):
+    """Whether the garbage collector comes or not: the command line has it leave out what was there at the start."""
+    old = client.service.served
+    gone = [weakref.ref(part) for part in (old, old.model, old.model.model, old.model.fitted.features)]
+    assert client.recommend(HISTORY).status_code == 200
+    gc.disable()
+    try:
+        assert client.service.swap(newer).future.result(60) == 1
+        assert len(client.service.submit(old, old.ask(HISTORY, 5, False)[0]).result(60).ranked.items) == 5
+        del old
+        until = time.monotonic() + 10
+        while any(part() is not None for part in gone) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert [part() for part in gone] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_longer_than_a_request_may_take_it_goes_on(model_folder, newer, tmp_path, monkeypatch):
