@@ -12,7 +12,7 @@ from pydantic import AfterValidator
 
 from laserrec import __version__
 from laserrec.server import schema
-from laserrec.server.changes import Change
+from laserrec.server.changes import Change, Finished
 from laserrec.server.guards import problem
 from laserrec.server.listing import NewItem, item_of
 from laserrec.server.metrics import ServerMetrics
@@ -142,11 +142,9 @@ async def _outcome(service: Service, change: Change) -> schema.Changed | JSONRes
     return schema.Changed(changed=changed, n_items=len(service.listing))
 
 
-def _status(change: Change) -> schema.ChangeStatus:
-    state = change.state
-    detail = str(change.future.exception()) if state == "failed" else None
-    return schema.ChangeStatus(id=change.id, state=state, done=change.done, total=change.total, detail=detail,
-                               status_url=f"/v1/changes/{change.id}")
+def _status(change: Change | Finished) -> schema.ChangeStatus:
+    return schema.ChangeStatus(id=change.id, state=change.state, done=change.done, total=change.total,
+                               detail=change.detail, status_url=f"/v1/changes/{change.id}")
 
 
 def _not_found(item_id: str) -> JSONResponse:

@@ -1,8 +1,10 @@
 """Changes of the catalogue: in slices between requests, honestly answered, repeatable, never in the way of a start."""
 
 import contextlib
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import polars as pl
@@ -13,8 +15,9 @@ from serving import NEW, ids, served
 from laserrec import LaserRecommender
 from laserrec.server.changes import Changes
 from laserrec.server.listing import Item
+from laserrec.server.settings import Limits
 from laserrec.server.state import Kept, State
-from laserrec.server.worker import OverloadedError
+from laserrec.server.worker import OverloadedError, Worker
 from laserrec.util.errors import UserError
 
 
@@ -267,6 +270,29 @@ def test_finished_changes_are_forgotten_in_turn(monkeypatch):
     with pytest.raises(OverloadedError):
         changes.begin("u", 1, done)
     assert changes.get(waiting.id).state == "running"
+
+
+def test_of_a_finished_change_no_frame_is_remembered():
+    """A frame holds the model, and the request's body."""
+    class Held:
+        pass
+
+    def failing(held):
+        yield
+        raise ValueError("no room")
+
+    worker, changes, held = Worker(lambda asks: asks, Limits()), Changes(most=2), Held()
+    gone, steps = weakref.ref(held), failing(held)
+    worker.start()
+    change = changes.begin("x", 3, lambda change: worker.change(steps))
+    with pytest.raises(ValueError, match="no room"):
+        change.future.result(10)
+    worker.close()
+    name = change.id
+    del held, steps, change
+    gc.collect()
+    assert gone() is None
+    assert (found := changes.get(name)).state == "failed" and (found.detail, found.total) == ("no room", 3)
 
 
 def test_a_state_whose_rows_are_not_those_written_is_damaged(tmp_path):
