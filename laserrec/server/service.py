@@ -27,6 +27,7 @@ from laserrec.server.served import Answer, Loader, Served, Similar
 from laserrec.server.settings import Limits
 from laserrec.server.state import Kept
 from laserrec.server.worker import Worker
+from laserrec.util.errors import UserError
 from laserrec.util.io import check_folder, locked
 
 _SLICE_SECONDS = 0.05
@@ -213,9 +214,11 @@ class Service:
             yield
         try:
             writing.result()
-        except OSError as error:
+        except (OSError, UserError) as error:  # what the disk refuses is mostly the latter (util.io.disk_errors)
             _log.error("a change of the catalogue could not be written: %s", error)
-            raise StorageError(f"the change could not be written ({error.strerror}); nothing was changed") from None
+            cause = error.__cause__ if isinstance(error, UserError) else error
+            why = getattr(cause, "strerror", None) or "the server's log has it"  # no path of the server's machine
+            raise StorageError(f"the change could not be written ({why}); nothing was changed") from None
         self.served.kept = kept
 
     def _take_out(self, item_ids: list[str]) -> None:

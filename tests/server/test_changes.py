@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -127,12 +128,13 @@ def test_of_a_failed_change_nothing_remains(slow, monkeypatch):
 
 
 def test_a_change_that_can_not_be_kept_is_not_made(client, monkeypatch):
-    def full(kept):
+    def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(client.service.served.state, "write", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     answer = client("POST", "/v1/items", json={"items": [NEW]})
-    assert answer.status_code == 500 and "No space left" in answer.json()["detail"]
+    assert answer.status_code == 500
+    assert answer.json()["detail"] == "the change could not be written (No space left on device); nothing was changed"
     assert client.recommend(["new 1/a", "i1"]).json()["unknown"] == ["new 1/a"]
     assert client("DELETE", "/v1/items/i2").status_code == 500 and client("GET", "/v1/items/i2").status_code == 200
 
