@@ -52,6 +52,8 @@ class Service:
         self.limits, self.served, self._loader = loader.limits, served, loader
         self.changes = Changes(self.limits.max_changes)
         self.worker = Worker(self._answer, self.limits)
+        self._reloads = 0
+        """Reloads of the folder that serves which have begun to read it."""
         # One thread each: searches must not crowd out the model, and files are written one after another.
         self._searching, self._writing, self._loading = (ThreadPoolExecutor(1) for _ in range(3))
 
@@ -112,16 +114,21 @@ class Service:
     # -- another model ------------------------------------------------------------------------------------------
 
     def swap(self, folder: Path | None = None, index: Path | None = None) -> Change:
-        """Load a model folder and serve it from then on; None: the one that serves, anew, with its index. Requests that
-        came before are answered by the model that served then, which goes on serving where the change's future has an
-        error: UserError as `Loader.load`. Items that callers added and removed stay so. Raises OverloadedError."""
-        place, own = (self.served.folder, index or self.served.index) if folder is None else (folder, index)
-        name = self.served.name if folder is None else folder.name
-        return self.changes.begin(["model", str(place), str(own)], 1, lambda change: self.worker.change(
-            self._swapping(change, place, own, name)))
+        """Load a model folder and serve it from then on; None: the one that serves by then, anew, with its index unless
+        another one is named. Requests that came before are answered by the model that served then, which goes on
+        serving where the change's future has an error: UserError as `Loader.load`. Items that callers added and removed
+        stay so. Raises OverloadedError."""
+        # What has been read may have been replaced since, so that a further reload is one of its own.
+        asked = ["reload", self._reloads] if folder is None else ["model", str(folder)]
+        return self.changes.begin([*asked, str(index)], 1, lambda change: self.worker.change(
+            self._swapping(change, folder, index)))
 
-    def _swapping(self, change: Change, folder: Path, index: Path | None, name: str) -> Generator[None, None, int]:
+    def _swapping(self, change: Change, folder: Path | None, index: Path | None) -> Generator[None, None, int]:
         """No other change runs meanwhile, so that what the newer model finds on disk is what the older one has."""
+        name = self.served.name if folder is None else folder.name
+        if folder is None:
+            self._reloads += 1
+            folder, index = self.served.folder, index or self.served.index
         loading = self._loading.submit(self._loaded, folder, index, name)
         while not wait_for_futures([loading], 0.001).done:
             yield

@@ -96,6 +96,38 @@ def test_while_it_loads_the_one_before_serves(client, newer, monkeypatch):
     assert client("GET", "/v1/items/new 1/a").status_code == 200 and len(client.service.listing) == 15
 
 
+def test_a_reload_is_of_the_folder_that_serves_when_it_begins(client, newer):
+    gate = threading.Event()
+
+    def busy():
+        while not gate.is_set():
+            yield
+
+    client.service.worker.change(busy())
+    changes = [client.service.swap(newer), client.service.swap()]
+    gate.set()
+    assert [change.future.result(60) for change in changes] == [1, 1]
+    assert client.service.served.folder == newer and client.service.served.name == "model-2"
+
+
+def test_a_reload_that_has_begun_to_read_is_not_the_one_asked_for_later(client, monkeypatch):
+    """It may have read what was replaced since; one that waits reads what is there by then."""
+    gate, began, loading = threading.Event(), threading.Event(), LaserRecommender.from_pretrained
+
+    def slowly(*asked, **how):
+        began.set()
+        gate.wait(30)
+        return loading(*asked, **how)
+
+    monkeypatch.setattr(LaserRecommender, "from_pretrained", slowly)
+    first = client.service.swap()
+    assert began.wait(30)
+    second = client.service.swap()
+    assert second is not first and client.service.swap() is second
+    gate.set()
+    assert first.future.result(60) == second.future.result(60) == 1
+
+
 def test_of_a_model_that_no_longer_serves_nothing_stays_in_memory(client, newer):
     """Whether the garbage collector comes or not: the command line has it leave out what was there at the start."""
     old = client.service.served
