@@ -92,7 +92,8 @@ class Served:
         if added and not isinstance(self.model.model, Growing):
             _log.warning("%d items that were added to an earlier model are left out: method %s can't take new items",
                          len(added), self.model.method)
-            return kept, False
+            own = {name: vector for name, vector in kept.embeddings.items() if name in added}
+            return replace(kept, added=added, embeddings=own), bool(fitted_since)
         known, other = [], []
         for name, item in added.items():
             (known if self._fits(kept.embeddings.get(name)) else other).append(item)

@@ -196,6 +196,19 @@ def test_a_model_that_takes_no_new_items_has_none(client, model_folder, tmp_path
     assert facts(load(client, model_folder)) == [12, 1, 1]
 
 
+def test_an_added_item_that_such_a_model_was_fitted_with_can_be_removed(client, tmp_path):
+    data = tiny.planted(14, users=30)
+    LaserRecommender.fit_dataset(data, tiny.config("none"), tmp_path / "ease", "ease", device="cpu", progress=False)
+    item = {"item_id": "i13", "title": "blue saw", "brand": None, "category": None}
+    assert client("POST", "/v1/items", json={"items": [NEW, item]}).status_code == 201
+    assert load(client, tmp_path / "ease").json()["n_items"] == 14
+    assert client("DELETE", "/v1/items/i13").status_code == 200
+    client.service.worker.close()
+    shutil.copytree(tmp_path / "state", tmp_path / "copy")
+    with served(tmp_path / "ease", tmp_path / "copy") as again:
+        assert again("GET", "/v1/items/i13").status_code == 404 and list(again.service.kept.added) == [NEW["item_id"]]
+
+
 @pytest.mark.parametrize("what", ["nothing", "damaged", "index", "name"])
 def test_what_can_t_be_loaded_changes_nothing(client, model_folder, newer, tmp_path, what):
     place, more = tmp_path / "nothing", {}
