@@ -6,6 +6,7 @@ that served when it came.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -223,6 +224,10 @@ class Served:
         return tuple(zip(ask.history[places.cpu().numpy()].tolist(), values.tolist(), strict=True))
 
 
-def _key(ask: Ask) -> tuple:
-    rows = (None if rows is None else tuple(rows.tolist()) for rows in (ask.history, ask.candidates, ask.exclude))
-    return *rows, ask.k, ask.exclude_seen
+def _key(ask: Ask) -> tuple[bytes, int, bool]:
+    """The same for the same request. Rows stand in it as a digest: ten thousand candidates would take more memory than
+    all else that is kept of an answer."""
+    digest = hashlib.blake2b(digest_size=16)
+    for rows in (ask.history, ask.candidates, ask.exclude):
+        digest.update(b"none" if rows is None else f"{len(rows)}:".encode() + rows.astype(np.int64).tobytes())
+    return digest.digest(), ask.k, ask.exclude_seen

@@ -4,6 +4,8 @@ import asyncio
 import json
 import threading
 import time
+import tracemalloc
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +15,9 @@ import tiny
 from serving import ids, served
 
 from laserrec import LaserRecommender
+from laserrec.recommender.ranking import Ask, Ranked
 from laserrec.server.listing import Item
+from laserrec.server.served import _key
 from laserrec.util.errors import UserError
 
 ODD = ["plain", "x" * 257, "a/b", "100%", "é?#&", "y" * 3_000]
@@ -216,6 +220,23 @@ def test_what_batches_leave_behind_is_bounded(client):
         client.recommend(["i1", f"i{1 + j % 12}"], k=1 + j)
     assert "laserrec_batch_size_count 50.0" in client("GET", "/metrics").text
     assert not hasattr(client.service, "batch_sizes")
+
+
+def test_kept_answers_are_of_just_this_request_and_small(client):
+    rows = [np.array(some, dtype=np.int64) for some in ([], [1], [2], [1, 2], [2, 1], [1, 1], [1, 2, 1])]
+    asks = [Ask(history, 10, False, candidates, exclude) for history in rows[1:] for candidates in (None, *rows)
+            for exclude in (None, *rows)]
+    asks += [replace(asks[0], k=9), replace(asks[0], exclude_seen=True)]
+    assert len({_key(ask) for ask in asks}) == len(asks) and _key(asks[5]) == _key(deepcopy(asks[5]))
+    tracemalloc.start()
+    try:
+        for k in range(1, 101):
+            ask = Ask(rows[1], k, False, np.arange(12).repeat(1_000))
+            client.service.served._explained(ask, Ranked(rows[1], np.ones(1, np.float32)))
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(client.service.served.cache) == 100 and taken < 100 * 5_000
 
 
 def test_a_full_catalogue_is_searched_case_and_field_aware(client):
