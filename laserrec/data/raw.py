@@ -108,12 +108,18 @@ def read_items(frame: Any, name: str = "new items", catalogue: pl.DataFrame | No
     missing column, for an empty or repeated id or an empty title (with the row), and for vectors of another length."""
     given = Table(to_polars(frame, name), name)
     items, _ = _checked_items(_pick(given, "items", None), "raise", "Mend it")
+    check_items(items, name)
+    return items if catalogue is None else like(items, given, catalogue)
+
+
+def check_items(items: pl.DataFrame, name: str = "new items") -> pl.DataFrame:
+    """The same frame of cleaned items to add. Raises UserError, with the row, for a repeated id or an empty title."""
     for bad, what in ((items["item_id"].is_duplicated(), "stands in more than one row; keep one"),
                       (items["title"].is_null(), "has no title; give it one, its text is what a model reads")):
         if bad.any():
             row = int(bad.arg_max() or 0)
             raise UserError(f"{name}: row {row + 1}: item {items['item_id'][row]!r} {what}")
-    return items if catalogue is None else like(items, given, catalogue)
+    return items
 
 
 def to_polars(frame: Any, name: str = "the frame") -> pl.DataFrame:

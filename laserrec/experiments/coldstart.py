@@ -112,7 +112,7 @@ def rows(held: HeldOut, features: TextFeatures) -> list[Row]:
 
     def grown(place: Place, fitted: Fitted) -> tuple[Scorer, float]:
         model = LaserRecommender(fitted)
-        model.add_items(held.full.items.tail(held.full.n_items - held.n_warm).drop("item"))
+        model.add_cleaned(held.full.items.tail(held.full.n_items - held.n_warm).drop("item"))
         return model, 0.0
 
     def longer(place: Place, fitted: Fitted) -> tuple[Scorer, float]:

@@ -24,7 +24,7 @@ from laserrec.data.door import Asked, read_histories
 from laserrec.data.histories import Histories
 from laserrec.data.losses import LossWarning, two_of
 from laserrec.data.prepare import prepare
-from laserrec.data.raw import ITEM_SCHEMA, from_frames, read_items
+from laserrec.data.raw import ITEM_SCHEMA, check_items, from_frames, read_items
 from laserrec.data.summary import summary_lines
 from laserrec.evaluation.evaluate import Result
 from laserrec.llm.backbone import Backbone
@@ -110,7 +110,7 @@ class LaserRecommender:
     def _grown(self, items: pl.DataFrame) -> int:
         """Add those that never were in the catalogue, if the method can; how many."""
         new = items.filter(~pl.col("item_id").is_in(self._names))  # what was removed since stays so
-        return self.add_items(new) if new.height and isinstance(self.model, Growing) else 0
+        return self.add_cleaned(new) if new.height and isinstance(self.model, Growing) else 0
 
     def refit(self, dataset: Dataset | Path | str, folder: Path | str, changes: Mapping[str, Any] | None = None,
               progress: bool = True) -> LaserRecommender:
@@ -249,20 +249,32 @@ class LaserRecommender:
         missing title, a repeated or an existing id, embeddings that are not finite or not one for each, and for a
         method without `laserrec.methods.protocol.Growing`; then nothing is added."""
         with self._held(tables=True):
-            new = self._new_items(frame, exists)
-            if not isinstance(self.model, Growing):
-                raise UserError(f"method {self.method} can't take items that it was not fitted on; fit it again with "
-                                "them, or use laser")
-            first, ids = len(self._names), new["item_id"].to_list()
-            if not ids:
-                return 0
-            self.model.add_items(new, None if embeddings is None else vectors_of(embeddings, ids, self.embeddings))
-            new = new.with_columns(pl.Series("item", range(first, first + new.height), dtype=pl.Int32))
-            self.items = pl.concat([self.items, new.select(self.items.columns)])
-            self._names += ids
-            self._rows |= {name: first + i for i, name in enumerate(ids)}
-            self._tell_blank(first)
-            return new.height
+            return self._appended(self._new_items(frame, exists), embeddings)
+
+    def add_cleaned(self, items: pl.DataFrame, embeddings: Float[np.ndarray | Tensor, "new d_out"] | None = None
+                    ) -> int:
+        """As `add_items`, of items whose texts were cleaned when they were read, such as those of another catalogue.
+        They are taken as they are: a text that is cleaned once more may become another ("&amp;amp;")."""
+        with self._held(tables=True):
+            columns = {name: kind for name, kind in self.items.schema.items() if name != "item"}
+            new = items.select(pl.col(name) if name in items.columns else pl.lit(None, kind).alias(name)
+                               for name, kind in columns.items())
+            return self._appended(self._without_known(check_items(new), "error"), embeddings)
+
+    def _appended(self, new: pl.DataFrame, embeddings: Float[np.ndarray | Tensor, "new d_out"] | None) -> int:
+        if not isinstance(self.model, Growing):
+            raise UserError(f"method {self.method} can't take items that it was not fitted on; fit it again with "
+                            "them, or use laser")
+        first, ids = len(self._names), new["item_id"].to_list()
+        if not ids:
+            return 0
+        self.model.add_items(new, None if embeddings is None else vectors_of(embeddings, ids, self.embeddings))
+        new = new.with_columns(pl.Series("item", range(first, first + new.height), dtype=pl.Int32))
+        self.items = pl.concat([self.items, new.select(self.items.columns)])
+        self._names += ids
+        self._rows |= {name: first + i for i, name in enumerate(ids)}
+        self._tell_blank(first)
+        return new.height
 
     def _tell_blank(self, first: int) -> None:
         """Of items from this row on."""
@@ -271,7 +283,7 @@ class LaserRecommender:
         if blank := int((~self.embeddings[first:].any(dim=1)).sum()):
             warnings.warn(f"add_items: of {blank:,} of {len(self._names) - first:,} items there is nothing that this "
                           "model reads (a text, or a vector of their own), so it will hardly recommend them. Refit it "
-                          "when they have interactions", LossWarning, stacklevel=3)
+                          "when they have interactions", LossWarning, stacklevel=4)
 
     def remove_items(self, item_ids: Sequence[str]) -> int:
         """Take items out of the catalogue: they are never recommended again, and unknown in histories and candidates.
@@ -426,7 +438,9 @@ class LaserRecommender:
         """Cleaned, without those that are in the catalogue already."""
         if exists not in ("error", "skip"):
             raise UserError(f'exists is "error" or "skip", not {exists!r}')
-        items = read_items(frame, catalogue=self.items)
+        return self._without_known(read_items(frame, catalogue=self.items), exists)
+
+    def _without_known(self, items: pl.DataFrame, exists: str) -> pl.DataFrame:
         known = [i for i in items["item_id"].to_list() if i in self._rows]
         if known and exists == "error":
             raise UserError(f"new items: {len(known)} ids are in the catalogue already, first {known[:3]}; leave them "

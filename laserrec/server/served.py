@@ -100,9 +100,9 @@ class Served:
             (known if self._fits(kept.embeddings.get(name)) else other).append(item)
         if known:
             stored = np.stack([kept.embeddings[item["item_id"]] for item in known])
-            self.model.add_items(self.frame(known), torch.from_numpy(stored))
+            self.model.add_cleaned(self.frame(known), torch.from_numpy(stored))
         if other:  # added to an earlier model
-            self.model.add_items(self.frame(other))
+            self.model.add_cleaned(self.frame(other))
         if other or fitted_since:
             return replace(kept, added=added, embeddings=self.embeddings(list(added))), True
         return kept, False
@@ -130,7 +130,7 @@ class Served:
         return list(zip(rows.tolist(), map(item_of, items), strict=True))
 
     def frame(self, items: Sequence[NewItem]) -> pl.DataFrame:
-        """As `LaserRecommender.add_items` takes them: with the columns that the catalogue has."""
+        """As `LaserRecommender.add_cleaned` takes them: with the columns that the catalogue has."""
         columns = {name: kind for name, kind in self.model.items.schema.items() if name != "item"}
         rows = [{**item_of(item), **item.get("columns", {}), VECTOR: self._vector(item)} for item in items]
         return pl.DataFrame([{name: row.get(name) for name in columns} for row in rows], schema=columns)
@@ -155,7 +155,7 @@ class Served:
         return None
 
     def check(self, items: Sequence[NewItem]) -> None:
-        """Raises UserError for an item with a column, or a vector, that the catalogue does not have."""
+        """Raises UserError for an item with a column, or a vector, that the catalogue does not have or can't hold."""
         kind, names = self.model.items.schema.get(VECTOR), extra_names(self.model.items)
         for item in items:
             where = f"item {item['item_id']!r}"
@@ -169,6 +169,9 @@ class Served:
             if len(vector) != kind.shape[0]:
                 raise UserError(f"{where}: its vector has {len(vector)} numbers, those of the catalogue "
                                 f"{kind.shape[0]}")
+            if np.abs(vector).max() > np.finfo(np.float32).max:
+                raise UserError(f"{where}: a number of its vector is too large for 32 bits; scale it as the "
+                                "catalogue's are")
 
     def embeddings(self, names: list[str]) -> dict[str, np.ndarray]:
         """To keep them, so that a restart does not read the texts again."""

@@ -170,7 +170,7 @@ class Service:
             while at < len(new):
                 part, start = new[at : at + size], time.monotonic()
                 at += len(part)
-                served.model.add_items(served.frame(part))
+                served.model.add_cleaned(served.frame(part))
                 served.listing.add(served.with_rows(part))
                 served.cache.clear()
                 change.done += len(part)

@@ -99,11 +99,13 @@ TEXTS = {"id_model": {**tiny.ID_MODEL.model_dump(), "items": "llm_start", "max_e
 
 
 def test_an_item_that_was_removed_stays_so_when_the_fit_is_loaded(settings, llm, tmp_path):
-    cold = DATA.items.tail(2).with_columns(item_id=pl.Series(["cold1", "cold2"])).drop("item")
+    cold = DATA.items.tail(2).drop("item")
+    cold = cold.with_columns(item_id=pl.Series(["cold1", "cold2"]), title=pl.lit("&amp; saw"))
     data = replace(DATA)
     data.__dict__["new_items"] = cold  # as read from its folder
     model = LaserRecommender.fit_dataset(data, settings(), tmp_path / "m", device="cpu", progress=False)
     assert model.items["item_id"].to_list()[N:] == ["cold1", "cold2"]
+    assert model.items["title"].to_list()[N:] == ["&amp; saw"] * 2  # as it was read, when it was cleaned
     model.remove_items(["cold1"])
     model.save_pretrained(tmp_path / "m")
     for _ in range(2):

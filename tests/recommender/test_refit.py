@@ -132,12 +132,14 @@ def test_texts_that_the_model_has_read_are_not_read_again(whole, tmp_path, monke
 def test_items_that_were_added_stay_and_removed_ones_are_gone(whole, tmp_path, llm):
     whole("laser", **MEAN).save_pretrained(tmp_path / "old")
     old = LaserRecommender.from_pretrained(tmp_path / "old", llm())
-    old.add_items(pl.DataFrame({"item_id": ["mine", "i18", "mine too"], "title": ["a saw", "a drill", "steel"]}))
+    titles = ["a &amp;amp; saw", "a drill", "steel"]
+    old.add_items(pl.DataFrame({"item_id": ["mine", "i18", "mine too"], "title": titles}))
     old.remove_items(["i3", "mine too"])
     for _ in range(2):  # the second time it is there
         model = old.refit(MIXED, tmp_path / "m", STILL, progress=False)
         assert model.items["item_id"].to_list()[N + 4 :] == ["mine"] and not model.unknown_items(["i18", "mine"])
         assert model.unknown_items(["i3", "mine too"]) == ["i3", "mine too"]
+        assert model.items["title"][-1] == "a &amp; saw"  # its text is not cleaned once more
     loaded = LaserRecommender.from_pretrained(tmp_path / "m", llm())
     assert loaded.removed == model.removed and loaded.items.equals(model.items)
     assert len(old.items) == N + 3  # it is as it was

@@ -35,14 +35,14 @@ def client(model_folder, tmp_path):
 @pytest.fixture
 def slow(client, monkeypatch):
     """Encoding takes 20 ms an item, as a real LLM's does."""
-    add, sizes = client.service.model.add_items, []
+    add, sizes = client.service.model.add_cleaned, []
 
     def slowly(frame, *more):
         sizes.append(frame.height)
         time.sleep(0.02 * frame.height)
         return add(frame, *more)
 
-    monkeypatch.setattr(client.service.model, "add_items", slowly)
+    monkeypatch.setattr(client.service.model, "add_cleaned", slowly)
     client.sizes = sizes
     return client
 
@@ -113,17 +113,17 @@ def test_other_texts_for_a_known_id_are_a_conflict_and_nothing_is_added(client):
 
 
 def test_of_a_failed_change_nothing_remains(slow, monkeypatch):
-    add = slow.service.model.add_items
+    add = slow.service.model.add_cleaned
 
     def failing(frame, *more):
         if "n7" in frame["item_id"]:
             raise RuntimeError("no")
         return add(frame, *more)
 
-    monkeypatch.setattr(slow.service.model, "add_items", failing)
+    monkeypatch.setattr(slow.service.model, "add_cleaned", failing)
     assert slow("POST", "/v1/items", json={"items": many(9)}).status_code == 500
     assert len(slow.service.listing) == 12 and slow.service.model.unknown_items(["n0"]) == ["n0"]
-    monkeypatch.setattr(slow.service.model, "add_items", add)
+    monkeypatch.setattr(slow.service.model, "add_cleaned", add)
     assert slow("POST", "/v1/items", json={"items": many(9)}).json() == {"changed": 9, "n_items": 21}
 
 
@@ -141,8 +141,8 @@ def test_a_change_that_can_not_be_kept_is_not_made(client, monkeypatch):
 
 def test_a_change_under_way_when_the_server_ends_is_finished_or_undone(model_folder, tmp_path, monkeypatch):
     with served(model_folder, tmp_path, timeout_seconds=0.3) as client:
-        add = client.service.model.add_items
-        monkeypatch.setattr(client.service.model, "add_items", lambda frame: time.sleep(0.05) or add(frame))
+        add = client.service.model.add_cleaned
+        monkeypatch.setattr(client.service.model, "add_cleaned", lambda frame: time.sleep(0.05) or add(frame))
         change = client.service.add(many(1_000))
         with pytest.raises(TimeoutError):
             change.future.result(0.2)
@@ -254,6 +254,19 @@ def test_texts_are_cleaned_as_those_of_a_fit(client):
                      ({"item_id": True, "title": "z"}, "not an id"), ({"item_id": "y", "title": deep}, "too deep")):
         answer = client("POST", "/v1/items", json={"items": [bad]})
         assert answer.status_code == 422 and why in answer.json()["detail"]
+
+
+def test_texts_are_cleaned_once(model_folder, tmp_path):
+    """So that a text that was escaped twice is the same in the answer, the catalogue, the state and after a restart."""
+    raw = {"item_id": "x", "title": "AT&amp;amp;amp;T saw", "brand": "<<b>b>R", "category": None}
+    want = {"item_id": "x", "title": "AT&amp;amp;T saw", "brand": "< b>R", "category": None}
+    for changed in (1, 0):
+        with served(model_folder, tmp_path) as client:
+            for count in (changed, 0):
+                answer = client("POST", "/v1/items", json={"items": [raw]})
+                assert answer.status_code == 201 and answer.json()["changed"] == count
+            assert client("GET", "/v1/items/x").json() == want
+            assert client.service.model.items.row(-1)[1:5] == tuple(want.values())
 
 
 def test_finished_changes_are_forgotten_in_turn(monkeypatch):

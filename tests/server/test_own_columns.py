@@ -96,6 +96,7 @@ def test_a_vector_that_does_not_fit_the_model_is_left_out(client, folder, tmp_pa
 @pytest.mark.parametrize(("wrong", "why"), [
     ({"columns": {"size": "XL"}}, "no column 'size'; its further columns are: colour"),
     ({"vector": [1.0, 2.0]}, "its vector has 2 numbers, those of the catalogue 6"),
+    ({"vector": [1e300] * DIMS}, "too large for 32 bits"),
     ({"vector": []}, "vector"), ({"vector": ["x"] * DIMS}, "vector"), ({"columns": [1]}, "columns")])
 def test_what_the_catalogue_does_not_have_is_refused_before_anything_is_added(client, wrong, why):
     answer = client("POST", "/v1/items", json={"items": [NEW, {**OWN, "item_id": "other", **wrong}]})
