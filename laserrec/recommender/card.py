@@ -219,7 +219,9 @@ def _parameters(note: dict[str, Any]) -> list[tuple[str, Any]]:
         rows = [("trained, all (prefix maker, suffix, head)", f"{training['trained_parameters']:,}"),
                 (f"Bi-Tuning's share: a prefix of {queries} tokens and the suffix, as the LLM reads them",
                  f"{training['bi_tuning_parameters']:,}")]
-    return [*rows, ("seconds of training", f"{training['seconds']:,.0f}")]
+    taught = training.get("teacher", {}).get("seconds")
+    before = [] if taught is None else [("of the model that it was distilled from", f"{taught:,.0f}")]
+    return [*rows, ("seconds of training", f"{training['seconds']:,.0f}"), *before]
 
 
 def _backbone(note: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -21,6 +21,7 @@ from laserrec.recommender import folder as folders
 from laserrec.recommender.fitting import Fitted, open_folder, weights_of
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.recommender.scorers import FirstItems
+from laserrec.recommender.validated import trained_on_validation
 from laserrec.training.trainer import Pace, Trainer
 from laserrec.util.distributed import alone
 from laserrec.util.errors import UserError
@@ -33,8 +34,9 @@ def distil(teacher: LaserRecommender, dataset: Dataset, folder: Path | str, conf
     """Train a student on a data folder's training sequences, into a model folder of its own. A finished folder of the
     same teacher and settings is loaded; an unfinished one is resumed.
 
-    `facts["student"]` tells what it took and, under "validation", what both score there. Raises UserError for data of
-    another catalogue, a teacher that is distilled itself or no Laser, or a folder of other settings or another teacher.
+    `facts["student"]` tells what it took and, under "validation", what both score there; `facts["training"]` is of the
+    student, with the teacher's under "teacher". Raises UserError for data of another catalogue, a teacher that is
+    distilled itself or no Laser, or a folder of other settings or another teacher.
     """
     alone("distilling")
     config, folder = config or StudentConfig(), Path(folder)
@@ -67,11 +69,12 @@ def _distil(teacher: LaserRecommender, dataset: Dataset, folder: Path, config: S
     student = task.student.eval().requires_grad_(False)
     note: dict[str, Any] = {"config": config.model_dump(mode="json"), "histories": len(task.histories),
                             "seconds": trainer.summary()["seconds"], "validation": {}}
-    facts = {k: v for k, v in teacher.facts.items() if k != "results"}  # those were the teacher's
+    facts = {name: teacher.facts[name] for name in ("data", "card") if name in teacher.facts}
+    training = {**trainer.summary(), "kept": {}, "teacher": teacher.facts.get("training", {})}
     removed = {"removed": sorted(teacher.removed)} if teacher.removed else {}
     fitted = Fitted(student, "laser", student.config, teacher.items, teacher.n_known, teacher.fitted.features,
-                    {**facts, **removed, "fingerprint": fingerprint, "student": note}, teacher.fitted.id_model,
-                    teacher.fitted.backbone, log)
+                    {**facts, **removed, "fingerprint": fingerprint, "training": training, "student": note},
+                    teacher.fitted.id_model, teacher.fitted.backbone, log)
     model = LaserRecommender(fitted)
     for name, side in (("teacher", teacher), ("student", model)) if len(dataset.cases("validation")) else ():
         with Progress(f"validating the {name}", len(dataset.cases("validation")), progress) as bar:
@@ -80,6 +83,8 @@ def _distil(teacher: LaserRecommender, dataset: Dataset, folder: Path, config: S
         note["validation"][name] = {**result.plain.as_dict(), "seconds": round(result.seconds, 2)}
         if side is model:
             model.record(result, dataset)
+            if not trained_on_validation(training):
+                training["kept"] = {f"validation_{metric}": value for metric, value in result.plain.as_dict().items()}
     folders.save(folder, model.saved(), finished=True)
 
 

@@ -19,6 +19,7 @@ def validated(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained_on_validation(training: Mapping[str, Any]) -> bool:
-    """Whether a network that ranks items anew has learnt from the targets of validation users: a measurement of the
-    fitted model on these tells too much."""
-    return (training.get("parts") or {}).get("network", {}).get("kept", False)
+    """Whether a network that ranks items anew, which a distilled model has from its teacher, has learnt from the
+    targets of validation users: a measurement of the fitted model on these tells too much."""
+    own = (training.get("parts") or {}).get("network", {}).get("kept", False)
+    return own or ("teacher" in training and trained_on_validation(training["teacher"]))

@@ -17,6 +17,7 @@ from laserrec.methods.laser.student import Student
 from laserrec.recommender import distil
 from laserrec.recommender.folder import shared_files
 from laserrec.recommender.recommender import LaserRecommender
+from laserrec.recommender.validated import trained_on_validation, validated
 from laserrec.training.trainer import Trainer
 from laserrec.util.errors import UserError
 
@@ -275,6 +276,32 @@ def test_the_folder_says_what_it_is_and_is_checked(teach, fitted, tmp_path, llm)
     file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     with pytest.raises(UserError, match=r"weights\.safetensors has changed"):
         LaserRecommender.from_pretrained(fast, llm())
+
+
+def test_what_is_told_of_the_training_is_the_students(teach, tmp_path):
+    teacher, fast = teach(), tmp_path / "fast"
+    taught = teacher.facts["training"] = {**teacher.facts["training"], "seconds": 12345.6}
+    taught["kept"] = {**taught["kept"], "validation_ndcg@10": 0.98765}
+    distil.distil(teacher, DATA, fast, QUICK, False)
+    note = json.loads((fast / "model.json").read_text())
+    own, both = note["training"], note["student"]["validation"]
+    assert own["teacher"] == taught and own["seconds"] == note["student"]["seconds"] and own["epochs"] == 2
+    assert validated(own) == {name: value for name, value in both["student"].items() if name != "seconds"}
+    card = (fast / "README.md").read_text()
+    assert f"| validation | {both['student']['recall@10']:.4f} |" in card and "0.9876" not in card
+    assert f"| seconds of training | {own['seconds']:,.0f} |" in card
+    assert "| of the model that it was distilled from | 12,346 |" in card
+
+
+def test_of_a_student_whose_network_has_learnt_from_validation_users_nothing_is_told_on_these(teach, tmp_path):
+    teacher, fast = teach(), tmp_path / "fast"
+    parts = {"network": {"kept": True, "network": 0.98765}, "ndcg@10": {"chosen": 0.98765}, "users": 30}
+    teacher.facts["training"] = {**teacher.facts["training"], "parts": parts}
+    distil.distil(teacher, DATA, fast, QUICK, False)
+    training = json.loads((fast / "model.json").read_text())["training"]
+    assert trained_on_validation(training) and validated(training) == {}
+    card = (fast / "README.md").read_text()
+    assert "None were recorded." in card and "0.9876" not in card
 
 
 def test_a_large_catalogue_is_drawn_from(teach, monkeypatch):

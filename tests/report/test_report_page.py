@@ -251,6 +251,10 @@ def test_the_closed_form_of_laser_and_a_distilled_model(run_folder, fit):
     small = collect(find(run_folder / "small"))
     assert [t.name for t in small.trainings] == ["laser", "ID model (sasrec)"] and small.trainings[0].steps
     assert "student" in small.model["config"] and small.experts is None
+    teacher_seconds = small.model["training"]["teacher"]["seconds"]
+    assert teacher_seconds == teacher.facts["training"]["seconds"] != small.model["training"]["seconds"]
+    assert small.validated == {name: value for name, value in small.model["student"]["validation"]["student"].items()
+                               if name != "seconds"}
     for found in (instant, small):
         page = Page(render(found))
         assert page.faults == [] and "experts" not in [a.get("id") for _, a in page.tags]
