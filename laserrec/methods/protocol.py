@@ -82,10 +82,11 @@ class TwoTower(Protocol):
 class Growing(Protocol):
     """A model that takes items it was not trained on, by their text."""
 
-    def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None
-                  ) -> Float[Tensor, "new d_out"]:
+    def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None,
+                  means: Float[Tensor, "new d_means"] | None = None) -> Float[Tensor, "new d_out"]:
         """Append items (columns title and the attributes) and return their vectors. vectors: theirs, from an earlier
-        call on the same model, which saves reading the texts."""
+        call on the same model, which saves making them. means: where the model keeps what the LLM made of each text
+        (`item_tensors`), that of these items; together with `vectors` it saves reading the texts."""
         ...
 
 

@@ -142,9 +142,9 @@ class RecFormer(nn.Module, TwoTower):
         """Embeddings of unit length."""
         return self.vectors if rows is None else self.vectors[rows]
 
-    def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None
-                  ) -> Float[Tensor, "new d_out"]:
-        """As `Growing.add_items`."""
+    def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None,
+                  means: Float[Tensor, "new d_means"] | None = None) -> Float[Tensor, "new d_out"]:
+        """As `Growing.add_items`; it keeps no means."""
         first = len(self.vectors)
         try:
             self.attributes.add(items)

@@ -89,9 +89,9 @@ class ZESRec(NextItemModel):
         self.n_items = self.pad = len(vectors)
 
     @torch.no_grad()
-    def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None
-                  ) -> Float[Tensor, "new d_out"]:
-        """As `Growing.add_items`."""
+    def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None,
+                  means: Float[Tensor, "new d_means"] | None = None) -> Float[Tensor, "new d_out"]:
+        """As `Growing.add_items`; it keeps no means."""
         vectors = self.adaptor(self.white(items)) if vectors is None else vectors.to(self.device)
         self.take_items(torch.cat([self.table(), vectors]))
         return vectors

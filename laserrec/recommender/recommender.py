@@ -243,32 +243,35 @@ class LaserRecommender:
         """Add items (item_id, title; brand, category, further columns and vector of the catalogue if known) to the
         catalogue and encode them; they can be recommended and stand in histories at once. Nothing is retrained: their
         text does the work, and where scores have an ID part, they inherit that of the items nearest by text.
-        embeddings: these items' own, as `encode_items` gave them on the same model, which saves the encoding. exists:
-        "error", or "skip" to leave out items that are in the catalogue already.
+        embeddings: these items' own, as `encode_items` gave them on the same model, which saves making them; where
+        items stand in histories by the means of their texts (prompt.item_side mean), the LLM reads these all the same.
+        exists: "error", or "skip" to leave out items that are in the catalogue already.
         Returns how many. Items of which the model reads nothing are counted in a LossWarning. Raises UserError for a
         missing title, a repeated or an existing id, embeddings that are not finite or not one for each, and for a
         method without `laserrec.methods.protocol.Growing`; then nothing is added."""
         with self._held(tables=True):
             return self._appended(self._new_items(frame, exists), embeddings)
 
-    def add_cleaned(self, items: pl.DataFrame, embeddings: Float[np.ndarray | Tensor, "new d_out"] | None = None
-                    ) -> int:
+    def add_cleaned(self, items: pl.DataFrame, embeddings: Float[np.ndarray | Tensor, "new d_out"] | None = None,
+                    means: Float[Tensor, "new d_means"] | None = None) -> int:
         """As `add_items`, of items whose texts were cleaned when they were read, such as those of another catalogue.
-        They are taken as they are: a text that is cleaned once more may become another ("&amp;amp;")."""
+        They are taken as they are: a text that is cleaned once more may become another ("&amp;amp;"). means: their rows
+        of `means` on the same model; with `embeddings` too, no text is read."""
         with self._held(tables=True):
             columns = {name: kind for name, kind in self.items.schema.items() if name != "item"}
             new = items.select(pl.col(name) if name in items.columns else pl.lit(None, kind).alias(name)
                                for name, kind in columns.items())
-            return self._appended(self._without_known(check_items(new), "error"), embeddings)
+            return self._appended(self._without_known(check_items(new), "error"), embeddings, means)
 
-    def _appended(self, new: pl.DataFrame, embeddings: Float[np.ndarray | Tensor, "new d_out"] | None) -> int:
+    def _appended(self, new: pl.DataFrame, embeddings: Float[np.ndarray | Tensor, "new d_out"] | None,
+                  means: Float[Tensor, "new d_means"] | None = None) -> int:
         if not isinstance(self.model, Growing):
             raise UserError(f"method {self.method} can't take items that it was not fitted on; fit it again with "
                             "them, or use laser")
         first, ids = len(self._names), new["item_id"].to_list()
         if not ids:
             return 0
-        self.model.add_items(new, None if embeddings is None else vectors_of(embeddings, ids, self.embeddings))
+        self.model.add_items(new, None if embeddings is None else vectors_of(embeddings, ids, self.embeddings), means)
         new = new.with_columns(pl.Series("item", range(first, first + new.height), dtype=pl.Int32))
         self.items = pl.concat([self.items, new.select(self.items.columns)])
         self._names += ids
@@ -369,6 +372,11 @@ class LaserRecommender:
     def embeddings(self) -> Float[Tensor, "n_items d_out"]:
         """Items' vectors, one row per row of `items`. Raises UserError where the method has none."""
         return self._towers().items().detach()
+
+    @property
+    def means(self) -> Float[Tensor, "n_items d_means"] | None:
+        """What the LLM made of the items' texts, one row per row of `items`; None where the model keeps no such."""
+        return getattr(self.model, "item_tensors", dict)().get("means")
 
     @property
     def rows(self) -> Mapping[str, int]:

@@ -93,18 +93,19 @@ class Served:
         if added and not isinstance(self.model.model, Growing):
             _log.warning("%d items that were added to an earlier model are left out: method %s can't take new items",
                          len(added), self.model.method)
-            own = {name: vector for name, vector in kept.embeddings.items() if name in added}
-            return replace(kept, added=added, embeddings=own), bool(fitted_since)
+            return kept.of(added), bool(fitted_since)
         known, other = [], []
         for name, item in added.items():
-            (known if self._fits(kept.embeddings.get(name)) else other).append(item)
+            (known if self._fits(kept.embeddings.get(name), kept.means.get(name)) else other).append(item)
         if known:
-            stored = np.stack([kept.embeddings[item["item_id"]] for item in known])
-            self.model.add_cleaned(self.frame(known), torch.from_numpy(stored))
+            names = [item["item_id"] for item in known]
+            stored = torch.from_numpy(np.stack([kept.embeddings[name] for name in names]))
+            means = None if self.model.means is None else torch.from_numpy(np.stack([kept.means[n] for n in names]))
+            self.model.add_cleaned(self.frame(known), stored, means)
         if other:  # added to an earlier model
             self.model.add_cleaned(self.frame(other))
         if other or fitted_since:
-            return replace(kept, added=added, embeddings=self.embeddings(list(added))), True
+            return replace(self.kept_of(list(added.values())), removed=kept.removed), True
         return kept, False
 
     @property
@@ -113,9 +114,11 @@ class Served:
         return (len(self.kept.added) if isinstance(self.model.model, Growing) else 0,
                 len(self.fitted.intersection(self.kept.removed)))
 
-    def _fits(self, embedding: np.ndarray | None) -> bool:
+    def _fits(self, embedding: np.ndarray | None, means: np.ndarray | None) -> bool:
+        own = self.model.means
         return embedding is not None and embedding.shape == self.model.embeddings.shape[1:] \
-            and bool(np.isfinite(embedding).all())
+            and bool(np.isfinite(embedding).all()) \
+            and (own is None or (means is not None and means.shape == own.shape[1:]))
 
     def _live_items(self) -> list[tuple[int, Item]]:
         names = list(Item.__annotations__)
@@ -173,11 +176,17 @@ class Served:
                 raise UserError(f"{where}: a number of its vector is too large for 32 bits; scale it as the "
                                 "catalogue's are")
 
-    def embeddings(self, names: list[str]) -> dict[str, np.ndarray]:
-        """To keep them, so that a restart does not read the texts again."""
-        if not names or not isinstance(self.model.model, TwoTower):
-            return {}
-        return dict(zip(names, self.model.encode_items(names), strict=True))
+    def kept_of(self, items: Sequence[NewItem]) -> Kept:
+        """Added items with all that a restart needs of them, so that it does not read their texts again."""
+        added = {item["item_id"]: item for item in items}
+        if not added or not isinstance(self.model.model, TwoTower):
+            return Kept(added=added)
+        embeddings, means = self.model.encode_items(list(added)), self.model.means
+        if means is None:
+            return Kept((), added, dict(zip(added, embeddings, strict=True)))
+        rows = torch.from_numpy(self.model.dense_items(list(added), "items"))
+        return Kept((), added, dict(zip(added, embeddings, strict=True)),
+                    dict(zip(added, means[rows.to(means.device)].cpu().numpy(), strict=True)))
 
     # -- answers ------------------------------------------------------------------------------------------------
 

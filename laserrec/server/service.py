@@ -177,10 +177,7 @@ class Service:
                 size = min(2 * size, max(_FEWEST, round(len(part) * _SLICE_SECONDS / (time.monotonic() - start))))
                 yield
             if new:
-                names, kept = [item["item_id"] for item in new], served.kept
-                yield from self._keep(replace(
-                    kept, added={**kept.added, **dict(zip(names, new, strict=True))},
-                    embeddings={**kept.embeddings, **served.embeddings(names)}))
+                yield from self._keep(served.kept.with_more(served.kept_of(new)))
         except BaseException:  # the server's end too
             names = [item["item_id"] for item in new]
             missing = set(served.model.unknown_items(names))
@@ -205,11 +202,10 @@ class Service:
         if self.listing.row(item_id) is None:
             return 0
         kept = self.kept
-        added = {name: item for name, item in kept.added.items() if name != item_id}
         removed = kept.removed
         if item_id in self.served.fitted and item_id not in kept.added:
             removed = (*removed, item_id)
-        yield from self._keep(Kept(removed, added, {n: v for n, v in kept.embeddings.items() if n in added}))
+        yield from self._keep(replace(kept.of(kept.added.keys() - {item_id}), removed=removed))
         self._take_out([item_id])
         change.done = 1
         return 1

@@ -10,7 +10,7 @@ from serving import NEW, served
 
 from laserrec.recommender.recommender import LaserRecommender
 from laserrec.server.listing import NewItem
-from laserrec.server.state import Kept, State
+from laserrec.server.state import Kept, State, _sha256
 from laserrec.util.errors import UserError
 
 N, DIMS = 12, 6
@@ -55,13 +55,22 @@ def test_columns_and_vector_make_the_embedding_that_python_makes(client, folder)
     assert client("GET", f"/v1/items/{NEW['item_id']}").json() == NEW
 
 
-def test_they_are_there_after_a_restart_and_for_a_newer_model(client, folder, tmp_path):
+def test_they_are_there_after_a_restart_and_for_a_newer_model(client, folder, tmp_path, monkeypatch):
     assert client("POST", "/v1/items", json={"items": [OWN]}).status_code == 201
-    before = embeddings(client, NEW["item_id"])
+    before, ask = embeddings(client, NEW["item_id"]), ["i1", NEW["item_id"]]
+    want = client.recommend(ask).json()
     kept = State(tmp_path / "state", "another model").read()
     assert kept.added[NEW["item_id"]] == OWN and not kept.embeddings  # it is encoded anew by that one
+    monkeypatch.setattr("laserrec.llm.text_features.load_backbone", lambda *a, **k: pytest.fail("the LLM was loaded"))
     with served(folder, shutil.copytree(tmp_path / "state", tmp_path / "copy")) as again:
-        assert np.array_equal(embeddings(again, NEW["item_id"]), before)
+        assert np.array_equal(embeddings(again, NEW["item_id"]), before) and again.recommend(ask).json() == want
+        assert again("DELETE", f"/v1/items/{NEW['item_id']}").status_code == 200 and not again.service.kept.means
+    monkeypatch.undo()
+    without = pl.read_parquet(tmp_path / "state" / "items.parquet").drop("means")  # as an earlier version wrote it
+    (tmp_path / "earlier").mkdir()
+    without.write_parquet(tmp_path / "earlier" / "items.parquet", metadata={"laserrec.sha256": _sha256(without)})
+    with served(folder, tmp_path / "earlier") as again:
+        assert np.allclose(embeddings(again, NEW["item_id"]), before, atol=1e-6) and again.service.kept.means
     frame = client.service.served.frame([OWN])
     assert frame["vector"].to_list() == [OWN["vector"]] and frame["colour"].to_list() == ["dark red"]
 

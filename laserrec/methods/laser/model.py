@@ -198,8 +198,8 @@ class Laser(nn.Module, TwoTower):
     # -- new items ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None
-                  ) -> Float[Tensor, "new d_out"]:
+    def add_items(self, items: pl.DataFrame, vectors: Float[Tensor, "new d_out"] | None = None,
+                  means: Float[Tensor, "new d_means"] | None = None) -> Float[Tensor, "new d_out"]:
         """As `Growing.add_items`. New items inherit their ID part, if embeddings have one, and their neighbours from
         the known items nearest by text. Raises UserError for items of which more or less is known than of those that
         are there: vectors of their own."""
@@ -208,7 +208,8 @@ class Laser(nn.Module, TwoTower):
             if self.texts is not None:
                 self.texts.add(items)
             if isinstance(self.item_side, MeanItems):
-                self.item_side.add(self._means(items, self.item_side.means))
+                known = None if means is None else means.to(self.device)
+                self.item_side.add(self._means(items, self.item_side.means) if known is None else known)
             if vectors is None:
                 rows = torch.arange(first, first + items.height, device=self.device)
                 parents = self._known_vectors() if self.id_share else None
