@@ -136,7 +136,8 @@ def refit(model: Model, data: Data, out: ModelOut, *, opening: Opening = OPENING
           json_file: JsonFile = None, flags: RefitFlags = None) -> None:
     """Go on from a fitted model with newer data: new interactions, users and items. Run again to resume.
 
-    Training starts from MODEL's weights and is short. DATA holds all interactions that there are now, old and new;
+    Training starts from MODEL's weights and is short for laser, sasrec, bert4rec, gru4rec, zesrec and recformer. Other
+    methods are fitted from nothing, with all epochs. DATA holds all interactions that there are now, old and new;
     items are known by their item_id. MODEL stays as it is. A server takes OUT without a restart: POST /v1/model.
     Settings of the training can be changed by flags, such as --train.lr 1e-4; laserrec settings lists them all.
 

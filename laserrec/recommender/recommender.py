@@ -119,7 +119,9 @@ class LaserRecommender:
         dataset: a data folder of all interactions that there are now, old and new, with the items known by their
         item_id. Training starts from this model's weights and is short (laserrec.recommender.refit); new items start
         near those of similar text. What this model was before training is kept where training does not help on
-        validation. Closed forms are fitted anew. Items that were added to this model stay, and removed ones are gone.
+        validation. Closed forms, and methods that can't carry their weights over (lrurec, llamarec, llm4rec, fdsa, kar,
+        recguru), are fitted from nothing, as `fit_dataset` does. Items that were added to this model stay, and removed
+        ones are gone. The card keeps what it was told.
         changes: settings to change, as {"train": {"stage_one_epochs": 2}}.
         An interrupted call is resumed by the same call, a finished folder loaded. Raises UserError for data without any
         known item if items are told by ids alone, for settings that would change the weights' shapes, as `fit_dataset`.

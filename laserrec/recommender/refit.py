@@ -1,7 +1,9 @@
-"""Go on from a fitted model with new interactions, users and items, by a short training from its weights."""
+"""Go on from a fitted model with new interactions, users and items, by a short training from its weights; where a
+method can't carry them over, by a fit from nothing."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from laserrec.data.dataset import Dataset
 from laserrec.data.extras import VECTOR
 from laserrec.llm.text_features import TextFeatures
 from laserrec.methods.all import find_method
+from laserrec.recommender import folder as folders
 from laserrec.recommender.fitting import Fitted, fit, kept_texts
 from laserrec.util.errors import UserError
 
@@ -36,8 +39,20 @@ def refit(old: Fitted, dataset: Dataset, folder: Path | str, changes: dict[str, 
     warm, features = find_method(old.method).carry is not None, _features(old, dataset)
     config = settings(old.config, changes or {}) if warm else merged(old.config, changes or {})
     start = replace(old, features=features.kept_in(features.folder))  # so that each keeps its own catalogue's means
-    return fit(old.method, dataset, config, folder, old.features.device, features=features, progress=progress,
-               start=start if warm else None)
+    if progress and not warm and not (Path(folder) / "model.json").is_file():
+        print(f"{old.method} can't go on from its weights: it is fitted from nothing, as fit does", file=sys.stderr)
+    return _with_card(fit(old.method, dataset, config, folder, old.features.device, features=features,
+                          progress=progress, start=start if warm else None), old, Path(folder))
+
+
+def _with_card(made: Fitted, old: Fitted, folder: Path) -> Fitted:
+    """With what the older model's card was told, where it was told nothing else."""
+    own = made.facts.get("card", {})
+    card = {**old.facts.get("card", {}), **own}
+    if card != own:
+        folders.update_note(folder, card=card)
+        made.facts["card"] = card
+    return made
 
 
 def settings(config: Config, changes: dict[str, Any]) -> Config:

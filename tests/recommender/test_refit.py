@@ -11,10 +11,12 @@ import tiny
 import torch
 
 from laserrec import LaserRecommender
+from laserrec.cli.fit import refit
 from laserrec.config import StudentConfig
 from laserrec.data.dataset import Dataset
 from laserrec.evaluation.evaluate import evaluate
 from laserrec.llm import text_features
+from laserrec.methods.all import METHODS
 from laserrec.methods.bert4rec import BERT4Rec
 from laserrec.methods.sasrec import SASRec
 from laserrec.methods.warm_start import carry_sequence_model
@@ -218,6 +220,32 @@ def test_a_closed_form_is_fitted_anew(whole, fit, tmp_path):
     for name in ("ease", "ease-text", "popularity"):
         model = whole(name).refit(MIXED, tmp_path / f"{name}-1", progress=False)
         torch.testing.assert_close(model.score(asked), fit(MIXED, tmp_path / f"{name}-2", name).score(asked))
+
+
+@pytest.mark.parametrize(("name", "anew"), [("ease", True), ("lrurec", True), ("sasrec", False)])
+def test_a_refit_from_nothing_is_told(whole, tmp_path, capsys, name, anew):
+    for there in (False, True):
+        whole(name).refit(MIXED, tmp_path / "m", progress=True)
+        assert (f"{name} can't go on from its weights: it is fitted" in capsys.readouterr().err) == (anew and not there)
+
+
+def test_the_help_names_the_methods_that_go_on_from_their_weights():
+    short, anew = refit.__doc__.split("Other\n")[0], LaserRecommender.refit.__doc__
+    assert all((f" {name}" in short) == (method.carry is not None) for name, method in METHODS.items())
+    assert all(name in anew for name, method in METHODS.items() if method.carry is None and method.sections != (
+        "neighbours",) and name != "popularity")
+
+
+@pytest.mark.parametrize("name", ["sasrec", "ease"])
+def test_the_card_keeps_what_it_was_told(whole, tmp_path, llm, name):
+    whole(name).save_pretrained(tmp_path / "old", licence="MIT", data_name="A shop")
+    old = LaserRecommender.from_pretrained(tmp_path / "old", llm())
+    model = old.refit(MIXED, tmp_path / "m", progress=False)
+    assert model.facts["card"] == {"licence": "MIT", "data_name": "A shop"}
+    assert "| data set | A shop |" in (tmp_path / "m" / "README.md").read_text()
+    model.save_pretrained(tmp_path / "m", data_name="A shop until May")
+    again = old.refit(MIXED, tmp_path / "m", progress=False)
+    assert again.facts["card"] == {"licence": "MIT", "data_name": "A shop until May"}
 
 
 def test_the_neighbours_are_those_of_the_new_data_and_the_blend_is_chosen_again(whole, tmp_path, monkeypatch):
