@@ -73,7 +73,8 @@ def index_folder(folder: Path | str) -> Iterator[Callable[[Index, str], None]]:
 
 def load_index(folder: Path | str, shared: bool = False) -> Index:
     """shared: to search only; then any number of processes may have it open, and usearch's file is mapped, so that they
-    keep one copy in memory. Raises UserError if it is none, damaged, or of an earlier version."""
+    keep one copy in memory. Raises UserError if it is none, damaged, or of an earlier version, and where the Qdrant
+    server doesn't have its collection."""
     folder = Path(folder)
     facts = index_facts(folder)
     kind = _KINDS[IndexKind(facts.kind)]
@@ -89,7 +90,7 @@ def load_index(folder: Path | str, shared: bool = False) -> Index:
         return index
     if not facts.url:
         raise UserError(f"{folder / _NOTE} is damaged: it lacks the url of the Qdrant server; {AGAIN}")
-    return QdrantIndex(facts.d, facts.url, facts.collection)
+    return QdrantIndex(facts.d, facts.url, facts.collection, make=False)
 
 
 def index_facts(folder: Path | str) -> IndexFacts:

@@ -30,18 +30,24 @@ _AT_ONCE = 1000
 
 
 class QdrantIndex:
-    """Parameters: `d`: width of the vectors; `url`: of the server; `collection`: its name there, made if it isn't
-    there; `mark`: kept with a collection that is made here, to know it again."""
+    """Parameters: `d`: width of the vectors; `url`: of the server; `collection`: its name there; `mark`: kept with a
+    collection that is made here, to know it again; `make`: whether it is made if it isn't there. Raises UserError where
+    the server does not answer, for a collection of another width, and without `make` for one that isn't there."""
 
     kind, files = IndexKind.QDRANT, ()
 
-    def __init__(self, d: int, url: str | None = None, collection: str = "items", mark: str = ""):
+    def __init__(self, d: int, url: str | None = None, collection: str = "items", mark: str = "",
+                 make: bool = True):
         self.d, self.url, self.collection = d, url, collection
         client = library("qdrant_client", "qdrant")
         self._models = client.models
         with self._asking():
             self._client = client.QdrantClient(**({"url": url} if url else {"location": ":memory:"}))
-            if not self._client.collection_exists(collection):
+            there = self._client.collection_exists(collection)
+            if not there and not make:
+                raise UserError(f"there is no collection {collection!r} at {url}; was it deleted, or is it another "
+                                "server's? Build the index again, or restore it")
+            if not there:
                 self._client.create_collection(collection, metadata={"laserrec": mark},
                                                vectors_config=self._models.VectorParams(
                                                    size=d, distance=self._models.Distance.DOT))

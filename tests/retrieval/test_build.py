@@ -45,6 +45,15 @@ def test_a_collection_of_something_else_is_refused_and_a_begun_one_completed(vec
         make_index(IndexKind.QDRANT, 7, url=server)
 
 
+def test_a_collection_that_was_deleted_is_told_and_not_made_anew(vectors, live, queries, server, tmp_path):
+    build_index(vectors, live, IndexKind.QDRANT, tmp_path / "index", queries, **place(IndexKind.QDRANT, server))
+    client = load_index(tmp_path / "index")._client
+    client.delete_collection("shop")
+    with pytest.raises(UserError, match="no collection 'shop' at http://qdrant; was it deleted"):
+        load_index(tmp_path / "index", shared=True)
+    assert not client.collection_exists("shop")
+
+
 def test_a_server_is_for_qdrant_and_qdrant_needs_one(vectors, live, queries, server, tmp_path):
     with pytest.raises(UserError, match="for kind qdrant"):
         build_index(vectors, live, IndexKind.EXACT, tmp_path / "x", queries, url="http://localhost:6333")
