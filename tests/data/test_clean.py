@@ -152,7 +152,7 @@ def test_texts(value, expected):
 def test_no_text_takes_more_than_time_in_proportion_to_its_length(first, part):
     start = time.thread_time()
     text(first + part * 40_000)
-    assert time.thread_time() - start < 1
+    assert time.thread_time() - start < 20, "it takes milliseconds; in the square of the length, minutes"
 
 
 def test_an_image_leaves_its_first_alt_text_and_a_number_of_no_character_a_sign():
@@ -244,7 +244,7 @@ def test_dates_become_utc_milliseconds(monkeypatch):
     assert times_of("2020/01/01 12:00", "2020/1/1 12:00:00 UTC", "2020-1-1T12:00:00 GMT", "2020-01-01 14:00:00 +0200",
                     "1/1/2020 12:00", "2020/1-1", "2020/13/1") == [expected] * 4 + [None] * 3
     start = time.thread_time()
-    assert times_of(f"2020/01/01{' ' * 50_000}x") == [None] and time.thread_time() - start < 1
+    assert times_of(f"2020/01/01{' ' * 50_000}x") == [None] and time.thread_time() - start < 5
     assert times_of(moment) == [expected]
     assert times_of(date(2020, 1, 1)) == [1577836800000]
     monkeypatch.undo()
