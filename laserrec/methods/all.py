@@ -30,6 +30,7 @@ from laserrec.methods.kar import KAR
 from laserrec.methods.knowledge import read_knowledge
 from laserrec.methods.laser import build as laser
 from laserrec.methods.laser.finish import choose_blend
+from laserrec.methods.laser.ranker import FEATURES
 from laserrec.methods.neighbours import check_size
 from laserrec.methods.protocol import Phase
 from laserrec.methods.recguru import RecGURU
@@ -96,6 +97,8 @@ class Method:
     reads: Callable[[Config], str] = lambda config: ""
     """Identifies what it reads beside the data folder and the LLM; "" where that is nothing. Raises UserError where it
     can't be read."""
+    inputs: dict[str, int] = field(default_factory=dict)
+    """Of weights that a model may have, how many inputs they have in this version, whatever the settings are."""
 
 
 def _llm_reads_items(config: Config) -> bool:
@@ -261,7 +264,8 @@ def _laser() -> Method:
                   _laser_reads, make, lambda model, given, data: laser.phases(model, data, given.world,
                                                                                      given.progress),
                   restore, laser.shapes, choose_blend, needs,
-                  lambda model, old, rows, given, before: carry_laser(model, old, rows))
+                  lambda model, old, rows, given, before: carry_laser(model, old, rows),
+                  inputs={"ranker.hidden.weight": FEATURES})
 
 
 # -- rivals -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def check_free(folder: Path) -> None:
 
 def read_note(folder: Path) -> dict[str, Any]:
     """model.json. Raises UserError if the folder is no model or unfinished, if model.json is damaged, or if another
-    version of laserrec wrote it."""
+    version of laserrec wrote it whose models this one can't read."""
     recover(folder)
     if (owner := owner_of(folder)) is not None:
         return _nested_note(owner)
@@ -187,6 +187,7 @@ def read_note(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has format {found} and laserrec {__version__} reads format {FORMAT}; it was made by "
                         f"{'an older' if older else 'a newer'} version: {advice}")
     _check_note(file, note)
+    _check_inputs(folder, note)
     return note
 
 
@@ -220,6 +221,24 @@ def _check_note(file: Path, note: dict[str, Any]) -> None:
         wrong = ["n_known, n_items"]
     if wrong:
         raise UserError(f"{file} is damaged: {', '.join(wrong)} missing or not as a model has it; {_ADVICE}")
+
+
+def _check_inputs(folder: Path, note: dict[str, Any]) -> None:
+    """Raises UserError for a part of the model that in another version of laserrec reads more or less than in this one.
+    A folder without such a part is as good as ever, so that its format is the same."""
+    wanted = find_method(note["method"]).inputs
+    try:
+        found = _shapes(folder / _WEIGHTS, wanted)
+    except (SafetensorError, OSError):  # `check_files` tells
+        return
+    for name, shape in found.items():
+        inputs = shape[-1] if shape else 0
+        if inputs != wanted[name]:
+            older = inputs < wanted[name]
+            advice = ("fit it again into another folder, or load it with the version that made it" if older
+                      else "pip install --upgrade laserrec")
+            raise UserError(f"{folder} was fitted with {'an earlier' if older else 'a later'} version of laserrec, in "
+                            f"which {name} has {inputs} inputs, not {wanted[name]}; {advice}")
 
 
 def check_files(folder: Path, note: dict[str, Any], links: bool = True) -> None:
@@ -261,15 +280,20 @@ def _nested(whole: Saved) -> Saved:
 def _check_shapes(file: Path, wanted: dict[str, tuple[int, ...]]) -> None:
     """Before anything is allocated by what settings claim."""
     try:
-        with safe_open(file, framework="pt") as weights:
-            names = set(weights.keys())
-            found = {name: tuple(weights.get_slice(name).get_shape()) for name in wanted if name in names}
+        found = _shapes(file, wanted)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged: {error}; {_ADVICE}") from None
     for name, shape in wanted.items():
         if found.get(name) != shape:
             raise UserError(f"{file} does not fit the settings beside it: {name} has shape {found.get(name)}, not "
                             f"{shape}; {_ADVICE}")
+
+
+def _shapes(file: Path, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Of those of the tensors that are there, from the file's head alone."""
+    with safe_open(file, framework="pt") as weights:
+        there = set(weights.keys())
+        return {name: tuple(weights.get_slice(name).get_shape()) for name in names if name in there}
 
 
 @contextlib.contextmanager

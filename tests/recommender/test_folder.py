@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from laserrec import LaserRecommender
 from laserrec.llm.backbone import load_backbone
-from laserrec.recommender.folder import model_identity, read_note, shared_files, update_note
+from laserrec.methods.laser.ranker import FEATURES
+from laserrec.recommender.folder import known_items, model_identity, read_note, shared_files, update_note
+from laserrec.recommender.scorers import check_scorer
 from laserrec.util import checkpoint
 from laserrec.util.errors import UserError
 
@@ -192,6 +195,21 @@ def test_a_spoilt_folder_is_named(folder, llm, spoil, message):
     spoil(folder)
     with pytest.raises(UserError, match=message):
         LaserRecommender.from_pretrained(folder, llm())
+
+
+@pytest.mark.parametrize(("shape", "message"), [
+    ((4, FEATURES - 1), f"fitted with an earlier version .* has {FEATURES - 1} inputs, not {FEATURES}; fit it again"),
+    ((), "fitted with an earlier version"), ((4, FEATURES + 1), "fitted with a later version .*pip install --upgrade")])
+def test_a_ranking_network_of_another_version_is_told_by_whoever_looks_at_the_folder(folder, llm, shape, message):
+    file = folder / "weights.safetensors"
+    weights = checkpoint.load(file)[0]
+    checkpoint.save(file, {**weights, "ranker.hidden.weight": torch.zeros(shape)})
+    for look in (read_note, known_items, model_identity, lambda f: check_scorer(str(f)),
+                 lambda f: LaserRecommender.from_pretrained(f, llm())):
+        with pytest.raises(UserError, match=message):
+            look(folder)
+    checkpoint.save(file, {**weights, "ranker.hidden.weight": torch.zeros(4, FEATURES)})
+    assert len(known_items(folder)) == N
 
 
 def test_an_unfinished_fit_says_how_to_go_on(tmp_path):
