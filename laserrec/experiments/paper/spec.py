@@ -40,7 +40,8 @@ def _laser(name: str, **settings: dict[str, Any]) -> Row:
 
 
 def _rival(name: str, method: str, kind: str, seeded: bool = True, **settings: Any) -> Row:
-    """With the method's own settings, whatever the base."""
+    """With the method's own settings, whatever the base. How the LLM reads texts (its layers, the prompt) and how many
+    users validate are the base's where these don't say it."""
     own = merge(METHOD_SETTINGS.get(method, {}), RIVAL_SIZES.get(method, {}))
     return Row(name, kind, method, merge(own, settings), seeded)
 
