@@ -208,8 +208,8 @@ class Laser(nn.Module, TwoTower):
             if self.texts is not None:
                 self.texts.add(items)
             if isinstance(self.item_side, MeanItems):
-                known = None if means is None else means.to(self.device)
-                self.item_side.add(self._means(items, self.item_side.means) if known is None else known)
+                own = self._means(items, self.item_side.means) if means is None else means.to(self.device)
+                self.item_side.add(own)
             if vectors is None:
                 rows = torch.arange(first, first + items.height, device=self.device)
                 parents = self._known_vectors() if self.id_share else None
